@@ -1,0 +1,53 @@
+// Engine: the one object per process that makes lanes: devices, connection managers, the service thread, and what threads that wait
+// share. Starts lazily at the first connection that deserves a lane; a process without one has no thread and no helper descriptor.
+//
+// Threads: any. fork: after_fork_child() forgets the parent's thread and links; the child's own start lazily again.
+#pragma once
+
+#include <cstdint>
+
+#include "sdp/options.hpp"
+#include "sdp/stream.hpp"
+
+namespace sdp::engine {
+
+/// Told, from any thread and with no lock of ours held, when a stream gets a lane, when one of its directions changes carrier, and when the
+/// lane is gone: epoll sets put the bell in and change what they ask of the kernel.
+using LaneListener = void (*)(Stream stream);
+
+/// Makes devices and CMs; given by the shim, which alone may name drivers. Called once, in the service thread's start.
+struct Composition;
+using Compose = Composition* (*)();
+
+void configure(Compose compose, LaneListener listener) noexcept;
+
+/// Tracks a TCP connection of the program's. `fd` is connected (or connecting). Cheap: no system call beyond reading what must be known.
+/// Empty when policy says TCP or memory is short.
+Stream track(int fd, Role role) noexcept;
+
+/// A descriptor for poll and select that gets readable when armed streams changed: one per calling thread, level-triggered, private to
+/// the thread. -1: none could be made (the caller sleeps in short slices).
+int thread_bell_fd() noexcept;
+/// The process's bell itself, for epoll sets: register with EPOLLIN | EPOLLET.
+int bell_fd() noexcept;
+void prepare_sleep() noexcept;  ///< before arm(): empties this thread's bell
+void arm_fence() noexcept;      ///< after the arm()s
+void end_sleep() noexcept;
+/// Wakes other sleepers of this process (more is ready than one of them will take).
+void ring_bell() noexcept;
+
+/// How long to spin now, in nanoseconds, adapted to what spinning brought lately; report the outcome.
+std::int64_t spin_budget() noexcept;
+void spin_result(bool found) noexcept;
+
+/// True if `fd` is one of ours: close, dup2 and close_range must leave it alone.
+bool is_helper_fd(int fd) noexcept;
+
+void before_fork() noexcept;
+void after_fork_parent() noexcept;
+void after_fork_child() noexcept;
+/// exec: descriptors in `keep` (those without CLOEXEC) take their lanes down; done by the shim through Stream::take_down.
+/// exit: waits (bounded by SDP_DRAIN_MS) until what send() accepted can be read without us, writes SDP_STATS.
+void at_exit() noexcept;
+
+}  // namespace sdp::engine

@@ -1,0 +1,83 @@
+// Stream: one TCP connection of the program, as its two carriers: the anchor (the kernel's connection, always there) and, while one is
+// up, a lane (an SDP connection on an RDMA device). The shim calls it in place of the kernel for every descriptor that it tracks.
+//
+// Results are what the system call would return: >= 0, or -errno. errno itself is never touched.
+// Lifetime: Streams live in a slab that is never given back and are reused; a StreamRef therefore carries a generation, and a call through a
+// stale one gives -EBADF. No call needs a reference count.
+// Threads: any number may call; each call takes the stream's lock for its short parts and never sleeps with it held.
+// fork: the slab is shared memory at one address, so that a child sees what became of a stream. A child that uses an inherited stream
+// takes its lane down first (the bytes go on by TCP); one that only closes it changes nothing.
+#pragma once
+
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "sdp/stats.hpp"
+
+namespace sdp {
+
+enum class Role : std::uint8_t { unknown, connector, acceptor };
+
+class StreamImpl;  // stream_impl.hpp
+
+class Stream {
+ public:
+  constexpr Stream() noexcept = default;
+  /// As one word, for the shim's descriptor table. 0: none.
+  static Stream from_word(std::uint64_t word) noexcept { return Stream(word); }
+  std::uint64_t word() const noexcept { return word_; }
+  explicit operator bool() const noexcept { return word_ != 0; }
+
+  // --- transfer. `flags` are MSG_*; the socket's own O_NONBLOCK and time-outs apply. `msg` as for sendmsg/recvmsg.
+  std::int64_t send(int fd, const void* buf, std::size_t len, int flags) const noexcept;
+  std::int64_t recv(int fd, void* buf, std::size_t len, int flags) const noexcept;
+  std::int64_t sendmsg(int fd, const msghdr* msg, int flags) const noexcept;
+  std::int64_t recvmsg(int fd, msghdr* msg, int flags) const noexcept;
+  std::int64_t sendfile(int fd, int in_fd, std::int64_t* offset, std::size_t count) const noexcept;
+
+  // --- ends
+  int shutdown(int fd, int how) const noexcept;  ///< includes the kernel's shutdown on the anchor
+  /// Before the kernel's close of the last descriptor of this process. The stream is gone afterwards; the caller then closes fd itself.
+  void close(int fd) const noexcept;
+
+  // --- what the shim saw the program set
+  void set_nonblocking(bool on) const noexcept;
+  void set_timeout(int option, std::int64_t ns) const noexcept;  ///< SO_RCVTIMEO, SO_SNDTIMEO; 0: none
+  void set_linger(bool on, int seconds) const noexcept;
+  int inq(int fd) const noexcept;   ///< FIONREAD
+  int outq(int fd) const noexcept;  ///< SIOCOUTQ
+  /// The lane goes, the stream stays on TCP for good: a mode that no lane can have, a call that we do not carry, a second process, an exec.
+  /// Waits for nobody. Cheap when there is no lane.
+  void take_down(LaneReason reason) const noexcept;
+
+  // --- waiting for several descriptors (poll, select, epoll); see the protocol below
+  bool has_lane() const noexcept;      ///< a lane may carry bytes now or soon: the call must take part in the protocol below
+  std::uint32_t poll(std::uint32_t events) const noexcept;  ///< POLLIN|POLLOUT|POLLPRI|POLLRDHUP… by the lane; POLL bits as EPOLL bits
+  /// Which of `events` the kernel must still watch on the anchor; the rest is the lane's. POLLERR and POLLHUP are always the kernel's.
+  std::uint32_t kernel_events(std::uint32_t events) const noexcept;
+  bool maybe_ready() const noexcept;   ///< cheap peek for spinning: false = nothing new since the last poll()
+  void arm() const noexcept;           ///< the next change rings the process's bell
+  std::uint64_t rx_edges() const noexcept;  ///< grows with each arrival: a new value is a new EPOLLIN edge
+  std::uint64_t tx_edges() const noexcept;  ///< grows each time the stream became writable again after it was not
+  /// A wait in the kernel that does not have the bell in its set begins and ends (counted, so that no switch strands it).
+  void enter_plain_wait() const noexcept;
+  void leave_plain_wait() const noexcept;
+  /// An entry of the program into a wait: the moment at which a reader may be switched over (architecture: READY).
+  void on_wait_entry(int fd) const noexcept;
+
+ private:
+  explicit constexpr Stream(std::uint64_t word) noexcept : word_(word) {}
+  StreamImpl* impl() const noexcept { return reinterpret_cast<StreamImpl*>(word_ & 0xffffffffffffULL); }
+  std::uint16_t generation() const noexcept { return static_cast<std::uint16_t>(word_ >> 48); }
+  std::uint64_t word_ = 0;
+};
+
+// The protocol of a wait over several descriptors (poll, select, epoll_wait), kept by the caller:
+//   1. on_wait_entry() for each stream with has_lane(); poll() each; anything ready: also ask the kernel (time-out 0) now and then, return.
+//   2. spin for engine::spin_budget(): maybe_ready() of each, then poll() where true; the kernel every few microseconds.
+//   3. engine::prepare_sleep(); arm() each; engine::arm_fence(); poll() each once more.
+//   4. sleep in the kernel on kernel_events() of each and engine::bell_fd(); then engine::end_sleep() and back to 1.
+}  // namespace sdp
