@@ -109,6 +109,12 @@ class Qp {
   // Datapath, per message: no allocation, no lock, no system call beyond the driver's doorbell, no throw.
   virtual Post post_send(const SendWr&) noexcept = 0;
   virtual Post post_recv(std::span<const RecvWr>) noexcept = 0;
+  /// The bytes of the `number`th Send of this QP (counted from 0), as they lie at the peer; only if DeviceAttr::remembers_sent_data, and
+  /// only until the peer posts that buffer again, which the caller must know from the protocol. Peer-writable: untrusted. Empty: not there.
+  virtual std::span<const std::byte> sent_message(std::uint64_t number) const noexcept {
+    (void)number;
+    return {};
+  }
   // Control path: may block and allocate. Legal moves and required attributes: the tables in qp_attr.hpp.
   virtual Result<Unit> modify(const QpAttributes&) = 0;
 };

@@ -1,0 +1,170 @@
+#include "sdp/connection.hpp"
+
+#include <algorithm>
+
+#include "sdp/wire/recv_buf.hpp"
+
+namespace sdp {
+
+using wire::Mid;
+
+bool Connection::move(ConnEvent event) noexcept {
+  const auto next = next_state(state_, event);
+  if (!next) return false;
+  state_ = *next;
+  sending_ = state_ == ConnState::established || state_ == ConnState::disconn_rcvd;
+  return true;
+}
+
+Rx Connection::fail(const char* why) noexcept {
+  if (state_ != ConnState::aborted) error_ = why;
+  move(ConnEvent::abort);
+  return Rx::abort;
+}
+
+void Connection::emit_hello(const wire::HelloHeader& addresses, std::span<std::byte, wire::kHelloBytes> out) noexcept {
+  wire::HelloHeader hello = addresses;
+  hello.max_adverts = 1;
+  hello.local_rcv_size = recv_size_;
+  hello.desired_remote_rcv_size = recv_size_;
+  wire::emit_hello(hello, limits_.recv_buffers, out);
+  move(ConnEvent::send_hello);
+}
+
+void Connection::await_hello() noexcept { move(ConnEvent::await_hello); }
+
+void Connection::emit_hello_ack(std::span<std::byte, wire::kHelloAckBytes> out) noexcept {
+  wire::HelloAckHeader ack;
+  ack.max_adverts = 1;
+  ack.actual_rcv_size = recv_size_;
+  wire::emit_hello_ack(ack, limits_.recv_buffers, out);
+  hello_ack_due_ = false;
+}
+
+Rx Connection::on_message_slow(std::span<const std::byte> shared) noexcept {
+  // The peer can still write to the message: everything but payload is judged on a copy.
+  std::byte copy[wire::kHelloBytes];
+  const std::size_t n = std::min(shared.size(), sizeof copy);
+  std::memcpy(copy, shared.data(), n);
+  const std::span<const std::byte> msg(copy, n);
+
+  if (state_ == ConnState::hello_wait) {
+    const auto hello = wire::parse_hello(msg);
+    if (!hello) return fail(to_string(hello.error()));
+    peer_recv_size_ = hello.value().local_rcv_size;
+    credit_.start(rdma::load_be16(copy + 2), limits_.recv_buffers);
+    hello_ack_due_ = true;
+    move(ConnEvent::rx_hello);
+    return Rx::established;
+  }
+  if (state_ == ConnState::hello_sent) {
+    const auto ack = wire::parse_hello_ack(msg);
+    if (!ack) return fail(to_string(ack.error()));
+    peer_recv_size_ = ack.value().actual_rcv_size;
+    credit_.start(rdma::load_be16(copy + 2), limits_.recv_buffers);
+    move(ConnEvent::rx_hello_ack);
+    return Rx::established;
+  }
+  if (state_ == ConnState::idle || state_ == ConnState::aborted) return fail("message in a state that takes none");
+
+  if (n < wire::kBsdhBytes) return fail("truncated message");
+  const wire::BsdhView head = *wire::BsdhView::checked(msg);
+  if (head.len() != shared.size()) return fail("length field differs from the message's length");
+  if (!wire::is_known_mid(head.mid())) return fail("unknown message identifier");
+  const Mid mid = static_cast<Mid>(head.mid());
+  if (shared.size() < wire::payload_offset(mid)) return fail("extended header cut short");
+  if (!wire::may_carry_payload(mid) && shared.size() != wire::payload_offset(mid)) return fail("payload in a message without one");
+  if (head.flags() & ~wire::kKnownFlags) return fail("reserved flags");
+  if (!credit_.on_receive(head.mseq(), head.mseq_ack(), head.bufs())) return fail("sequence or credit error");
+
+  switch (mid) {
+    case Mid::data:
+      if (shared.size() == wire::kBsdhBytes) return Rx::control;
+      if (state_ == ConnState::disconn_rcvd || state_ == ConnState::closed) return fail("data after DisConn");
+      if (head.flags() & wire::kOobPres) return fail("urgent data on a lane: the anchor carries it");
+      return Rx::payload;
+    case Mid::disconn:
+      if (!move(ConnEvent::rx_disconn)) return fail("second DisConn");
+      return Rx::disconn;
+    case Mid::abort_conn: return fail("the peer sent AbortConn");
+    case Mid::ch_rcv_buf: {
+      const auto wish = wire::parse_ch_rcv_buf(msg);
+      if (!wish) return fail("bad ChRcvBuf");
+      const std::uint32_t size = std::min(wish.value().size, limits_.recv_size_max);
+      if (size <= recv_size_ || wanted_recv_size_ != 0) {
+        ack_recv_size_ = recv_size_;  // a refusal acks the size in force
+        return Rx::control;
+      }
+      wanted_recv_size_ = size;
+      return Rx::resize;
+    }
+    case Mid::ch_rcv_buf_ack: {
+      const auto granted = wire::parse_ch_rcv_buf_ack(msg);
+      if (!granted || !resize_asked_) return fail("bad ChRcvBufAck");
+      resize_asked_ = false;
+      if (granted.value().size < peer_recv_size_) return fail("ChRcvBufAck shrinks the buffers");
+      peer_recv_size_ = granted.value().size;
+      return Rx::resized;
+    }
+    // No completion, cancel or mode of zero copy is expected while we advertise nothing; adverts of the peer's are answered with SendSm
+    // by the issue that brings zero copy. MaxAdverts 1 in Hello does not oblige it to advertise.
+    case Mid::send_sm:
+    case Mid::rdma_rd_compl:
+    case Mid::src_avail_cancel:
+    case Mid::sink_avail_cancel: return Rx::control;
+    case Mid::susp_comm:
+    case Mid::susp_comm_ack: return Rx::control;
+    case Mid::mode_change: return Rx::control;
+    default: return fail("message that is illegal here");
+  }
+}
+
+void Connection::resize_done(std::uint32_t bytes) noexcept {
+  recv_size_ = bytes;
+  wanted_recv_size_ = 0;
+  ack_recv_size_ = bytes;
+}
+
+std::size_t Connection::emit_control(Mid mid, std::uint32_t value, bool has_value, std::byte* out) noexcept {
+  wire::Bsdh h;
+  h.mid = mid;
+  h.bufs = credit_.posted();
+  h.len = static_cast<std::uint32_t>(wire::kBsdhBytes) + (has_value ? 4 : 0);
+  h.mseq_ack = credit_.received();
+  h.mseq = credit_.on_send();
+  wire::emit_bsdh(h, out);
+  if (has_value) rdma::store_be32(out + wire::kBsdhBytes, value);
+  return h.len;
+}
+
+std::size_t Connection::next_control(std::span<std::byte, kControlBytes> out) noexcept {
+  if (state_ == ConnState::idle || state_ == ConnState::hello_sent || state_ == ConnState::hello_wait || state_ == ConnState::aborted)
+    return 0;
+  if (hello_ack_due_) return 0;
+  if (credit_.may_send_control()) {
+    if (ack_recv_size_ != 0) {
+      const std::uint32_t size = ack_recv_size_;
+      ack_recv_size_ = 0;
+      return emit_control(Mid::ch_rcv_buf_ack, size, true, out.data());
+    }
+    if (ask_recv_size_ != 0 && sending_ && !resize_asked_) {
+      const std::uint32_t size = ask_recv_size_;
+      ask_recv_size_ = 0;
+      resize_asked_ = true;
+      return emit_control(Mid::ch_rcv_buf, size, true, out.data());
+    }
+    if (disconn_due_ && sending_) {
+      disconn_due_ = false;
+      const std::size_t n = emit_control(Mid::disconn, 0, false, out.data());
+      move(ConnEvent::send_disconn);
+      return n;
+    }
+  }
+  if (credit_.update_is_due() && credit_.may_send_update()) {
+    emit_data(0, out.data());
+    return wire::kBsdhBytes;
+  }
+  return 0;
+}
+
+}  // namespace sdp

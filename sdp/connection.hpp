@@ -1,0 +1,114 @@
+// Connection: the SDP protocol of one lane. Decides; never posts, waits, locks, allocates or reads a clock.
+//
+//   getters       const
+//   on_*          a message came: on_message()
+//   emit_*        the caller is about to post this message: writes its header and counts it
+//   next_control  which control message is due now; emit it, post it, ask again
+//
+// Threads: externally serialised (the stream's lock). Memory: plain data, also in memory shared with fork's children.
+// Payload is never seen here: the caller knows where a message lies and what is left of it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "sdp/conn_state.hpp"
+#include "sdp/credit.hpp"
+#include "sdp/wire/bsdh.hpp"
+#include "sdp/wire/hello.hpp"
+
+namespace sdp {
+
+struct ConnLimits {
+  std::uint32_t recv_size = 2048;      ///< bytes of each private receive buffer at first, BSDH included
+  std::uint32_t recv_size_max = 65536; ///< what a ChRcvBuf of the peer may ask for
+  std::uint16_t recv_buffers = 16;     ///< posted at first, Hello's own not included
+};
+
+/// What on_message() found; anything the caller must act on.
+enum class Rx : std::uint8_t {
+  payload,       ///< payload bytes follow the header: queue them (Data; the inline part of an advert comes with a later issue)
+  control,       ///< consumed; the buffer can go home
+  established,   ///< Hello or HelloAck completed the set-up; the buffer can go home
+  disconn,       ///< the peer's half is closed, after the payload queued so far
+  resize,        ///< the peer asks for larger buffers: wanted_recv_size(); answer when the last small one is gone (resize_done)
+  resized,       ///< our wish was granted: max_payload() grew
+  abort,         ///< AbortConn or an illegal message: error() says which; the lane is over
+};
+
+class Connection {
+ public:
+  explicit Connection(const ConnLimits& limits) noexcept : limits_(limits), recv_size_(limits.recv_size) {}
+
+  ConnState state() const noexcept { return state_; }
+  const CreditWindow& credit() const noexcept { return credit_; }
+  const char* error() const noexcept { return error_; }
+  bool may_send_payload() const noexcept { return sending_ && credit_.may_send_payload(); }
+  std::uint32_t max_payload() const noexcept { return peer_recv_size_ - static_cast<std::uint32_t>(wire::kBsdhBytes); }
+  std::uint32_t wanted_recv_size() const noexcept { return wanted_recv_size_; }
+
+  /// Writes the header of a Data message; may_send_payload() must hold (or credit().may_send_update() with `payload` 0).
+  void emit_data(std::uint32_t payload, std::byte* out) noexcept {
+    wire::Bsdh h;
+    h.bufs = credit_.posted();
+    h.len = static_cast<std::uint32_t>(wire::kBsdhBytes) + payload;
+    h.mseq_ack = credit_.received();
+    h.mseq = credit_.on_send();
+    wire::emit_bsdh(h, out);
+  }
+  void on_posted(std::uint32_t buffers) noexcept { credit_.on_posted(buffers); }
+
+  /// `msg` is what the completion reported, still in memory that the peer can write to; header bytes are copied before they are read.
+  Rx on_message(std::span<const std::byte> msg) noexcept {
+    if (msg.size() >= wire::kBsdhBytes) {
+      std::byte head[wire::kBsdhBytes];
+      std::memcpy(head, msg.data(), sizeof head);
+      if (state_ == ConnState::established && std::to_integer<std::uint8_t>(head[0]) == static_cast<std::uint8_t>(wire::Mid::data) &&
+          std::to_integer<std::uint8_t>(head[1]) == 0 && rdma::load_be32(head + 4) == msg.size()) [[likely]] {
+        if (!credit_.on_receive(rdma::load_be32(head + 8), rdma::load_be32(head + 12), rdma::load_be16(head + 2)))
+          return fail("sequence or credit error");
+        return msg.size() > wire::kBsdhBytes ? Rx::payload : Rx::control;
+      }
+    }
+    return on_message_slow(msg);
+  }
+
+  // --- set-up. Active: emit_hello first. Passive: await_hello, then on_message says established, then emit_hello_ack.
+  void emit_hello(const wire::HelloHeader& addresses, std::span<std::byte, wire::kHelloBytes> out) noexcept;
+  void await_hello() noexcept;
+  void emit_hello_ack(std::span<std::byte, wire::kHelloAckBytes> out) noexcept;
+  bool hello_ack_due() const noexcept { return hello_ack_due_; }
+
+  // --- control. The largest control message:
+  static constexpr std::size_t kControlBytes = 24;
+  /// Length of the next control message that is due and may be sent now, written to `out`; 0: none. Post it before asking again.
+  std::size_t next_control(std::span<std::byte, kControlBytes> out) noexcept;
+  void want_disconn() noexcept { disconn_due_ = true; }
+  void want_peer_recv_size(std::uint32_t bytes) noexcept { ask_recv_size_ = bytes; }
+  bool resize_pending() const noexcept { return ask_recv_size_ != 0 || resize_asked_; }
+  void resize_done(std::uint32_t bytes) noexcept;  ///< all posted buffers now have `bytes`
+  void abort(const char* why) noexcept { (void)fail(why); }
+
+ private:
+  Rx on_message_slow(std::span<const std::byte> msg) noexcept;
+  Rx fail(const char* why) noexcept;
+  bool move(ConnEvent event) noexcept;
+  std::size_t emit_control(wire::Mid mid, std::uint32_t value, bool has_value, std::byte* out) noexcept;
+
+  ConnLimits limits_;
+  CreditWindow credit_;
+  ConnState state_ = ConnState::idle;
+  bool sending_ = false;  ///< established and our half open
+  bool hello_ack_due_ = false;
+  bool disconn_due_ = false;
+  bool resize_asked_ = false;
+  std::uint32_t recv_size_;
+  std::uint32_t peer_recv_size_ = static_cast<std::uint32_t>(wire::kBsdhBytes);
+  std::uint32_t wanted_recv_size_ = 0;
+  std::uint32_t ack_recv_size_ = 0;  ///< ChRcvBufAck due with this size
+  std::uint32_t ask_recv_size_ = 0;  ///< ChRcvBuf due with this size
+  const char* error_ = "";
+};
+
+}  // namespace sdp
