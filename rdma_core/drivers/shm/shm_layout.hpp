@@ -1,0 +1,113 @@
+// What lies in a segment: the shared memory that one process receives into from one peer process. This comment is the
+// specification.
+//
+// A segment is a sealed memfd of fixed size, made by its owner, mapped whole by the owner and by exactly one peer, at different
+// addresses: it holds offsets, never pointers. Everything that the other side can write is untrusted: copied once, checked, used.
+//
+//   0x000000  SegmentHeader   written once, before the memfd is handed over
+//   0x001000  MrEntry[1024]   what the peer may reach by RDMA Read and Write; written by the owner
+//   0x00C000  pages           QP pages and extents (Pd::map_extent), cut by the owner in whole pages; free pages read as zeros
+//
+// A QP of the owner has one QP page; its number (Qpn) is the page's offset / 4096. It starts with a ShmQpPage:
+//
+//   0x000 magic, depth                    owner, at creation
+//   0x040 posted                          owner, release: receives posted since creation; grows for ever
+//   0x080 armed, wake_word, closed        owner arms (bits of rdma::Wake), a sender that rings takes the bits with an exchange and
+//                                         adds 1 to wake_word (a futex); closed is set once: no message may start from then on
+//   0x0C0 sending                         owner, as a sender on this QP: 1 while it looks at or writes into the peer's segment
+//   0x100 RqEntry[depth]                  owner: entry (n - 1) % depth is the buffer of message n; written before `posted` says so
+//
+// Message n (counted from 1) goes into the buffer of its entry. The 8 bytes in front of the buffer are its flag word:
+//
+//   63        62..32              31..0
+//   | 1 | n & 0x7fffffff | bytes of the message |     stored last, with release; a zero never is a message
+//
+// The flag, a 16-byte message header and a small payload share a cache line when the flag's address is a multiple of 64. A message
+// that is longer than its buffer has a flag but no bytes: both ends know the length, and both QPs go to error.
+//
+// Wake-ups: the receiver arms, then makes every core that runs a peer pass a barrier (membarrier), then looks at the flag once more
+// and sleeps. The sender stores the flag, then looks at `armed`, with no fence of its own. Taking a buffer back works the same way:
+// the owner sets `closed`, passes the barrier and waits until the peer's `sending` is 0; a sender stores `sending`, then looks at
+// `closed`. Where membarrier is not to be had, senders fence (Hello's flags say so).
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+namespace rdma::shm {
+
+inline constexpr std::size_t kPageBytes = 4096;
+inline constexpr std::uint32_t kSegmentMagic = 0x53'44'50'31;  // "SDP1"
+inline constexpr std::uint32_t kQpMagic = 0x51'50'53'48;
+inline constexpr std::uint32_t kLayoutVersion = 1;
+inline constexpr std::size_t kMrCapacity = 1024;  ///< a power of two; entry 0 stays empty, so that key 0 never works
+inline constexpr std::uint32_t kMaxDepth = 1024;  ///< receives of a QP; a power of two
+inline constexpr std::size_t kMinSegmentBytes = 1u << 20;
+inline constexpr std::size_t kMaxSegmentBytes = 1u << 30;  ///< a larger one from a peer is refused
+
+struct ProcessId {
+  std::uint64_t word[2] = {};
+  friend bool operator==(const ProcessId&, const ProcessId&) = default;
+};
+
+struct SegmentHeader {
+  std::uint32_t magic;
+  std::uint32_t version;
+  std::uint64_t bytes;  ///< of the whole segment
+  ProcessId owner;
+  std::uint32_t mr_capacity;
+  std::uint32_t mr_offset;
+  std::uint32_t page_bytes;
+  std::uint32_t first_page;  ///< offset of the first page that the owner cuts
+};
+static_assert(sizeof(SegmentHeader) == 48);
+
+struct MrEntry {
+  std::atomic<std::uint64_t> base;    ///< what remote_addr is for the first byte
+  std::atomic<std::uint64_t> offset;  ///< of the first byte in the segment
+  std::atomic<std::uint64_t> bytes;
+  std::atomic<std::uint32_t> access;  ///< bits of rdma::Access
+  std::atomic<std::uint32_t> key;     ///< 0: empty. Its low bits are the entry's index
+};
+static_assert(sizeof(MrEntry) == 32);
+
+struct RqEntry {
+  std::atomic<std::uint64_t> offset;  ///< of the buffer in the segment, a multiple of 8, at least 8
+  std::atomic<std::uint32_t> bytes;
+  std::uint32_t pad;
+};
+static_assert(sizeof(RqEntry) == 16);
+
+struct ShmQpPage {
+  std::uint32_t magic;
+  std::uint32_t depth;  ///< a power of two, at most kMaxDepth
+  alignas(64) std::atomic<std::uint64_t> posted;
+  alignas(64) std::atomic<std::uint32_t> armed;
+  std::atomic<std::uint32_t> wake_word;
+  std::atomic<std::uint32_t> closed;
+  alignas(64) std::atomic<std::uint32_t> sending;
+  alignas(64) RqEntry rq[1];  ///< depth of them
+};
+static_assert(offsetof(ShmQpPage, posted) == 0x40 && offsetof(ShmQpPage, armed) == 0x80);
+static_assert(offsetof(ShmQpPage, sending) == 0xC0 && offsetof(ShmQpPage, rq) == 0x100);
+static_assert(std::atomic<std::uint64_t>::is_always_lock_free && std::atomic<std::uint32_t>::is_always_lock_free,
+              "shared between processes");
+
+inline constexpr std::size_t kMrOffset = kPageBytes;
+inline constexpr std::size_t kFirstPage = 0xC000;
+static_assert(kMrOffset + kMrCapacity * sizeof(MrEntry) <= kFirstPage && kFirstPage % kPageBytes == 0);
+
+constexpr std::size_t qp_page_bytes(std::uint32_t depth) noexcept {
+  return (offsetof(ShmQpPage, rq) + depth * sizeof(RqEntry) + kPageBytes - 1) & ~(kPageBytes - 1);
+}
+
+/// Upper half of the flag word of message `number`.
+constexpr std::uint32_t flag_sequence(std::uint64_t number) noexcept {
+  return 0x8000'0000u | static_cast<std::uint32_t>(number & 0x7fff'ffffu);
+}
+constexpr std::uint64_t flag_word(std::uint64_t number, std::uint32_t bytes) noexcept {
+  return (static_cast<std::uint64_t>(flag_sequence(number)) << 32) | bytes;
+}
+
+}  // namespace rdma::shm
