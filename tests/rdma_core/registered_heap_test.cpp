@@ -1,0 +1,318 @@
+#include "rdma_core/registered_heap.hpp"
+
+#include <dlfcn.h>
+#include <malloc.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <boost/test/unit_test.hpp>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <random>
+#include <set>
+#include <thread>
+#include <vector>
+
+#include "rdma_core/sdpje.hpp"
+
+namespace rdma {
+namespace {
+
+constexpr std::size_t kPageBytes = 4096;
+
+/// Extents by mmap, counted; refuses when a budget is used up.
+class FakePd final : public Pd {
+ public:
+  struct Extent final : Mr {
+    Extent(FakePd& p, std::size_t bytes) : pd(p) {
+      void* mem = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+      BOOST_REQUIRE(mem != MAP_FAILED);
+      addr = static_cast<std::byte*>(mem);
+      length = bytes;
+      pd.extents.insert(this);
+    }
+    ~Extent() override {
+      pd.extents.erase(this);
+      munmap(addr, length);
+    }
+    FakePd& pd;
+  };
+
+  Result<std::unique_ptr<Mr>> register_memory(std::span<std::byte>, Access) override { return fail(ENOTSUP, "fake"); }
+  Result<std::unique_ptr<Qp>> create_qp(const QpInit&) override { return fail(ENOTSUP, "fake"); }
+  Result<std::unique_ptr<Mr>> map_extent(std::size_t bytes) override {
+    BOOST_TEST(bytes % kPageBytes == 0u);
+    if (bytes > budget) return fail(ENOMEM, "fake: budget");
+    budget -= bytes;
+    return std::unique_ptr<Mr>(std::make_unique<Extent>(*this, bytes));
+  }
+
+  bool holds(const std::byte* p, std::size_t bytes) const {
+    for (const Extent* e : extents)
+      if (p >= e->addr && p + bytes <= e->addr + e->length) return true;
+    return false;
+  }
+
+  std::set<const Extent*> extents;
+  std::size_t budget = SIZE_MAX;
+};
+
+std::unique_ptr<RegisteredHeap> heap_on(Pd& pd) {
+  auto heap = RegisteredHeap::create(pd);
+  BOOST_REQUIRE(heap.ok());
+  return std::move(*heap);
+}
+
+std::size_t lines_of_maps() {
+  FILE* f = fopen("/proc/self/maps", "r");
+  std::size_t lines = 0;
+  for (int c; (c = fgetc(f)) != EOF;) lines += c == '\n';
+  fclose(f);
+  return lines;
+}
+
+/// Runs `body` in a forked child and returns its exit status.
+template <class Body>
+int in_child(Body body) {
+  const pid_t pid = fork();
+  if (pid == 0) _exit(body());
+  int status = -1;
+  BOOST_REQUIRE(waitpid(pid, &status, 0) == pid);
+  return status;
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------- the private jemalloc
+
+BOOST_AUTO_TEST_CASE(malloc_is_still_the_c_librarys) {
+  void* p = malloc(100);
+  Dl_info info{};
+  BOOST_REQUIRE(dladdr(reinterpret_cast<void*>(&malloc), &info) != 0);
+  BOOST_TEST(std::string(info.dli_fname).find("libc.so") != std::string::npos);
+  BOOST_TEST(dlsym(RTLD_DEFAULT, "mallctl") == nullptr);
+  BOOST_TEST(dlsym(RTLD_DEFAULT, "mallocx") == nullptr);
+  BOOST_TEST(malloc_usable_size(p) == 104u);  // glibc's rounding; jemalloc's would be 112
+  free(p);
+}
+
+BOOST_AUTO_TEST_CASE(settings_addressed_to_the_programs_allocator_do_not_reach_it) {
+  // Set before jemalloc's first use in the child; every option that matters is read back.
+  const int status = in_child([] {
+    setenv("MALLOC_CONF", "narenas:7,tcache:true,background_thread:true,stats_print:true,retain:true,abort_conf:true,junk:true", 1);
+    unsigned narenas = 0;
+    bool tcache = true, background = true, retain = true;
+    std::size_t n = sizeof narenas;
+    if (sdpje_mallctl("opt.narenas", &narenas, &n, nullptr, 0) != 0 || narenas != 1) return 1;
+    n = sizeof tcache;
+    if (sdpje_mallctl("opt.tcache", &tcache, &n, nullptr, 0) != 0 || tcache) return 2;
+    if (sdpje_mallctl("opt.background_thread", &background, &n, nullptr, 0) != 0 || background) return 3;
+    if (sdpje_mallctl("opt.retain", &retain, &n, nullptr, 0) != 0 || retain) return 4;
+    const char* junk = nullptr;
+    n = sizeof junk;
+    if (sdpje_mallctl("opt.junk", &junk, &n, nullptr, 0) != 0 || strcmp(junk, "false") != 0) return 5;
+    return 0;
+  });
+  BOOST_TEST(status == 0);
+}
+
+// ---------------------------------------------------------------- the heap
+
+BOOST_AUTO_TEST_CASE(a_block_lies_in_an_extent_and_names_its_mr) {
+  FakePd pd;
+  auto heap = heap_on(pd);
+  BOOST_TEST(heap->bytes_mapped() == 0u);
+  for (const std::size_t bytes : {0u, 1u, 64u, 4096u, 16384u, 100'000u, 2'097'152u, 5'000'000u})
+    for (const std::size_t alignment : {1u, 64u, 4096u, 65536u, 4'194'304u}) {
+      auto block = heap->allocate(bytes, alignment);
+      BOOST_REQUIRE(block.ok());
+      BOOST_TEST(reinterpret_cast<std::uintptr_t>(block->addr) % alignment == 0u);
+      BOOST_TEST(pd.holds(block->addr, bytes));
+      BOOST_TEST(block->addr >= block->mr->addr);
+      BOOST_TEST(block->addr + bytes <= block->mr->addr + block->mr->length);
+      BOOST_TEST(heap->bytes_in_use() >= bytes);
+      heap->deallocate(block->addr);
+    }
+  BOOST_TEST(heap->bytes_in_use() == 0u);
+}
+
+BOOST_AUTO_TEST_CASE(extents_are_few_and_are_used_again) {
+  FakePd pd;
+  auto heap = heap_on(pd);
+  std::vector<std::byte*> blocks;
+  for (int i = 0; i < 100; ++i) blocks.push_back(heap->allocate(16384, 4096)->addr);
+  BOOST_TEST(pd.extents.size() == 1u);
+  BOOST_TEST(heap->bytes_mapped() == 2u * 1024 * 1024);
+  for (std::byte* block : blocks) heap->deallocate(block);
+  blocks.clear();
+  // Neighbours have joined: one block of nearly the whole extent fits, and so do blocks of another size.
+  std::byte* large = heap->allocate(1'792 * 1024, 4096)->addr;
+  BOOST_TEST(pd.extents.size() == 1u);
+  heap->deallocate(large);
+  for (int i = 0; i < 10'000; ++i) blocks.push_back(heap->allocate(128, 64)->addr);
+  for (std::byte* block : blocks) heap->deallocate(block);
+  BOOST_TEST(pd.extents.size() == 1u);
+}
+
+BOOST_AUTO_TEST_CASE(no_block_lies_across_two_extents) {
+  FakePd pd;
+  auto heap = heap_on(pd);
+  std::mt19937 random(1);
+  std::deque<std::pair<std::byte*, std::size_t>> live;
+  for (int i = 0; i < 20'000; ++i) {
+    if (live.size() > 200 || (!live.empty() && random() % 3 == 0)) {
+      heap->deallocate(live.front().first);
+      live.pop_front();
+      continue;
+    }
+    const std::size_t bytes = std::size_t{1} << random() % 20;
+    auto block = heap->allocate(bytes, 64);
+    BOOST_REQUIRE(block.ok());
+    BOOST_REQUIRE(block->addr + bytes <= block->mr->addr + block->mr->length);
+    live.emplace_back(block->addr, bytes);
+  }
+  BOOST_TEST(pd.extents.size() > 1u);
+  for (auto& [addr, bytes] : live) heap->deallocate(addr);
+  BOOST_TEST(heap->bytes_in_use() == 0u);
+}
+
+// A peer maps the extents and may write anything anywhere in them. It must reach no more than the contents of blocks.
+BOOST_AUTO_TEST_CASE(garbage_in_every_byte_of_every_extent_does_not_hurt_the_heap) {
+  FakePd pd;
+  auto heap = heap_on(pd);
+  std::mt19937 random(2);
+  std::map<std::byte*, std::size_t> live;
+  for (int round = 0; round < 30; ++round) {
+    for (int i = 0; i < 300; ++i) {
+      if (!live.empty() && random() % 2 == 0) {
+        auto victim = std::next(live.begin(), random() % live.size());
+        heap->deallocate(victim->first);
+        live.erase(victim);
+      } else {
+        const std::size_t bytes = 1 + (std::size_t{1} << random() % 18);
+        auto block = heap->allocate(bytes, 8);
+        BOOST_REQUIRE(block.ok());
+        BOOST_REQUIRE(pd.holds(block->addr, bytes));
+        // No two live blocks overlap.
+        const auto next = live.upper_bound(block->addr);
+        if (next != live.end()) BOOST_REQUIRE(block->addr + bytes <= next->first);
+        if (next != live.begin()) BOOST_REQUIRE(std::prev(next)->first + std::prev(next)->second <= block->addr);
+        live.emplace(block->addr, bytes);
+      }
+    }
+    for (const auto* extent : pd.extents)
+      memset(extent->addr, round % 2 ? 0xFF : static_cast<int>(random() & 0xFF), extent->length);
+  }
+  for (auto& [addr, bytes] : live) heap->deallocate(addr);
+  BOOST_TEST(heap->bytes_in_use() == 0u);
+  heap.reset();
+  BOOST_TEST(pd.extents.empty());
+}
+
+BOOST_AUTO_TEST_CASE(no_memory_is_an_error_and_goes_away) {
+  FakePd pd;
+  pd.budget = 2 * 1024 * 1024;
+  auto heap = heap_on(pd);
+  std::vector<std::byte*> blocks;
+  for (;;) {
+    auto block = heap->allocate(65536, 64);
+    if (!block) {
+      BOOST_TEST(block.error().code == ENOMEM);
+      break;
+    }
+    blocks.push_back(block->addr);
+  }
+  // A block of this size takes a page more of address space than it has bytes.
+  BOOST_TEST(blocks.size() == 2u * 1024 * 1024 / (65536 + 4096));
+  heap->deallocate(blocks.back());
+  blocks.back() = heap->allocate(65536, 64)->addr;
+  BOOST_TEST(!heap->allocate(SIZE_MAX, 1).ok());
+  BOOST_TEST(!heap->allocate(SIZE_MAX / 2, 4096).ok());
+  for (std::byte* block : blocks) heap->deallocate(block);
+}
+
+BOOST_AUTO_TEST_CASE(heaps_do_not_share_extents) {
+  FakePd one, two;
+  auto a = heap_on(one);
+  auto b = heap_on(two);
+  for (int i = 0; i < 1000; ++i) {
+    std::byte* x = a->allocate(200, 8)->addr;
+    std::byte* y = b->allocate(200, 8)->addr;
+    BOOST_REQUIRE(one.holds(x, 200));
+    BOOST_REQUIRE(two.holds(y, 200));
+    a->deallocate(x);
+    b->deallocate(y);
+  }
+}
+
+BOOST_AUTO_TEST_CASE(a_destroyed_heap_leaves_nothing_mapped) {
+  const auto once = [] {
+    FakePd pd;
+    auto heap = heap_on(pd);
+    heap->deallocate(heap->allocate(1000, 8)->addr);
+    heap.reset();
+    BOOST_TEST(pd.extents.empty());
+  };
+  for (int i = 0; i < 10; ++i) once();
+  const std::size_t before = lines_of_maps();
+  for (int i = 0; i < 200; ++i) once();
+  BOOST_TEST(lines_of_maps() <= before + 2);
+}
+
+BOOST_AUTO_TEST_CASE(threads_allocate_and_free_each_others_blocks) {
+  FakePd pd;
+  pd.budget = SIZE_MAX;
+  auto heap = heap_on(pd);
+  // The fake's set is not locked: grow before the threads start, and take less than that.
+  heap->deallocate(heap->allocate(32 << 20, 64)->addr);
+  std::mutex mutex;
+  std::vector<std::byte*> pool;
+  std::vector<std::thread> threads;
+  for (unsigned t = 0; t < 4; ++t)
+    threads.emplace_back([&, t] {
+      std::mt19937 random(t);
+      for (int i = 0; i < 20'000; ++i) {
+        std::byte* mine = heap->allocate(1 + random() % 10'000, 8)->addr;
+        memset(mine, static_cast<int>(t), 1);
+        const std::lock_guard lock(mutex);
+        pool.push_back(mine);
+        if (pool.size() > 100) {
+          std::swap(pool[random() % pool.size()], pool.back());
+          heap->deallocate(pool.back());
+          pool.pop_back();
+        }
+      }
+    });
+  for (auto& thread : threads) thread.join();
+  for (std::byte* block : pool) heap->deallocate(block);
+  BOOST_TEST(heap->bytes_in_use() == 0u);
+}
+
+BOOST_AUTO_TEST_CASE(a_forks_child_reads_blocks_but_leaves_the_heap_alone) {
+  FakePd pd;
+  auto heap = heap_on(pd);
+  std::byte* block = heap->allocate(100, 8)->addr;
+  memset(block, 7, 100);
+  const int status = in_child([&] {
+    if (block[99] != std::byte{7}) return 1;
+    heap->deallocate(block);
+    if (heap->bytes_in_use() == 0) return 2;
+    if (heap->allocate(100, 8).ok()) return 3;
+    heap.reset();
+    if (block[99] != std::byte{7}) return 4;
+    // A heap of its own works.
+    FakePd own;
+    auto other = heap_on(own);
+    std::byte* mine = other->allocate(100, 8)->addr;
+    other->deallocate(mine);
+    return 0;
+  });
+  BOOST_TEST(status == 0);
+  heap->deallocate(block);
+  BOOST_TEST(heap->bytes_in_use() == 0u);
+}
+
+}  // namespace rdma
