@@ -1,5 +1,6 @@
 // States of an SDP connection and the legal moves between them, as a table. A test prints the whole matrix and compares it with the
-// stored tests/sdp/conn_state_matrix.txt. If you add a state or an event, to_string (conn_state.cpp) and that file must learn it too.
+// stored tests/sdp/conn_state_matrix.txt. If you add a state or an event, to_string (conn_state.cpp) and that file must learn it
+// too.
 #pragma once
 
 #include <cstdint>
@@ -9,14 +10,14 @@
 namespace sdp {
 
 enum class ConnState : std::uint8_t {
-  idle,           ///< made, nothing sent
-  hello_sent,     ///< active side: waits for HelloAck
-  hello_wait,     ///< passive side: accepted by the CM, waits for Hello
+  idle,        ///< made, nothing sent
+  hello_sent,  ///< active side: waits for HelloAck
+  hello_wait,  ///< passive side: accepted by the CM, waits for Hello
   established,
-  disconn_sent,   ///< our half is closed: DisConn is out, the peer may go on sending
-  disconn_rcvd,   ///< the peer's half is closed
-  closed,         ///< both halves closed
-  aborted,        ///< abortive close, illegal message, transport failure
+  disconn_sent,  ///< our half is closed: DisConn is out, the peer may go on sending
+  disconn_rcvd,  ///< the peer's half is closed
+  closed,        ///< both halves closed
+  aborted,       ///< abortive close, illegal message, transport failure
 };
 inline constexpr int kConnStates = 8;
 
@@ -27,7 +28,7 @@ enum class ConnEvent : std::uint8_t {
   rx_hello_ack,  ///< legal HelloAck
   send_disconn,
   rx_disconn,
-  abort,         ///< AbortConn, DREQ before the end, illegal message, flush, device gone
+  abort,  ///< AbortConn, DREQ before the end, illegal message, flush, device gone
 };
 inline constexpr int kConnEvents = 7;
 

@@ -86,7 +86,8 @@ Rx Connection::on_message_slow(std::span<const std::byte> shared) noexcept {
     case Mid::disconn:
       if (!move(ConnEvent::rx_disconn)) return fail("second DisConn");
       return Rx::disconn;
-    case Mid::abort_conn: return fail("the peer sent AbortConn");
+    case Mid::abort_conn:
+      return fail("the peer sent AbortConn");
     case Mid::ch_rcv_buf: {
       const auto wish = wire::parse_ch_rcv_buf(msg);
       if (!wish) return fail("bad ChRcvBuf");
@@ -106,16 +107,20 @@ Rx Connection::on_message_slow(std::span<const std::byte> shared) noexcept {
       peer_recv_size_ = granted.value().size;
       return Rx::resized;
     }
-    // No completion, cancel or mode of zero copy is expected while we advertise nothing; adverts of the peer's are answered with SendSm
-    // by the issue that brings zero copy. MaxAdverts 1 in Hello does not oblige it to advertise.
+    // No completion, cancel or mode of zero copy is expected while we advertise nothing; adverts of the peer's are answered with
+    // SendSm by the issue that brings zero copy. MaxAdverts 1 in Hello does not oblige it to advertise.
     case Mid::send_sm:
     case Mid::rdma_rd_compl:
     case Mid::src_avail_cancel:
-    case Mid::sink_avail_cancel: return Rx::control;
+    case Mid::sink_avail_cancel:
+      return Rx::control;
     case Mid::susp_comm:
-    case Mid::susp_comm_ack: return Rx::control;
-    case Mid::mode_change: return Rx::control;
-    default: return fail("message that is illegal here");
+    case Mid::susp_comm_ack:
+      return Rx::control;
+    case Mid::mode_change:
+      return Rx::control;
+    default:
+      return fail("message that is illegal here");
   }
 }
 
@@ -138,7 +143,8 @@ std::size_t Connection::emit_control(Mid mid, std::uint32_t value, bool has_valu
 }
 
 std::size_t Connection::next_control(std::span<std::byte, kControlBytes> out) noexcept {
-  if (state_ == ConnState::idle || state_ == ConnState::hello_sent || state_ == ConnState::hello_wait || state_ == ConnState::aborted)
+  if (state_ == ConnState::idle || state_ == ConnState::hello_sent || state_ == ConnState::hello_wait ||
+      state_ == ConnState::aborted)
     return 0;
   if (hello_ack_due_) return 0;
   if (credit_.may_send_control()) {

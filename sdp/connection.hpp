@@ -21,20 +21,20 @@
 namespace sdp {
 
 struct ConnLimits {
-  std::uint32_t recv_size = 2048;      ///< bytes of each private receive buffer at first, BSDH included
-  std::uint32_t recv_size_max = 65536; ///< what a ChRcvBuf of the peer may ask for
-  std::uint16_t recv_buffers = 16;     ///< posted at first, Hello's own not included
+  std::uint32_t recv_size = 2048;       ///< bytes of each private receive buffer at first, BSDH included
+  std::uint32_t recv_size_max = 65536;  ///< what a ChRcvBuf of the peer may ask for
+  std::uint16_t recv_buffers = 16;      ///< posted at first, Hello's own not included
 };
 
 /// What on_message() found; anything the caller must act on.
 enum class Rx : std::uint8_t {
-  payload,       ///< payload bytes follow the header: queue them (Data; the inline part of an advert comes with a later issue)
-  control,       ///< consumed; the buffer can go home
-  established,   ///< Hello or HelloAck completed the set-up; the buffer can go home
-  disconn,       ///< the peer's half is closed, after the payload queued so far
-  resize,        ///< the peer asks for larger buffers: wanted_recv_size(); answer when the last small one is gone (resize_done)
-  resized,       ///< our wish was granted: max_payload() grew
-  abort,         ///< AbortConn or an illegal message: error() says which; the lane is over
+  payload,      ///< payload bytes follow the header: queue them (Data; the inline part of an advert comes with a later issue)
+  control,      ///< consumed; the buffer can go home
+  established,  ///< Hello or HelloAck completed the set-up; the buffer can go home
+  disconn,      ///< the peer's half is closed, after the payload queued so far
+  resize,       ///< the peer asks for larger buffers: wanted_recv_size(); answer when the last small one is gone (resize_done)
+  resized,      ///< our wish was granted: max_payload() grew
+  abort,        ///< AbortConn or an illegal message: error() says which; the lane is over
 };
 
 class Connection {
@@ -59,12 +59,14 @@ class Connection {
   }
   void on_posted(std::uint32_t buffers) noexcept { credit_.on_posted(buffers); }
 
-  /// `msg` is what the completion reported, still in memory that the peer can write to; header bytes are copied before they are read.
+  /// `msg` is what the completion reported, still in memory that the peer can write to; header bytes are copied before they are
+  /// read.
   Rx on_message(std::span<const std::byte> msg) noexcept {
     if (msg.size() >= wire::kBsdhBytes) {
       std::byte head[wire::kBsdhBytes];
       std::memcpy(head, msg.data(), sizeof head);
-      if (state_ == ConnState::established && std::to_integer<std::uint8_t>(head[0]) == static_cast<std::uint8_t>(wire::Mid::data) &&
+      if (state_ == ConnState::established &&
+          std::to_integer<std::uint8_t>(head[0]) == static_cast<std::uint8_t>(wire::Mid::data) &&
           std::to_integer<std::uint8_t>(head[1]) == 0 && rdma::load_be32(head + 4) == msg.size()) [[likely]] {
         if (!credit_.on_receive(rdma::load_be32(head + 8), rdma::load_be32(head + 12), rdma::load_be16(head + 2)))
           return fail("sequence or credit error");

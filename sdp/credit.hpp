@@ -51,7 +51,8 @@ class CreditWindow {
   std::uint32_t received() const noexcept { return received_; }
   std::uint32_t acked() const noexcept { return acked_; }
 
-  /// Is it time for an empty Data that only grants credits? OFED's rule: what the peer still has, times 1.5, is below what is posted.
+  /// Is it time for an empty Data that only grants credits? OFED's rule: what the peer still has, times 1.5, is below what is
+  /// posted.
   bool update_is_due() const noexcept {
     const std::int32_t left = static_cast<std::int32_t>(told_ - received_);
     const std::int32_t scaled = left > kReservedCredits ? left + left / 2 : left;

@@ -5,28 +5,40 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <vector>
 
+#include "rdma_core/cm/connection_manager.hpp"
+#include "rdma_core/device_registry.hpp"
 #include "sdp/options.hpp"
 #include "sdp/stream.hpp"
 
 namespace sdp::engine {
 
-/// Told, from any thread and with no lock of ours held, when a stream gets a lane, when one of its directions changes carrier, and when the
-/// lane is gone: epoll sets put the bell in and change what they ask of the kernel.
+/// Told, from any thread and with no lock of ours held, when a stream gets a lane, when one of its directions changes carrier, and
+/// when the lane is gone: epoll sets put the bell in and change what they ask of the kernel.
 using LaneListener = void (*)(Stream stream);
 
-/// Makes devices and CMs; given by the shim, which alone may name drivers. Called once, in the service thread's start.
-struct Composition;
-using Compose = Composition* (*)();
+/// Devices and CMs; made by the shim, which alone may name drivers, once, in the service thread.
+struct Composition {
+  rdma::DeviceRegistry registry;
+  std::vector<std::unique_ptr<rdma::cm::ConnectionManager>>
+      managers;  ///< in the order of preference; destroyed before the registry
+};
+using Compose = std::unique_ptr<Composition> (*)(const Options&);
 
 void configure(Compose compose, LaneListener listener) noexcept;
 
-/// Tracks a TCP connection of the program's. `fd` is connected (or connecting). Cheap: no system call beyond reading what must be known.
-/// Empty when policy says TCP or memory is short.
+/// Tracks a TCP connection of the program's. `fd` is connected (or connecting). Cheap: no system call beyond reading what must be
+/// known. Empty when policy says TCP or memory is short.
 Stream track(int fd, Role role) noexcept;
 
-/// A descriptor for poll and select that gets readable when armed streams changed: one per calling thread, level-triggered, private to
-/// the thread. -1: none could be made (the caller sleeps in short slices).
+/// In a fork's child, for each stream that the table inherited: the child's own stream in its place. Nothing happens to the
+/// parent's until the child uses it. Empty: untracked from here on.
+Stream inherit(Stream parents) noexcept;
+
+/// A descriptor for poll and select that gets readable when armed streams changed: one per calling thread, level-triggered, private
+/// to the thread. -1: none could be made (the caller sleeps in short slices).
 int thread_bell_fd() noexcept;
 /// The process's bell itself, for epoll sets: register with EPOLLIN | EPOLLET.
 int bell_fd() noexcept;

@@ -1,12 +1,13 @@
-// Stream: one TCP connection of the program, as its two carriers: the anchor (the kernel's connection, always there) and, while one is
-// up, a lane (an SDP connection on an RDMA device). The shim calls it in place of the kernel for every descriptor that it tracks.
+// Stream: one TCP connection of the program, as its two carriers: the anchor (the kernel's connection, always there) and, while one
+// is up, a lane (an SDP connection on an RDMA device). The shim calls it in place of the kernel for every descriptor that it
+// tracks.
 //
 // Results are what the system call would return: >= 0, or -errno. errno itself is never touched.
-// Lifetime: Streams live in a slab that is never given back and are reused; a StreamRef therefore carries a generation, and a call through a
-// stale one gives -EBADF. No call needs a reference count.
-// Threads: any number may call; each call takes the stream's lock for its short parts and never sleeps with it held.
-// fork: the slab is shared memory at one address, so that a child sees what became of a stream. A child that uses an inherited stream
-// takes its lane down first (the bytes go on by TCP); one that only closes it changes nothing.
+// Lifetime: Streams live in a slab that is never given back and are reused; a StreamRef therefore carries a generation, and a call
+// through a stale one gives -EBADF. No call needs a reference count. Threads: any number may call; each call takes the stream's
+// lock for its short parts and never sleeps with it held. fork: the slab is shared memory at one address, so that a child sees what
+// became of a stream. A child that uses an inherited stream takes its lane down first (the bytes go on by TCP); one that only
+// closes it changes nothing.
 #pragma once
 
 #include <sys/socket.h>
@@ -40,7 +41,8 @@ class Stream {
 
   // --- ends
   int shutdown(int fd, int how) const noexcept;  ///< includes the kernel's shutdown on the anchor
-  /// Before the kernel's close of the last descriptor of this process. The stream is gone afterwards; the caller then closes fd itself.
+  /// Before the kernel's close of the last descriptor of this process. The stream is gone afterwards; the caller then closes fd
+  /// itself.
   void close(int fd) const noexcept;
 
   // --- what the shim saw the program set
@@ -49,17 +51,19 @@ class Stream {
   void set_linger(bool on, int seconds) const noexcept;
   int inq(int fd) const noexcept;   ///< FIONREAD
   int outq(int fd) const noexcept;  ///< SIOCOUTQ
-  /// The lane goes, the stream stays on TCP for good: a mode that no lane can have, a call that we do not carry, a second process, an exec.
-  /// Waits for nobody. Cheap when there is no lane.
+  /// The lane goes, the stream stays on TCP for good: a mode that no lane can have, a call that we do not carry, a second process,
+  /// an exec. Waits for nobody. Cheap when there is no lane.
   void take_down(LaneReason reason) const noexcept;
 
   // --- waiting for several descriptors (poll, select, epoll); see the protocol below
-  bool has_lane() const noexcept;      ///< a lane may carry bytes now or soon: the call must take part in the protocol below
-  std::uint32_t poll(std::uint32_t events) const noexcept;  ///< POLLIN|POLLOUT|POLLPRI|POLLRDHUP… by the lane; POLL bits as EPOLL bits
-  /// Which of `events` the kernel must still watch on the anchor; the rest is the lane's. POLLERR and POLLHUP are always the kernel's.
+  bool has_lane() const noexcept;  ///< a lane may carry bytes now or soon: the call must take part in the protocol below
+  std::uint32_t poll(
+      std::uint32_t events) const noexcept;  ///< POLLIN|POLLOUT|POLLPRI|POLLRDHUP… by the lane; POLL bits as EPOLL bits
+  /// Which of `events` the kernel must still watch on the anchor; the rest is the lane's. POLLERR and POLLHUP are always the
+  /// kernel's.
   std::uint32_t kernel_events(std::uint32_t events) const noexcept;
-  bool maybe_ready() const noexcept;   ///< cheap peek for spinning: false = nothing new since the last poll()
-  void arm() const noexcept;           ///< the next change rings the process's bell
+  bool maybe_ready() const noexcept;        ///< cheap peek for spinning: false = nothing new since the last poll()
+  void arm() const noexcept;                ///< the next change rings the process's bell
   std::uint64_t rx_edges() const noexcept;  ///< grows with each arrival: a new value is a new EPOLLIN edge
   std::uint64_t tx_edges() const noexcept;  ///< grows each time the stream became writable again after it was not
   /// A wait in the kernel that does not have the bell in its set begins and ends (counted, so that no switch strands it).
@@ -76,7 +80,8 @@ class Stream {
 };
 
 // The protocol of a wait over several descriptors (poll, select, epoll_wait), kept by the caller:
-//   1. on_wait_entry() for each stream with has_lane(); poll() each; anything ready: also ask the kernel (time-out 0) now and then, return.
+//   1. on_wait_entry() for each stream with has_lane(); poll() each; anything ready: also ask the kernel (time-out 0) now and then,
+//   return.
 //   2. spin for engine::spin_budget(): maybe_ready() of each, then poll() where true; the kernel every few microseconds.
 //   3. engine::prepare_sleep(); arm() each; engine::arm_fence(); poll() each once more.
 //   4. sleep in the kernel on kernel_events() of each and engine::bell_fd(); then engine::end_sleep() and back to 1.

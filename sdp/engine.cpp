@@ -1,0 +1,341 @@
+#include "sdp/engine.hpp"
+
+#include <fcntl.h>
+#include <pthread.h>
+#include <sys/epoll.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cerrno>
+#include <cstdlib>
+#include <new>
+
+#include "rdma_core/base/clock.hpp"
+#include "rdma_core/base/log.hpp"
+#include "rdma_core/base/sys.hpp"
+#include "sdp/policy.hpp"
+#include "sdp/service.hpp"
+#include "sdp/stream_impl.hpp"
+
+namespace sdp::engine {
+
+namespace sys = rdma::sys;
+
+namespace {
+
+/// All there is per process. Constructed on first use and never destroyed: threads may be inside when the process exits.
+struct Engine {
+  Compose compose = nullptr;
+  LaneListener listener = nullptr;
+  Options options = parse_options();
+  rdma::SharedSlab streams{sizeof(StreamImpl)};
+  rdma::SharedSlab lanes{sizeof(Lane)};
+  rdma::SharedLock lock;  ///< guards service creation and the free list
+  StreamImpl* free_streams = nullptr;
+  std::atomic<Service*> service{nullptr};
+  bool service_failed = false;
+  std::atomic<int> parents_wake_fd{-1};
+  std::atomic<std::uint64_t> helper_fds[64] = {};  ///< bit set of descriptors kHelperBase..+4095
+  std::atomic<std::uint32_t> spin_success{128};    ///< 0..255: how often spinning paid lately
+  std::atomic<std::uint32_t> spin_probe{0};
+};
+
+alignas(Engine) std::byte engine_storage[sizeof(Engine)];
+std::atomic<Engine*> engine_pointer{nullptr};
+pthread_once_t engine_once = PTHREAD_ONCE_INIT;
+
+Engine& engine() noexcept {
+  Engine* e = engine_pointer.load(std::memory_order_acquire);
+  if (e != nullptr) [[likely]]
+    return *e;
+  pthread_once(&engine_once, [] { engine_pointer.store(new (engine_storage) Engine, std::memory_order_release); });
+  return *engine_pointer.load(std::memory_order_acquire);
+}
+
+/// One word that fork wipes: the process id, 0 in a new child.
+std::atomic<std::uint32_t>* pid_word() noexcept {
+  static std::atomic<std::uint32_t>* const word = [] {
+    void* page = mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (page == MAP_FAILED || madvise(page, 4096, MADV_WIPEONFORK) != 0) return static_cast<std::atomic<std::uint32_t>*>(nullptr);
+    return new (page) std::atomic<std::uint32_t>(0);
+  }();
+  return word;
+}
+
+Service* service() noexcept {
+  Engine& e = engine();
+  if (Service* s = e.service.load(std::memory_order_acquire)) return s;
+  (void)e.lock.lock();
+  Service* s = e.service.load(std::memory_order_relaxed);
+  if (s == nullptr && !e.service_failed) {
+    s = Service::start(e.options, e.compose);
+    e.service_failed = s == nullptr;
+    e.service.store(s, std::memory_order_release);
+  }
+  e.lock.unlock();
+  return s;
+}
+
+constexpr int kHelperBase = 0;
+
+struct ThreadBell {
+  int fd = -1;
+  Service* of = nullptr;
+  ~ThreadBell() {
+    if (fd >= 0) {
+      forget_helper_fd(fd);
+      sys::call(SYS_close, fd);
+    }
+  }
+};
+thread_local ThreadBell thread_bell;
+
+}  // namespace
+
+const Options& options() noexcept { return engine().options; }
+
+void configure(Compose compose, LaneListener listener) noexcept {
+  engine().compose = compose;
+  engine().listener = listener;
+}
+
+std::uint32_t process_id() noexcept {
+  std::atomic<std::uint32_t>* word = pid_word();
+  if (word == nullptr) return static_cast<std::uint32_t>(sys::call(SYS_getpid));
+  std::uint32_t pid = word->load(std::memory_order_relaxed);
+  if (pid == 0) [[unlikely]] {
+    pid = static_cast<std::uint32_t>(sys::call(SYS_getpid));
+    word->store(pid, std::memory_order_relaxed);
+  }
+  return pid;
+}
+
+int high_fd(int fd) noexcept {
+  if (fd < 0) return fd;
+  rlimit limit{};
+  sys::call(SYS_prlimit64, 0, RLIMIT_NOFILE, 0, sys::arg(&limit));
+  // High enough to be out of the way of the lowest-free rule and of close loops, low enough for any limit.
+  const int floor = limit.rlim_cur > 2048 ? 960 : static_cast<int>(limit.rlim_cur * 3 / 4);
+  const long high = sys::call(SYS_fcntl, fd, F_DUPFD_CLOEXEC, floor);
+  if (high >= 0) {
+    sys::call(SYS_close, fd);
+    fd = static_cast<int>(high);
+  }
+  remember_helper_fd(fd);
+  return fd;
+}
+
+void remember_helper_fd(int fd) noexcept {
+  if (fd >= 0 && fd < 4096) engine().helper_fds[fd / 64].fetch_or(std::uint64_t{1} << (fd % 64));
+}
+void forget_helper_fd(int fd) noexcept {
+  if (fd >= 0 && fd < 4096) engine().helper_fds[fd / 64].fetch_and(~(std::uint64_t{1} << (fd % 64)));
+}
+bool is_helper_fd(int fd) noexcept {
+  const Engine* e = engine_pointer.load(std::memory_order_acquire);
+  return e != nullptr && fd >= 0 && fd < 4096 && (e->helper_fds[fd / 64].load(std::memory_order_relaxed) >> (fd % 64) & 1) != 0;
+}
+
+StreamImpl* new_stream() noexcept {
+  Engine& e = engine();
+  (void)e.lock.lock();
+  StreamImpl* s = e.free_streams;
+  std::uint16_t generation = 1;
+  if (s != nullptr) {
+    e.free_streams = s->next;
+    generation = s->generation.load(std::memory_order_relaxed);
+  } else {
+    s = static_cast<StreamImpl*>(e.streams.allocate());
+  }
+  e.lock.unlock();
+  if (s == nullptr) return nullptr;
+  new (s) StreamImpl;
+  s->generation.store(generation == 0 ? 1 : generation, std::memory_order_release);
+  return s;
+}
+
+void free_stream(StreamImpl* s) noexcept {
+  if (s->stats != nullptr) release_stats(s->stats);
+  s->stats = nullptr;
+  s->lane = nullptr;
+  std::free(s->stash);
+  std::free(s->resend);
+  s->stash = s->resend = nullptr;
+  Engine& e = engine();
+  (void)e.lock.lock();
+  s->next = e.free_streams;
+  e.free_streams = s;
+  e.lock.unlock();
+}
+
+Stream handle_of(const StreamImpl* s) noexcept {
+  return Stream::from_word(reinterpret_cast<std::uint64_t>(s) | static_cast<std::uint64_t>(s->generation.load()) << 48);
+}
+
+void* lane_cell() noexcept { return engine().lanes.allocate(); }
+void free_lane_cell(void* cell) noexcept { engine().lanes.deallocate(cell); }
+
+Stream track(int fd, Role role) noexcept {
+  Engine& e = engine();
+  if (e.compose == nullptr || e.options.policy == Family::tcp) return {};
+  StreamImpl* s = new_stream();
+  if (s == nullptr) return {};
+  s->role = role;
+  s->fd = fd;
+  const long flags = sys::call(SYS_fcntl, fd, F_GETFL);
+  s->nonblocking.store(flags >= 0 && (flags & O_NONBLOCK) != 0, std::memory_order_relaxed);
+  s->stats = acquire_stats(fd);
+  return handle_of(s);
+}
+
+Stream inherit(Stream parents) noexcept {
+  if (!parents) return {};
+  auto* old = reinterpret_cast<StreamImpl*>(parents.word() & 0xffffffffffffULL);
+  StreamImpl* s = new_stream();
+  if (s == nullptr) return {};
+  s->role = old->role;
+  s->fd = old->fd;
+  s->nonblocking.store(old->nonblocking.load());
+  s->rcv_timeout_ns = old->rcv_timeout_ns;
+  s->snd_timeout_ns = old->snd_timeout_ns;
+  s->tcp_sent.store(old->tcp_sent.load());
+  s->tcp_received.store(old->tcp_received.load());
+  s->stats = acquire_stats(old->fd);
+  const Phase phase = old->phase.load();
+  if (phase == Phase::pursued || phase == Phase::laned) {
+    s->inherited = old;
+    s->inherited_generation = static_cast<std::uint16_t>(parents.word() >> 48);
+    s->owner = ~0U;
+    s->phase.store(Phase::laned);
+  } else {
+    s->phase.store(phase);
+  }
+  return handle_of(s);
+}
+
+void closed(StreamImpl* s, int fd) noexcept {
+  Service* running = engine().service.load(std::memory_order_acquire);
+  if (running == nullptr)
+    free_stream(s);
+  else
+    running->closed(s, fd);
+}
+
+void pursue(StreamImpl* s) noexcept {
+  if (Service* running = service()) {
+    running->pursue(s, s->generation.load());
+    return;
+  }
+  (void)s->lock.lock();
+  s->take_down_locked(LaneReason::no_resources);
+  s->lock.unlock();
+}
+
+void nudge() noexcept {
+  Engine& e = engine();
+  if (Service* running = e.service.load(std::memory_order_acquire)) return running->nudge();
+  const int fd = e.parents_wake_fd.load(std::memory_order_relaxed);
+  const std::uint64_t one = 1;
+  if (fd >= 0) sys::call(SYS_write, fd, sys::arg(&one), sizeof one);
+}
+
+void notify(Stream stream) noexcept {
+  if (engine().listener != nullptr) engine().listener(stream);
+}
+
+bool policy_allows(Role role, const rdma::cm::Anchor& anchor) noexcept {
+  return decide(engine().options, role, anchor.local, anchor.remote) != Family::tcp;
+}
+
+// --- waiting
+
+int bell_fd() noexcept {
+  Service* s = engine().service.load(std::memory_order_acquire);
+  return s != nullptr ? s->bell_fd() : -1;
+}
+
+int thread_bell_fd() noexcept {
+  Service* s = engine().service.load(std::memory_order_acquire);
+  if (s == nullptr || s->bell_fd() < 0) return -1;
+  if (thread_bell.fd >= 0 && thread_bell.of == s) return thread_bell.fd;
+  const int fd = high_fd(static_cast<int>(sys::call(SYS_epoll_create1, EPOLL_CLOEXEC)));
+  if (fd < 0) return -1;
+  epoll_event ev{EPOLLIN | EPOLLET, {.u64 = 0}};
+  sys::call(SYS_epoll_ctl, fd, EPOLL_CTL_ADD, s->bell_fd(), sys::arg(&ev));
+  thread_bell.fd = fd;
+  thread_bell.of = s;
+  return fd;
+}
+
+void prepare_sleep() noexcept {
+  const int fd = thread_bell_fd();
+  if (fd < 0) return;
+  epoll_event ev[1];
+  sys::call(SYS_epoll_pwait, fd, sys::arg(ev), 1, 0, 0, 8);
+}
+
+void arm_fence() noexcept {
+  Service* s = engine().service.load(std::memory_order_acquire);
+  if (s != nullptr && s->device() != nullptr) s->device()->arm_fence();
+}
+
+void end_sleep() noexcept {}
+
+void ring_bell() noexcept {
+  Service* s = engine().service.load(std::memory_order_acquire);
+  if (s != nullptr && s->channel() != nullptr) s->channel()->ring();
+}
+
+// Spinning pays while what is waited for comes sooner than a sleep and a wake-up would cost. The share of spins that found
+// something decides: below a quarter the budget shrinks with it, and near nothing only one wait in 16 still tries.
+std::int64_t spin_budget() noexcept {
+  Engine& e = engine();
+  const std::int64_t full = static_cast<std::int64_t>(e.options.spin_us) * 1000;
+  const std::uint32_t success = e.spin_success.load(std::memory_order_relaxed);
+  if (success >= 64) return full;
+  if (success < 8) return (e.spin_probe.fetch_add(1, std::memory_order_relaxed) & 15) == 0 ? full : 0;
+  return full * success / 64;
+}
+
+void spin_result(bool found) noexcept {
+  Engine& e = engine();
+  const std::uint32_t success = e.spin_success.load(std::memory_order_relaxed);
+  e.spin_success.store(found ? success + (255 - success) / 8 : success - success / 8 - (success != 0 ? 1 : 0),
+                       std::memory_order_relaxed);
+}
+
+// --- fork and exit
+
+void before_fork() noexcept {
+  if (engine_pointer.load(std::memory_order_acquire) != nullptr) (void)engine().lock.lock();
+}
+void after_fork_parent() noexcept {
+  if (engine_pointer.load(std::memory_order_acquire) != nullptr) engine().lock.unlock();
+}
+void after_fork_child() noexcept {
+  Engine* e = engine_pointer.load(std::memory_order_acquire);
+  if (e == nullptr) return;
+  new (&e->lock) rdma::SharedLock;
+  if (Service* parents = e->service.load()) {
+    e->parents_wake_fd.store(parents->wake_fd());
+    parents->abandon_in_child();
+  }
+  e->service.store(nullptr);
+  e->service_failed = false;
+  e->free_streams = nullptr;  // the parent's cells
+  thread_bell.fd = -1;
+  forget_stats_in_child();
+}
+
+void at_exit() noexcept {
+  Engine* e = engine_pointer.load(std::memory_order_acquire);
+  if (e == nullptr) return;
+  if (Service* running = e->service.load(std::memory_order_acquire)) running->stop_at_exit();
+  if (!e->options.stats_file.empty()) write_stats_report(e->options);
+}
+
+}  // namespace sdp::engine

@@ -1,0 +1,50 @@
+// A position in an iovec array. Never copies the array; the caller's iovecs stay as they are.
+#pragma once
+
+#include <sys/uio.h>
+
+#include <cstddef>
+
+namespace sdp {
+
+class IovCursor {
+ public:
+  IovCursor(const iovec* iov, std::size_t count) noexcept : iov_(iov), end_(iov + count) { skip_empty(); }
+
+  bool done() const noexcept { return iov_ == end_; }
+  std::byte* data() const noexcept { return static_cast<std::byte*>(iov_->iov_base) + offset_; }
+  std::size_t chunk() const noexcept { return iov_->iov_len - offset_; }  ///< bytes at data(); > 0 unless done()
+  void advance(std::size_t bytes) noexcept {                              ///< at most chunk()
+    offset_ += bytes;
+    if (offset_ == iov_->iov_len) {
+      ++iov_;
+      offset_ = 0;
+      skip_empty();
+    }
+  }
+  std::size_t remaining() const noexcept {
+    std::size_t sum = 0;
+    for (const iovec* v = iov_; v != end_; ++v) sum += v->iov_len;
+    return sum - offset_;
+  }
+  /// What is left as iovecs of its own, at most `max`; returns how many were written.
+  std::size_t rest(iovec* out, std::size_t max) const noexcept {
+    std::size_t n = 0;
+    for (const iovec* v = iov_; v != end_ && n < max; ++v) {
+      const std::size_t skip = v == iov_ ? offset_ : 0;
+      if (v->iov_len == skip) continue;
+      out[n++] = iovec{static_cast<std::byte*>(v->iov_base) + skip, v->iov_len - skip};
+    }
+    return n;
+  }
+
+ private:
+  void skip_empty() noexcept {
+    while (iov_ != end_ && iov_->iov_len == 0) ++iov_;
+  }
+  const iovec* iov_;
+  const iovec* end_;
+  std::size_t offset_ = 0;
+};
+
+}  // namespace sdp

@@ -1,0 +1,126 @@
+#include "sdp/lane.hpp"
+
+#include <cerrno>
+#include <cstring>
+#include <new>
+
+#include "rdma_core/base/log.hpp"
+
+namespace sdp {
+
+using rdma::RecvWr;
+using rdma::Result;
+using rdma::Unit;
+
+bool Lane::allocate_buffer(Buffer& buffer, std::uint32_t size) noexcept {
+  const std::uint32_t prefix = device_->attr().recv_prefix_bytes;
+  const std::size_t bytes = (size + prefix + 63) & ~std::size_t{63};
+  auto block = (*peer_)->heap->allocate(bytes, 64);
+  if (!block) return false;
+  buffer = Buffer{block->addr, block->addr + prefix, size, block->mr->lkey};
+  buffer_bytes_ += bytes;
+  return true;
+}
+
+Result<Unit> Lane::open(rdma::CompletionChannel* channel) noexcept {
+  PeerContext& peer = **peer_;
+  device_ = peer.device;
+  max_sge_ = device_->attr().max_sge < 8 ? device_->attr().max_sge : 8;
+  auto words = peer.heap->allocate(sizeof(SwitchWords), 64);
+  if (!words) return rdma::Err{words.error()};
+  words_ = new (words->addr) SwitchWords{};
+  words_mr_view_.addr = words->mr->addr;
+  words_mr_view_.remote_base = words->mr->remote_base;
+  words_mr_view_.rkey = words->mr->rkey;
+
+  auto cq = device_->create_cq(4 * kMaxBuffers, channel);
+  if (!cq) return rdma::Err{cq.error()};
+  cq_ = cq.value().release();
+  rdma::QpInit init;
+  init.send_cq = cq_;
+  init.recv_cq = cq_;
+  init.send_depth = kMaxInFlight;
+  init.recv_depth = kRing;
+  init.max_inline = limits_.conn.recv_size_max;
+  auto qp = peer.pd->create_qp(init);
+  if (!qp) return rdma::Err{qp.error()};
+  qp_ = qp.value().release();
+
+  for (std::uint16_t i = 0; i < limits_.conn.recv_buffers + 1; ++i) {
+    if (!allocate_buffer(buffers_[i], limits_.conn.recv_size)) return rdma::fail(ENOMEM, "lane: no memory for receive buffers");
+    ++buffer_count_;
+    const RecvWr wr{i, buffers_[i].addr, buffers_[i].size, buffers_[i].lkey};
+    if (qp_->post_recv({&wr, 1}) != rdma::Post::ok) return rdma::fail(EIO, "lane: cannot post receive buffers");
+  }
+  return Unit{};
+}
+
+void Lane::close() noexcept {
+  delete qp_;
+  delete cq_;
+  qp_ = nullptr;
+  cq_ = nullptr;
+  if (words_ != nullptr) (*peer_)->heap->deallocate(reinterpret_cast<std::byte*>(words_));
+  words_ = nullptr;
+  for (Buffer& b : buffers_)
+    if (b.block != nullptr) (*peer_)->heap->deallocate(b.block);
+  buffers_ = {};
+  delete peer_;
+  peer_ = nullptr;
+}
+
+LaneProposal Lane::proposal() const noexcept {
+  LaneProposal p;
+  p.words_addr =
+      words_mr_view_.remote_base + static_cast<std::uint64_t>(reinterpret_cast<std::byte*>(words_) - words_mr_view_.addr);
+  p.words_rkey = static_cast<std::uint32_t>(words_mr_view_.rkey);
+  return p;
+}
+
+void Lane::set_peer(const LaneProposal& proposal) noexcept {
+  peer_words_addr_ = proposal.words_addr;
+  peer_words_rkey_ = static_cast<rdma::Rkey>(proposal.words_rkey);
+}
+
+void Lane::send_hello(const wire::HelloHeader& addresses) noexcept {
+  std::array<std::byte, wire::kHelloBytes> hello;
+  conn.emit_hello(addresses, hello);
+  const rdma::Sge sge{hello.data(), static_cast<std::uint32_t>(hello.size()), {}};
+  post_message(&sge, 1);
+}
+
+void Lane::write_word(Word which, std::uint64_t value) noexcept {
+  if (peer_words_addr_ == 0 || qp_ == nullptr) return;
+  const std::uint64_t raw = value + 1;
+  const rdma::Sge sge{reinterpret_cast<const std::byte*>(&raw), sizeof raw, {}};
+  rdma::SendWr wr;
+  wr.opcode = rdma::WrOpcode::rdma_write;
+  wr.flags = rdma::kInline | rdma::kSolicited;
+  wr.sge_count = 1;
+  wr.sges = &sge;
+  wr.remote_addr = peer_words_addr_ + 8 * which;
+  wr.rkey = peer_words_rkey_;
+  if (qp_->post_send(wr) != rdma::Post::ok) dead_ = true;
+}
+
+bool Lane::read_back(std::uint64_t from, std::byte* out, std::size_t bytes) const noexcept {
+  const CreditWindow& credit = conn.credit();
+  std::size_t done = 0;
+  // The oldest unread message is at most kMaxInFlight back; walk forward from there.
+  const std::uint32_t depth = kMaxInFlight < credit.sent() ? kMaxInFlight : credit.sent();
+  for (std::uint32_t mseq = credit.sent() - depth + 1; mseq != credit.sent() + 1 && done < bytes; ++mseq) {
+    const Sent& s = sent_[mseq % kMaxInFlight];
+    const std::uint64_t want = from + done;
+    const auto msg = qp_->sent_message(s.number);
+    if (msg.size() <= wire::kBsdhBytes) continue;
+    const std::size_t payload = msg.size() - wire::kBsdhBytes;
+    if (want < s.start || want >= s.start + payload) continue;
+    const std::size_t skip = want - s.start;
+    const std::size_t n = payload - skip < bytes - done ? payload - skip : bytes - done;
+    std::memcpy(out + done, msg.data() + wire::kBsdhBytes + skip, n);
+    done += n;
+  }
+  return done == bytes;
+}
+
+}  // namespace sdp

@@ -1,0 +1,189 @@
+// Lane: an SDP connection on a QP, as the engine of one stream: buffers, queue of unread payload, and the switch words.
+//
+// The switch words say where each direction of the stream changes between TCP and the lane. The peer writes ours by RDMA Write and
+// we write the peer's: no SDP credit, no sequence number, legal at any time, each a single 8-byte store. A lane of the software
+// device can therefore be taken down by stores alone, also by a fork's child and before an exec.
+//
+// Memory: Lanes lie in a slab that fork's children share. The Qp, Cq and heap they point to are the maker's; a child uses nothing
+// of them but write_word(). Threads: the stream's lock guards everything but maybe_ready(), words() and the sleeping functions.
+#pragma once
+
+#include <sys/uio.h>
+
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "rdma_core/device.hpp"
+#include "rdma_core/registered_heap.hpp"
+#include "sdp/connection.hpp"
+#include "sdp/iov_cursor.hpp"
+
+namespace sdp {
+
+/// What belongs to one peer process on one device. Made by the service thread, shared by the lanes to that peer.
+struct PeerContext {
+  rdma::Device* device = nullptr;
+  rdma::Path path{};
+  std::unique_ptr<rdma::Pd> pd;
+  std::unique_ptr<rdma::RegisteredHeap> heap;
+};
+
+/// Written by the peer, each once, as value + 1 (0: not yet said). Positions count bytes of that direction.
+enum Word : std::uint8_t {
+  kPrepare,  ///< "I would like to send by the lane"
+  kReady,    ///< "I read the anchor only up to the byte that kSwitch will name"
+  kSwitch,   ///< position of the anchor's stream: all later bytes come by the lane
+  kEnd,      ///< position of the lane's stream: all later bytes come by the anchor
+  kAbandon,  ///< position of the lane's stream: "I have read this far and read no further; send the rest by the anchor"
+  kGone,     ///< "I write no more to your memory": buffers may be given back
+  kWords = 8,
+};
+struct alignas(64) SwitchWords {
+  std::array<std::atomic<std::uint64_t>, kWords> word;
+};
+static_assert(sizeof(SwitchWords) == 64);
+
+/// Private data of the CM's request and reply: where our switch words lie, and the byte counts that both ends compare.
+struct LaneProposal {
+  static constexpr std::uint32_t kMagic = 0x4C504453;  // "SDPL"
+  static constexpr std::uint32_t kVersion = 1;
+  std::uint32_t magic = kMagic;
+  std::uint32_t version = kVersion;
+  std::uint64_t words_addr = 0;
+  std::uint32_t words_rkey = 0;
+  std::uint32_t reserved = 0;
+  std::uint64_t tcp_sent = 0;      ///< bytes that this side's stream had given to TCP
+  std::uint64_t tcp_received = 0;  ///< bytes that it had taken from TCP
+};
+static_assert(sizeof(LaneProposal) == 40, "fits the 56 bytes of an IB REQ");
+
+struct LaneLimits {
+  ConnLimits conn;
+  std::uint16_t recv_buffers_max = 64;  ///< grown to under load
+};
+
+class Lane {
+ public:
+  static constexpr std::uint16_t kMaxBuffers = 129;   ///< one more than the largest grant: Hello is outside the account
+  static constexpr std::uint32_t kMaxInFlight = 256;  ///< messages that the peer has not acknowledged
+
+  Lane(std::shared_ptr<PeerContext>* peer, const LaneLimits& limits) noexcept : conn(limits.conn), limits_(limits), peer_(peer) {}
+
+  /// Makes words, CQ and QP and posts the first buffers. Errors: those of the device.
+  rdma::Result<rdma::Unit> open(rdma::CompletionChannel* channel) noexcept;
+  /// Gives everything back. Only in the process that opened it, and only after the peer said kGone or its link is dead.
+  void close() noexcept;
+
+  rdma::Qp& qp() noexcept { return *qp_; }
+  rdma::Device& device() noexcept { return *device_; }
+  LaneProposal proposal() const noexcept;
+  void set_peer(const LaneProposal& proposal) noexcept;  ///< the caller has checked magic and version
+  void send_hello(const wire::HelloHeader& addresses) noexcept;
+
+  // --- datapath (lane_datapath.cpp)
+  /// Takes what credits allow; returns the bytes taken. `from` advances.
+  std::size_t send(IovCursor& from) noexcept;
+  /// Copies unread payload; `consume` false leaves it (MSG_PEEK). Returns the bytes copied.
+  std::size_t recv(IovCursor& to, bool consume) noexcept;
+  /// Drops unread payload as if it had been read (MSG_TRUNC).
+  std::size_t discard(std::size_t bytes) noexcept;
+  /// Handles what has come: headers, credits, control. Payload waits in the queue. Then sends the control messages that are due.
+  void drain() noexcept;
+  void send_due_control() noexcept { send_control(); }  ///< after something became due outside drain()
+  bool maybe_ready() const noexcept { return cq_->maybe_ready(); }
+  bool may_send() const noexcept {
+    return conn.may_send_payload() && conn.credit().sent() - conn.credit().acked() < kMaxInFlight && !dead_;
+  }
+  std::uint64_t unread() const noexcept { return rx_bytes_queued_; }
+
+  std::uint64_t tx_bytes() const noexcept { return tx_bytes_; }  ///< payload sent since the lane came up
+  std::uint64_t rx_bytes() const noexcept { return rx_bytes_; }  ///< payload that the program has read
+  std::uint64_t rx_arrivals() const noexcept { return rx_arrivals_; }
+  std::uint64_t tx_messages() const noexcept { return tx_messages_; }
+  std::uint64_t rx_messages() const noexcept { return rx_arrivals_; }
+  bool dead() const noexcept { return dead_; }  ///< protocol or transport failure: conn.error() says what
+  bool peer_disconn() const noexcept { return peer_disconn_; }
+
+  // --- switch words
+  void write_word(Word which, std::uint64_t value) noexcept;
+  /// The peer's word, or nothing if not said yet.
+  bool said(Word which, std::uint64_t* value = nullptr) const noexcept {
+    const std::uint64_t raw = words_->word[which].load(std::memory_order_acquire);
+    if (raw == 0) return false;
+    if (value != nullptr) *value = raw - 1;
+    return true;
+  }
+  /// Copies lane bytes [from, tx_bytes) that the peer has not read back out of its memory, for the anchor. False: they are not
+  /// there.
+  bool read_back(std::uint64_t from, std::byte* out, std::size_t bytes) const noexcept;
+
+  // --- sleeping
+  void arm(std::uint8_t wake) noexcept { cq_->arm(wake); }
+  std::atomic<std::uint32_t>* wake_word() noexcept { return cq_->wake_word(); }
+  void wake_sleepers() noexcept { cq_->wake_sleepers(); }
+
+  std::uint16_t recv_credits() const noexcept { return conn.credit().posted(); }
+  std::size_t memory_bytes() const noexcept { return buffer_bytes_; }
+
+  Connection conn;
+
+ private:
+  struct Buffer {
+    std::byte* block = nullptr;  ///< as allocated
+    std::byte* addr = nullptr;
+    std::uint32_t size = 0;
+    rdma::Lkey lkey{};
+  };
+  struct Unread {
+    std::uint32_t buffer;
+    std::uint32_t offset;
+    std::uint32_t length;
+  };
+  static constexpr std::uint32_t kRing = 256;  ///< power of two, above kMaxBuffers
+
+  bool allocate_buffer(Buffer& buffer, std::uint32_t size) noexcept;
+  bool post_message(const rdma::Sge* sges, std::uint8_t count) noexcept;
+  void send_control() noexcept;
+  void home(std::uint32_t buffer) noexcept;
+  void flush_posts() noexcept;
+  void grow_count() noexcept;
+  void on_completion(const rdma::Wc& wc) noexcept;
+
+  LaneLimits limits_;
+  bool dead_ = false;
+  bool peer_disconn_ = false;
+  std::uint16_t buffer_count_ = 0;
+  std::uint16_t small_left_ = 0;  ///< buffers still below wanted_recv_size
+  std::uint16_t pending_posts_ = 0;
+  std::uint16_t full_messages_ = 0;  ///< Data messages in a row that were as long as the peer allows
+  std::uint32_t max_sge_ = 1;
+
+  std::uint32_t rx_head_ = 0, rx_tail_ = 0;  ///< unread queue: [head, tail)
+  std::uint64_t rx_bytes_queued_ = 0, rx_bytes_ = 0, rx_arrivals_ = 0;
+  std::uint64_t tx_bytes_ = 0, tx_messages_ = 0;
+  std::uint64_t sends_ = 0;  ///< Sends posted since the QP was made, of every kind
+
+  rdma::Device* device_ = nullptr;
+  rdma::Cq* cq_ = nullptr;
+  rdma::Qp* qp_ = nullptr;
+  SwitchWords* words_ = nullptr;
+  std::shared_ptr<PeerContext>* peer_;
+  rdma::Mr words_mr_view_;
+  std::uint64_t peer_words_addr_ = 0;
+  rdma::Rkey peer_words_rkey_{};
+  std::size_t buffer_bytes_ = 0;
+
+  std::array<Buffer, kMaxBuffers> buffers_{};
+  std::array<Unread, kRing> unread_{};
+  std::array<std::uint32_t, 32> post_list_{};
+  struct Sent {
+    std::uint64_t start;   ///< lane position of the first payload byte
+    std::uint64_t number;  ///< which Send of the QP
+  };
+  std::array<Sent, kMaxInFlight> sent_{};  ///< by MSeq, for read_back
+};
+
+}  // namespace sdp

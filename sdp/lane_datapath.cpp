@@ -1,0 +1,235 @@
+// The per-message code of a lane: no allocation but when buffers grow, no lock, no system call beyond the device's bell.
+#include <algorithm>
+#include <cstring>
+
+#include "rdma_core/base/log.hpp"
+#include "sdp/lane.hpp"
+
+namespace sdp {
+
+using rdma::Post;
+using rdma::RecvWr;
+using rdma::SendWr;
+using rdma::Sge;
+using rdma::Wc;
+
+bool Lane::post_message(const Sge* sges, std::uint8_t count) noexcept {
+  SendWr wr;
+  wr.flags = rdma::kInline;
+  wr.sge_count = count;
+  wr.sges = sges;
+  if (qp_->post_send(wr) != Post::ok) [[unlikely]] {
+    // Credits and the in-flight bound keep the queues from filling: what is left is a QP in error.
+    dead_ = true;
+    conn.abort("the QP is in error");
+    return false;
+  }
+  ++sends_;
+  return true;
+}
+
+std::size_t Lane::send(IovCursor& from) noexcept {
+  std::size_t total = 0;
+  while (!from.done()) {
+    if (!may_send()) break;
+    std::byte head[wire::kBsdhBytes];
+    Sge sges[8];
+    sges[0] = Sge{head, sizeof head, {}};
+    std::uint8_t count = 1;
+    std::uint32_t payload = 0;
+    const std::uint32_t limit = conn.max_payload();
+    while (!from.done() && payload < limit && count < max_sge_) {
+      const std::size_t n = std::min<std::size_t>(from.chunk(), limit - payload);
+      sges[count++] = Sge{from.data(), static_cast<std::uint32_t>(n), {}};
+      payload += static_cast<std::uint32_t>(n);
+      from.advance(n);
+    }
+    conn.emit_data(payload, head);
+    sent_[conn.credit().sent() % kMaxInFlight] = Sent{tx_bytes_, sends_};
+    if (!post_message(sges, count)) break;
+    tx_bytes_ += payload;
+    ++tx_messages_;
+    total += payload;
+    if (payload != limit) {
+      full_messages_ = 0;
+    } else if (++full_messages_ >= 8 && limit < limits_.conn.recv_size_max - wire::kBsdhBytes && !conn.resize_pending())
+        [[unlikely]] {
+      conn.want_peer_recv_size(limits_.conn.recv_size_max);
+      send_control();
+    }
+  }
+  return total;
+}
+
+void Lane::send_control() noexcept {
+  if (conn.hello_ack_due()) [[unlikely]] {
+    std::array<std::byte, wire::kHelloAckBytes> ack;
+    conn.emit_hello_ack(ack);
+    const Sge sge{ack.data(), static_cast<std::uint32_t>(ack.size()), {}};
+    post_message(&sge, 1);
+  }
+  std::array<std::byte, Connection::kControlBytes> message;
+  while (const std::size_t n = conn.next_control(message)) {
+    sent_[conn.credit().sent() % kMaxInFlight] = Sent{tx_bytes_, sends_};
+    const Sge sge{message.data(), static_cast<std::uint32_t>(n), {}};
+    if (!post_message(&sge, 1)) return;
+  }
+}
+
+void Lane::home(std::uint32_t index) noexcept {
+  Buffer& b = buffers_[index];
+  if (small_left_ != 0 && b.size < conn.wanted_recv_size()) [[unlikely]] {
+    Buffer larger;
+    if (allocate_buffer(larger, conn.wanted_recv_size())) {
+      (*peer_)->heap->deallocate(b.block);
+      buffer_bytes_ -= b.size;
+      b = larger;
+      if (--small_left_ == 0) conn.resize_done(b.size);
+    }
+  }
+  post_list_[pending_posts_++] = index;
+  if (pending_posts_ == post_list_.size()) flush_posts();
+}
+
+void Lane::flush_posts() noexcept {
+  RecvWr wrs[32];
+  const std::uint16_t n = pending_posts_;
+  for (std::uint16_t i = 0; i < n; ++i) {
+    const Buffer& b = buffers_[post_list_[i]];
+    wrs[i] = RecvWr{post_list_[i], b.addr, b.size, b.lkey};
+  }
+  pending_posts_ = 0;
+  if (qp_->post_recv({wrs, n}) == Post::ok) conn.on_posted(n);
+}
+
+// Buffer 0 took Hello and is out of the account; buffer 1 stands for the size in force.
+void Lane::grow_count() noexcept {
+  const std::uint16_t target = std::min<std::uint16_t>(limits_.recv_buffers_max + 1, kMaxBuffers);
+  const std::uint32_t size = std::max(conn.wanted_recv_size(), buffers_[1].size);
+  for (std::uint16_t n = buffer_count_; n > 0 && buffer_count_ < target; --n) {
+    if (!allocate_buffer(buffers_[buffer_count_], size)) return;
+    post_list_[pending_posts_++] = buffer_count_++;
+    if (pending_posts_ == post_list_.size()) flush_posts();
+  }
+}
+
+void Lane::on_completion(const Wc& wc) noexcept {
+  if (wc.status != rdma::WcStatus::success) [[unlikely]] {
+    dead_ = true;
+    conn.abort(to_string(wc.status));
+    return;
+  }
+  if (wc.opcode != rdma::WcOpcode::recv) return;
+  const auto index = static_cast<std::uint32_t>(wc.wr_id);
+  const Buffer& b = buffers_[index];
+  const Rx rx = conn.on_message({b.addr, wc.byte_len});
+  if (rx == Rx::payload) [[likely]] {
+    constexpr auto head = static_cast<std::uint32_t>(wire::kBsdhBytes);
+    unread_[rx_tail_++ % kRing] = Unread{index, head, wc.byte_len - head};
+    rx_bytes_queued_ += wc.byte_len - head;
+    ++rx_arrivals_;
+    return;
+  }
+  switch (rx) {
+    case Rx::established:
+      return;  // Hello's buffer was outside the account and is not posted again
+    case Rx::disconn:
+      peer_disconn_ = true;
+      break;
+    case Rx::resize:
+      small_left_ = buffer_count_ - 1;
+      for (std::uint16_t i = 0; i < buffer_count_; ++i)
+        if (buffers_[i].size >= conn.wanted_recv_size()) --small_left_;
+      break;
+    case Rx::abort:
+      RDMA_LOG(warn, "lane ended: %s", conn.error());
+      dead_ = true;
+      return;
+    default:
+      break;
+  }
+  home(index);
+}
+
+void Lane::drain() noexcept {
+  if (!cq_->maybe_ready()) return;
+  Wc wcs[16];
+  unsigned n = 0;
+  do {
+    n = cq_->poll(wcs);
+    for (unsigned i = 0; i < n; ++i) on_completion(wcs[i]);
+  } while (n == std::size(wcs) && rx_tail_ - rx_head_ < kRing - 2 * std::size(wcs));
+  if (pending_posts_ != 0) flush_posts();
+  if (rx_tail_ - rx_head_ > buffer_count_ / 2U && buffer_count_ <= limits_.recv_buffers_max) [[unlikely]] {
+    grow_count();
+    if (pending_posts_ != 0) flush_posts();
+  }
+  send_control();
+}
+
+std::size_t Lane::recv(IovCursor& to, bool consume) noexcept {
+  std::size_t total = 0;
+  std::uint32_t at = rx_head_;
+  std::uint32_t offset_in_front = 0;
+  while (!to.done()) {
+    if (at == rx_tail_) {
+      drain();
+      if (at == rx_tail_) break;
+    }
+    Unread& u = unread_[at % kRing];
+    const std::uint32_t skip = consume ? 0 : offset_in_front;
+    const std::size_t n = std::min<std::size_t>(u.length - skip, to.chunk());
+    std::memcpy(to.data(), buffers_[u.buffer].addr + u.offset + skip, n);
+    to.advance(n);
+    total += n;
+    if (consume) {
+      u.offset += static_cast<std::uint32_t>(n);
+      u.length -= static_cast<std::uint32_t>(n);
+      if (u.length == 0) {
+        const std::uint32_t buffer = u.buffer;
+        rx_head_ = ++at;
+        home(buffer);
+      }
+    } else {
+      offset_in_front += static_cast<std::uint32_t>(n);
+      if (offset_in_front == u.length) {
+        ++at;
+        offset_in_front = 0;
+      }
+    }
+  }
+  if (consume) {
+    rx_bytes_queued_ -= total;
+    rx_bytes_ += total;
+    if (pending_posts_ != 0) flush_posts();
+    if (conn.credit().update_is_due()) send_control();
+  }
+  return total;
+}
+
+std::size_t Lane::discard(std::size_t bytes) noexcept {
+  std::size_t total = 0;
+  while (total < bytes) {
+    if (rx_head_ == rx_tail_) {
+      drain();
+      if (rx_head_ == rx_tail_) break;
+    }
+    Unread& u = unread_[rx_head_ % kRing];
+    const std::size_t n = std::min<std::size_t>(u.length, bytes - total);
+    u.offset += static_cast<std::uint32_t>(n);
+    u.length -= static_cast<std::uint32_t>(n);
+    total += n;
+    if (u.length == 0) {
+      const std::uint32_t buffer = u.buffer;
+      ++rx_head_;
+      home(buffer);
+    }
+  }
+  rx_bytes_queued_ -= total;
+  rx_bytes_ += total;
+  if (pending_posts_ != 0) flush_posts();
+  if (conn.credit().update_is_due()) send_control();
+  return total;
+}
+
+}  // namespace sdp

@@ -1,0 +1,509 @@
+#include "sdp/service.hpp"
+
+#include <netinet/in.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <new>
+
+#include "rdma_core/base/clock.hpp"
+#include "rdma_core/base/log.hpp"
+#include "rdma_core/base/sys.hpp"
+#include "sdp/anchor_address.hpp"
+
+namespace sdp {
+
+namespace sys = rdma::sys;
+namespace cm = rdma::cm;
+
+namespace {
+
+constexpr std::uint64_t kWakeTag = 1, kCmTag = 2, kBellTag = 3;  // all others are StreamImpl addresses
+constexpr unsigned kMeetMs = 3000;                               // how long a connection looks for its peer
+constexpr std::int64_t kHandshakeNs = 3'000'000'000;
+constexpr int kTendMs = 20;
+
+std::int64_t now_ns() noexcept { return rdma::SteadyClock{}.now(); }
+
+LaneReason reason_of(cm::Reason reason) noexcept {
+  switch (reason) {
+    case cm::Reason::wrong_owner:
+      return LaneReason::wrong_owner;
+    case cm::Reason::version_mismatch:
+      return LaneReason::version;
+    case cm::Reason::refused:
+      return LaneReason::refused;
+    case cm::Reason::no_resources:
+      return LaneReason::no_resources;
+    case cm::Reason::bad_message:
+      return LaneReason::protocol_error;
+    case cm::Reason::peer_died:
+      return LaneReason::peer_gone;
+    default:
+      return LaneReason::no_peer;
+  }
+}
+
+}  // namespace
+
+/// SDP as a client of the midlayer: it takes every device that can carry it, of either node type.
+struct Service::Client final : rdma::DeviceClient {
+  explicit Client(Service& s) : service(s) {}
+  const char* name() const noexcept override { return "sdp"; }
+  void device_added(rdma::Device& device) override {
+    if (service.device_ == nullptr) service.device_ = &device;
+  }
+  void device_removed(rdma::Device& device) noexcept override {
+    if (service.device_ == &device) service.device_ = nullptr;
+  }
+  Service& service;
+};
+
+Service* Service::start(const Options& options, engine::Compose compose) noexcept {
+  auto* service = new (std::nothrow) Service(options, compose);
+  if (service == nullptr) return nullptr;
+  service->wake_fd_.store(engine::high_fd(static_cast<int>(sys::call(SYS_eventfd2, 0, EFD_NONBLOCK | EFD_CLOEXEC))));
+  service->epoll_fd_ = engine::high_fd(static_cast<int>(sys::call(SYS_epoll_create1, EPOLL_CLOEXEC)));
+  sigset_t all, old;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &old);
+  pthread_attr_t attr;
+  pthread_attr_init(&attr);
+  pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
+  pthread_attr_setstacksize(&attr, 512 * 1024);
+  pthread_t thread;
+  const int failed = pthread_create(&thread, &attr, thread_main, service);
+  pthread_attr_destroy(&attr);
+  pthread_sigmask(SIG_SETMASK, &old, nullptr);
+  if (failed != 0) {
+    RDMA_LOG(warn, "no service thread (%s): everything stays on TCP", std::strerror(failed));
+    return nullptr;
+  }
+  return service;
+}
+
+void* Service::thread_main(void* self) noexcept {
+  pthread_setname_np(pthread_self(), "sdpreload");
+  static_cast<Service*>(self)->run();
+  return nullptr;
+}
+
+bool Service::open() noexcept {
+  composition_ = compose_ != nullptr ? compose_(options_) : nullptr;
+  if (composition_ == nullptr || composition_->managers.empty()) return false;
+  static_assert(sizeof(Client) > 0);
+  auto* client = new Client(*this);
+  composition_->registry.register_client(*client);
+  if (device_ == nullptr) return false;
+  auto channel = device_->create_channel();
+  if (!channel) return false;
+  channel_ = std::move(channel.value());
+  cm_ = composition_->managers.front().get();
+  cm_->on_event([this](const cm::Event& event) { on_cm_event(event); });
+  const auto watch = [this](int fd, std::uint32_t events, std::uint64_t tag) {
+    epoll_event ev{events, {.u64 = tag}};
+    sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_ADD, fd, sys::arg(&ev));
+  };
+  watch(wake_fd_.load(), EPOLLIN, kWakeTag);
+  watch(cm_->fd(), EPOLLIN, kCmTag);
+  watch(channel_->fd(), EPOLLIN | EPOLLET, kBellTag);
+  bell_fd_.store(channel_->fd(), std::memory_order_release);
+  return true;
+}
+
+void Service::run() noexcept {
+  if (!open()) {
+    RDMA_LOG(warn, "no device carries SDP here: everything stays on TCP");
+    return;
+  }
+  for (;;) {
+    take_commands();
+    poll_handshakes();
+    look_after_lanes();
+    int timeout = cm_->next_timeout_ms();
+    const bool busy = !handshakes_.empty() || !dying_.empty();
+    const bool resending = std::any_of(laned_.begin(), laned_.end(), [](const StreamImpl* s) { return s->resend != nullptr; });
+    if ((busy || resending) && (timeout < 0 || timeout > kTendMs)) timeout = kTendMs;
+    epoll_event events[32];
+    const long n = sys::call(SYS_epoll_pwait, epoll_fd_, sys::arg(events), 32, timeout, 0, 8);
+    for (long i = 0; i < n; ++i) {
+      const std::uint64_t tag = events[i].data.u64;
+      if (tag == kWakeTag) {
+        std::uint64_t count = 0;
+        sys::call(SYS_read, wake_fd_.load(), sys::arg(&count), sizeof count);
+      } else if (tag != kCmTag && tag != kBellTag) {
+        on_anchor(reinterpret_cast<StreamImpl*>(tag));
+      }
+    }
+    cm_->progress();
+  }
+}
+
+void Service::pursue(StreamImpl* stream, std::uint16_t generation) noexcept {
+  (void)command_lock_.lock();
+  commands_.push_back({Command::Kind::pursue, stream, generation, -1});
+  command_lock_.unlock();
+  nudge();
+}
+
+// The cell goes back only through the service thread, after it has forgotten the stream: nothing of a stream outlives it here.
+void Service::closed(StreamImpl* stream, int fd) noexcept {
+  if (stream->watched) sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_DEL, fd, 0);
+  (void)command_lock_.lock();
+  commands_.push_back({Command::Kind::closed, stream, 0, fd});
+  command_lock_.unlock();
+  nudge();
+}
+
+void Service::nudge() noexcept {
+  const std::uint64_t one = 1;
+  sys::call(SYS_write, wake_fd_.load(std::memory_order_relaxed), sys::arg(&one), sizeof one);
+}
+
+void Service::take_commands() noexcept {
+  std::vector<Command> taken;
+  (void)command_lock_.lock();
+  taken.swap(commands_);
+  command_lock_.unlock();
+  for (const Command& c : taken) {
+    if (c.kind == Command::Kind::pursue) {
+      begin(c.stream, c.generation);
+      continue;
+    }
+    for (auto it = handshakes_.begin(); it != handshakes_.end();) {
+      if (it->second.stream != c.stream) {
+        ++it;
+        continue;
+      }
+      cm_->withdraw(it->first);
+      if (it->second.conn != cm::ConnId::none) cm_->disconnect(it->second.conn);
+      if (it->second.lane != nullptr) dying_.push_back({nullptr, it->second.lane, 0, true});
+      it = handshakes_.erase(it);
+    }
+    std::erase(laned_, c.stream);
+    if (c.stream->lane != nullptr)
+      dying_.push_back({c.stream, c.stream->lane, c.stream->conn, c.stream->peer_gone});
+    else
+      engine::free_stream(c.stream);
+  }
+}
+
+void Service::begin(StreamImpl* stream, std::uint16_t generation) noexcept {
+  Handshake h;
+  h.stream = stream;
+  h.generation = generation;
+  (void)stream->lock.lock();
+  const bool current = stream->generation.load() == generation && stream->phase.load() == Phase::pursued;
+  LaneReason refused = LaneReason::none;
+  if (current) {
+    h.anchor.fd = stream->fd;
+    socklen_t len = sizeof h.anchor.cookie;
+    if (sys::call(SYS_getsockopt, stream->fd, SOL_SOCKET, 57 /* SO_COOKIE */, sys::arg(&h.anchor.cookie), sys::arg(&len)) != 0)
+      refused = LaneReason::not_tcp;
+    len = sizeof h.anchor.local;
+    if (sys::call(SYS_getsockname, stream->fd, sys::arg(&h.anchor.local), sys::arg(&len)) != 0) refused = LaneReason::not_tcp;
+    len = sizeof h.anchor.remote;
+    if (sys::call(SYS_getpeername, stream->fd, sys::arg(&h.anchor.remote), sys::arg(&len)) != 0) refused = LaneReason::not_tcp;
+    stream->cookie = h.anchor.cookie;
+    if (stream->stats != nullptr) stream->stats->set_addresses(h.anchor.local, h.anchor.remote);
+    if (refused == LaneReason::none && !engine::policy_allows(stream->role, h.anchor)) refused = LaneReason::policy_tcp;
+    if (refused != LaneReason::none) stream->take_down_locked(refused);
+  }
+  stream->lock.unlock();
+  if (!current || refused != LaneReason::none) return;
+  h.cookie = h.anchor.cookie;
+  h.active = stream->role == Role::acceptor;
+  h.deadline_ns = now_ns() + kHandshakeNs + static_cast<std::int64_t>(kMeetMs) * 1'000'000;
+  auto [it, fresh] = handshakes_.insert_or_assign(h.cookie, h);
+  (void)fresh;
+  Handshake& kept = it->second;
+  const std::uint64_t cookie = h.cookie;
+  const rdma::Result<rdma::Unit> begun = h.active
+                                             ? cm_->dial(kept.anchor, kMeetMs,
+                                                         [this, cookie](rdma::Device& device, const rdma::Path& path,
+                                                                        cm::ConnId conn) -> cm::ConnectionManager::Proposal {
+                                                           const auto found = handshakes_.find(cookie);
+                                                           if (found == handshakes_.end()) return {};
+                                                           Handshake& mine = found->second;
+                                                           mine.conn = conn;
+                                                           mine.lane = make_lane(device, path);
+                                                           if (mine.lane == nullptr) return {};
+                                                           mine.proposal = mine.lane->proposal();
+                                                           mine.proposal.tcp_sent = mine.stream->tcp_sent.load();
+                                                           mine.proposal.tcp_received = mine.stream->tcp_received.load();
+                                                           return {&mine.lane->qp(), std::as_bytes(std::span(&mine.proposal, 1))};
+                                                         })
+                                             : cm_->offer(kept.anchor, kMeetMs);
+  if (!begun) {
+    RDMA_LOG(info, "fd %d: %s", stream->fd, begun.error().what);
+    const auto again = handshakes_.find(cookie);
+    if (again != handshakes_.end()) give_up(again->second, LaneReason::no_resources);
+  }
+}
+
+void Service::give_up(Handshake& h, LaneReason reason) noexcept {
+  (void)h.stream->lock.lock();
+  if (h.stream->generation.load() == h.generation && h.stream->phase.load() == Phase::pursued) h.stream->take_down_locked(reason);
+  h.stream->lock.unlock();
+  if (h.lane != nullptr) dying_.push_back({nullptr, h.lane, 0, true});
+  const std::uint64_t cookie = h.cookie;
+  handshakes_.erase(cookie);
+}
+
+std::shared_ptr<PeerContext> Service::context_for(rdma::Device& device, const rdma::Path& path) noexcept {
+  if (auto known = peers_[path.id].lock()) return known;
+  auto pd = device.create_pd(path);
+  if (!pd) return nullptr;
+  auto context = std::make_shared<PeerContext>();
+  context->device = &device;
+  context->path = path;
+  context->pd = std::move(pd.value());
+  auto heap = rdma::RegisteredHeap::create(*context->pd);
+  if (!heap) return nullptr;
+  context->heap = std::move(heap.value());
+  peers_[path.id] = context;
+  return context;
+}
+
+Lane* Service::make_lane(rdma::Device& device, const rdma::Path& path) noexcept {
+  auto context = context_for(device, path);
+  if (context == nullptr) return nullptr;
+  void* cell = engine::lane_cell();
+  if (cell == nullptr) return nullptr;
+  LaneLimits limits;
+  limits.conn.recv_size = options_.recv_buffer_bytes;
+  limits.conn.recv_size_max = options_.recv_buffer_max;
+  limits.conn.recv_buffers = static_cast<std::uint16_t>(options_.recv_buffers_initial);
+  limits.recv_buffers_max = static_cast<std::uint16_t>(options_.recv_buffers);
+  Lane* lane = new (cell) Lane(new std::shared_ptr<PeerContext>(context), limits);
+  const auto opened = lane->open(channel_.get());
+  if (!opened) {
+    RDMA_LOG(info, "no lane: %s", opened.error().what);
+    lane->close();
+    engine::free_lane_cell(cell);
+    return nullptr;
+  }
+  return lane;
+}
+
+bool Service::accept_proposal(Handshake& h, std::span<const std::byte> data) noexcept {
+  LaneProposal p;
+  if (data.size() < sizeof p) return false;
+  std::memcpy(&p, data.data(), sizeof p);
+  if (p.magic != LaneProposal::kMagic || p.version != LaneProposal::kVersion || p.words_addr % 8 != 0) return false;
+  h.lane->set_peer(p);
+  return true;
+}
+
+void Service::on_cm_event(const cm::Event& event) noexcept {
+  const auto it = handshakes_.find(event.anchor_cookie);
+  switch (event.kind) {
+    case cm::EventKind::request: {
+      if (it == handshakes_.end() || it->second.lane != nullptr) return cm_->reject(event.conn, cm::Reason::refused, {});
+      Handshake& h = it->second;
+      h.conn = event.conn;
+      h.lane = make_lane(*event.device, event.path);
+      if (h.lane == nullptr) {
+        cm_->reject(event.conn, cm::Reason::no_resources, {});
+        return give_up(h, LaneReason::no_resources);
+      }
+      if (!accept_proposal(h, event.private_data)) {
+        cm_->reject(event.conn, cm::Reason::version_mismatch, {});
+        return give_up(h, LaneReason::version);
+      }
+      h.lane->conn.await_hello();
+      h.proposal = h.lane->proposal();
+      h.proposal.tcp_sent = h.stream->tcp_sent.load();
+      h.proposal.tcp_received = h.stream->tcp_received.load();
+      if (!cm_->accept(event.conn, h.lane->qp(), std::as_bytes(std::span(&h.proposal, 1)))) give_up(h, LaneReason::no_resources);
+      return;
+    }
+    case cm::EventKind::reply: {
+      if (it == handshakes_.end()) return cm_->disconnect(event.conn);
+      Handshake& h = it->second;
+      if (!accept_proposal(h, event.private_data)) {
+        cm_->disconnect(event.conn);
+        return give_up(h, LaneReason::version);
+      }
+      if (!cm_->establish(event.conn)) return give_up(h, LaneReason::no_resources);
+      h.lane->send_hello(hello_addresses(h.anchor));
+      return;
+    }
+    case cm::EventKind::rejected:
+    case cm::EventKind::unreachable:
+      if (it != handshakes_.end()) give_up(it->second, reason_of(event.reason));
+      return;
+    case cm::EventKind::established:
+      return;  // Hello decides
+    case cm::EventKind::disconnected: {
+      if (it != handshakes_.end() && it->second.conn == event.conn) return give_up(it->second, LaneReason::peer_gone);
+      const auto conn = static_cast<std::uint64_t>(event.conn);
+      const auto found = streams_by_conn_.find(conn);
+      if (found != streams_by_conn_.end()) {
+        StreamImpl* stream = found->second;
+        streams_by_conn_.erase(found);
+        (void)stream->lock.lock();
+        stream->peer_gone = true;
+        stream->state_edges.fetch_add(1);
+        stream->lock.unlock();
+        tend(stream);
+      }
+      for (Dying& d : dying_)
+        if (d.conn == conn) d.peer_gone = true;
+      return;
+    }
+  }
+}
+
+void Service::poll_handshakes() noexcept {
+  if (handshakes_.empty()) return;
+  bool waiting = false;
+  for (int pass = 0; pass < 2; ++pass) {
+    std::vector<std::uint64_t> done, late;
+    for (auto& [cookie, h] : handshakes_) {
+      if (h.lane != nullptr) {
+        h.lane->drain();
+        if (h.lane->conn.state() == ConnState::established && !h.lane->dead())
+          done.push_back(cookie);
+        else if (h.lane->dead())
+          late.push_back(cookie);
+        else if (pass == 0) {
+          h.lane->arm(rdma::kWakeChannel);
+          waiting = true;
+        }
+      }
+      if (now_ns() > h.deadline_ns) late.push_back(cookie);
+    }
+    for (const std::uint64_t cookie : done) finish(handshakes_[cookie]);
+    for (const std::uint64_t cookie : late)
+      if (const auto it = handshakes_.find(cookie); it != handshakes_.end()) {
+        if (it->second.conn != cm::ConnId::none) cm_->disconnect(it->second.conn);
+        cm_->withdraw(cookie);
+        give_up(it->second, it->second.lane != nullptr ? LaneReason::protocol_error : LaneReason::no_peer);
+      }
+    if (pass == 0 && waiting) device_->arm_fence();
+    if (!waiting) break;
+  }
+}
+
+void Service::finish(Handshake& h) noexcept {
+  StreamImpl* stream = h.stream;
+  (void)stream->lock.lock();
+  const bool current = stream->generation.load() == h.generation && stream->phase.load() == Phase::pursued;
+  if (current) {
+    stream->conn = static_cast<std::uint64_t>(h.conn);
+    stream->watched = true;
+    epoll_event ev{EPOLLIN | EPOLLRDHUP | EPOLLET, {.u64 = reinterpret_cast<std::uint64_t>(stream)}};
+    sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_ADD, stream->fd, sys::arg(&ev));
+    if (stream->stats != nullptr) stream->stats->set_transport(Transport::local);
+    stream->attach(h.lane);
+    laned_.push_back(stream);
+    streams_by_conn_[stream->conn] = stream;
+  }
+  const Stream handle = engine::handle_of(stream);
+  stream->lock.unlock();
+  if (current) {
+    RDMA_LOG(info, "fd %d: lane up", stream->fd);
+    engine::notify(handle);
+  } else {
+    h.lane->write_word(kGone, 0);
+    cm_->disconnect(h.conn);
+    dying_.push_back({nullptr, h.lane, 0, true});
+  }
+  const std::uint64_t cookie = h.cookie;
+  handshakes_.erase(cookie);
+}
+
+// FIN, RST or bytes on an anchor beside its lane: whoever sleeps on the lane must look.
+void Service::on_anchor(StreamImpl* stream) noexcept {
+  if (std::find(laned_.begin(), laned_.end(), stream) == laned_.end()) return;
+  stream->anchor_event.store(true, std::memory_order_release);
+  tend(stream);
+}
+
+void Service::tend(StreamImpl* stream) noexcept {
+  (void)stream->lock.lock();
+  if (stream->lane != nullptr && stream->phase.load() == Phase::laned) {
+    if (stream->tx.load() != TxState::ended && stream->lane->said(kAbandon)) stream->handle_abandon(stream->fd);
+    if (stream->resend != nullptr) (void)stream->flush_resend(stream->fd);
+    stream->lane->wake_sleepers();
+  }
+  stream->lock.unlock();
+  channel_->ring();
+}
+
+bool Service::lane_is_free(StreamImpl* stream) noexcept {
+  return stream->waiters == 0 && stream->resend == nullptr && stream->stash == nullptr && stream->tx.load() == TxState::ended &&
+         stream->rx.load() == RxState::ended;
+}
+
+// Lanes that are over on both sides: the stream forgets its lane; memory goes back when the peer writes no more.
+void Service::look_after_lanes() noexcept {
+  for (std::size_t i = 0; i < laned_.size();) {
+    StreamImpl* s = laned_[i];
+    bool gone = false;
+    const Stream handle = engine::handle_of(s);
+    (void)s->lock.lock();
+    if (s->lane != nullptr && s->tx.load() != TxState::ended && s->lane->said(kAbandon)) s->handle_abandon(s->fd);
+    if (s->resend != nullptr) (void)s->flush_resend(s->fd);
+    if (s->lane != nullptr && s->phase.load() == Phase::laned && lane_is_free(s) && !s->reset_by_peer) {
+      s->lane->write_word(kGone, 0);
+      dying_.push_back({nullptr, s->lane, s->conn, s->peer_gone});
+      s->lane = nullptr;
+      s->phase.store(Phase::final, std::memory_order_release);
+      if (s->watched) sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_DEL, s->fd, 0);
+      s->watched = false;
+      streams_by_conn_.erase(s->conn);
+      gone = true;
+    }
+    s->lock.unlock();
+    if (gone) {
+      engine::notify(handle);
+      laned_[i] = laned_.back();
+      laned_.pop_back();
+    } else {
+      ++i;
+    }
+  }
+  for (std::size_t i = 0; i < dying_.size();) {
+    Dying& d = dying_[i];
+    const bool waiters = d.stream != nullptr && d.stream->waiters != 0;
+    if (waiters || !(d.peer_gone || d.lane->said(kGone))) {
+      ++i;
+      continue;
+    }
+    if (d.conn != 0) {
+      streams_by_conn_.erase(d.conn);
+      cm_->disconnect(static_cast<cm::ConnId>(d.conn));
+    }
+    d.lane->close();
+    engine::free_lane_cell(d.lane);
+    if (d.stream != nullptr) engine::free_stream(d.stream);
+    dying_[i] = dying_.back();
+    dying_.pop_back();
+  }
+}
+
+void Service::stop_at_exit() noexcept {
+  for (StreamImpl* s : laned_) {
+    if (!s->lock.try_lock()) continue;
+    if (s->lane != nullptr && s->phase.load() == Phase::laned) {
+      if (s->tx.load() != TxState::ended) s->end_tx_locked();
+      s->lane->write_word(kGone, s->rx.load() == RxState::lane && s->lane->unread() != 0 ? 1 : 0);
+    }
+    s->lock.unlock();
+  }
+}
+
+void Service::abandon_in_child() noexcept {
+  if (cm_ != nullptr) cm_->abandon_in_child();
+  sys::call(SYS_close, epoll_fd_);
+}
+
+}  // namespace sdp

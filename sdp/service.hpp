@@ -1,0 +1,97 @@
+// Service: the one thread per process that steps in where the program's own calls cannot: meeting the peer and Hello, the anchors'
+// ends, lanes that outlive their stream. It sleeps in the kernel otherwise and takes no part in the transfer of bytes.
+//
+// Threads: the public functions may be called by any thread; everything else runs in the service thread.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+#include "rdma_core/base/shared_lock.hpp"
+#include "sdp/engine.hpp"
+#include "sdp/stream_impl.hpp"
+
+namespace sdp {
+
+class Service {
+ public:
+  /// Starts the thread. nullptr: no thread, no descriptors; the reason is logged.
+  static Service* start(const Options& options, engine::Compose compose) noexcept;
+
+  void pursue(StreamImpl* stream, std::uint16_t generation) noexcept;
+  void closed(StreamImpl* stream, int fd) noexcept;  ///< the stream's cell comes back through engine::free_stream
+  void nudge() noexcept;
+  int wake_fd() const noexcept { return wake_fd_.load(std::memory_order_relaxed); }
+  int bell_fd() const noexcept { return bell_fd_.load(std::memory_order_acquire); }
+  rdma::CompletionChannel* channel() const noexcept { return channel_.get(); }
+  rdma::Device* device() const noexcept { return device_; }
+  void stop_at_exit() noexcept;      ///< says END on every lane; the thread is left alone
+  void abandon_in_child() noexcept;  ///< closes the child's copies of our descriptors
+
+ private:
+  struct Handshake {
+    StreamImpl* stream = nullptr;
+    std::uint16_t generation = 0;
+    std::uint64_t cookie = 0;
+    rdma::cm::Anchor anchor{};
+    Lane* lane = nullptr;
+    rdma::cm::ConnId conn = rdma::cm::ConnId::none;
+    LaneProposal proposal{};
+    std::int64_t deadline_ns = 0;
+    bool active = false;
+  };
+  struct Command {
+    enum class Kind : std::uint8_t { pursue, closed } kind;
+    StreamImpl* stream;
+    std::uint16_t generation;
+    int fd;
+  };
+  struct Client;
+
+  Service(const Options& options, engine::Compose compose) noexcept : options_(options), compose_(compose) {}
+  static void* thread_main(void* self) noexcept;
+  void run() noexcept;
+  bool open() noexcept;
+  void take_commands() noexcept;
+  void begin(StreamImpl* stream, std::uint16_t generation) noexcept;
+  void give_up(Handshake& handshake, LaneReason reason) noexcept;
+  void on_cm_event(const rdma::cm::Event& event) noexcept;
+  Lane* make_lane(rdma::Device& device, const rdma::Path& path) noexcept;
+  std::shared_ptr<PeerContext> context_for(rdma::Device& device, const rdma::Path& path) noexcept;
+  bool accept_proposal(Handshake& handshake, std::span<const std::byte> data) noexcept;
+  void poll_handshakes() noexcept;
+  void finish(Handshake& handshake) noexcept;
+  void on_anchor(StreamImpl* stream) noexcept;
+  void tend(StreamImpl* stream) noexcept;
+  void look_after_lanes() noexcept;
+  bool lane_is_free(StreamImpl* stream) noexcept;
+
+  Options options_;
+  engine::Compose compose_;
+  std::unique_ptr<engine::Composition> composition_;
+  rdma::cm::ConnectionManager* cm_ = nullptr;
+  rdma::Device* device_ = nullptr;
+  std::unique_ptr<rdma::CompletionChannel> channel_;
+  std::atomic<int> bell_fd_{-1};
+  std::atomic<int> wake_fd_{-1};
+  int epoll_fd_ = -1;
+
+  rdma::SharedLock command_lock_;
+  std::vector<Command> commands_;                            ///< under command_lock_
+  std::unordered_map<std::uint64_t, Handshake> handshakes_;  ///< by anchor cookie
+  std::unordered_map<std::uint64_t, StreamImpl*> streams_by_conn_;
+  std::vector<StreamImpl*> laned_;  ///< streams with a lane
+  struct Dying {
+    StreamImpl* stream;
+    Lane* lane;
+    std::uint64_t conn;
+    bool peer_gone;
+  };
+  std::vector<Dying> dying_;                                             ///< closed streams whose lane the peer may still write to
+  std::unordered_map<std::uint64_t, std::weak_ptr<PeerContext>> peers_;  ///< by path
+};
+
+}  // namespace sdp

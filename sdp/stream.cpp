@@ -1,0 +1,268 @@
+// The handle: what the shim sees of a stream.
+#include "sdp/stream.hpp"
+
+#include <linux/sockios.h>
+#include <poll.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <climits>
+
+#include "rdma_core/base/sys.hpp"
+#include "sdp/engine.hpp"
+#include "sdp/stream_impl.hpp"
+
+namespace sdp {
+
+namespace sys = rdma::sys;
+
+std::int64_t Stream::send(int fd, const void* buf, std::size_t len, int flags) const noexcept {
+  const iovec iov{const_cast<void*>(buf), len};
+  IovCursor from(&iov, 1);
+  if (from.done()) return sys::call(SYS_sendto, fd, sys::arg(buf), 0, flags);
+  return impl()->send(fd, from, flags, generation());
+}
+
+std::int64_t Stream::recv(int fd, void* buf, std::size_t len, int flags) const noexcept {
+  const iovec iov{buf, len};
+  IovCursor to(&iov, 1);
+  if (to.done()) return sys::call(SYS_recvfrom, fd, sys::arg(buf), 0, flags);
+  return impl()->recv(fd, to, flags, nullptr, generation());
+}
+
+std::int64_t Stream::sendmsg(int fd, const msghdr* msg, int flags) const noexcept {
+  if (msg == nullptr || msg->msg_iovlen > IOV_MAX || (msg->msg_controllen != 0 && msg->msg_control != nullptr)) {
+    if (msg != nullptr) take_down(LaneReason::mode);
+    return sys::call(SYS_sendmsg, fd, sys::arg(msg), flags);
+  }
+  IovCursor from(msg->msg_iov, msg->msg_iovlen);
+  if (from.done()) return sys::call(SYS_sendmsg, fd, sys::arg(msg), flags);
+  return impl()->send(fd, from, flags, generation());
+}
+
+std::int64_t Stream::recvmsg(int fd, msghdr* msg, int flags) const noexcept {
+  if (msg == nullptr || msg->msg_iovlen > IOV_MAX) return sys::call(SYS_recvmsg, fd, sys::arg(msg), flags);
+  IovCursor to(msg->msg_iov, msg->msg_iovlen);
+  if (to.done()) return sys::call(SYS_recvmsg, fd, sys::arg(msg), flags);
+  const std::int64_t n = impl()->recv(fd, to, flags, &msg->msg_flags, generation());
+  if (n >= 0) {
+    msg->msg_namelen = 0;
+    msg->msg_controllen = 0;
+    msg->msg_flags = 0;
+  }
+  return n;
+}
+
+// On a lane the file's bytes are read straight into a bounce buffer and sent from there; on TCP it is the kernel's sendfile.
+std::int64_t Stream::sendfile(int fd, int in_fd, std::int64_t* offset, std::size_t count) const noexcept {
+  StreamImpl* s = impl();
+  if (s->phase.load(std::memory_order_acquire) != Phase::laned || s->tx.load(std::memory_order_acquire) != TxState::lane) {
+    s->kernel_senders.fetch_add(1, std::memory_order_seq_cst);
+    if (s->tx.load(std::memory_order_seq_cst) != TxState::lane) {
+      const long n = sys::call(SYS_sendfile, fd, in_fd, sys::arg(offset), static_cast<long>(count));
+      if (n > 0) s->tcp_sent.fetch_add(static_cast<std::uint64_t>(n), std::memory_order_relaxed);
+      s->kernel_senders.fetch_sub(1, std::memory_order_release);
+      return n;
+    }
+    s->kernel_senders.fetch_sub(1, std::memory_order_release);
+  }
+  constexpr std::size_t kBounce = 64 * 1024;
+  alignas(64) std::byte bounce[kBounce];
+  std::int64_t total = 0;
+  while (static_cast<std::size_t>(total) < count) {
+    const std::size_t want = std::min(kBounce, count - static_cast<std::size_t>(total));
+    std::int64_t at = offset != nullptr ? *offset : sys::call(SYS_lseek, in_fd, 0, 1 /* SEEK_CUR */);
+    if (at < 0) return total > 0 ? total : at;
+    const long got = sys::call(SYS_pread64, in_fd, sys::arg(bounce), static_cast<long>(want), at);
+    if (got < 0) return total > 0 ? total : got;
+    if (got == 0) break;
+    const std::int64_t n = send(fd, bounce, static_cast<std::size_t>(got), 0);
+    if (n < 0) return total > 0 ? total : n;
+    total += n;
+    if (offset != nullptr)
+      *offset += n;
+    else
+      sys::call(SYS_lseek, in_fd, at + n, 0 /* SEEK_SET */);
+    if (n < got) break;
+  }
+  return total;
+}
+
+int Stream::shutdown(int fd, int how) const noexcept {
+  StreamImpl* s = impl();
+  if (s->phase.load(std::memory_order_acquire) == Phase::laned) {
+    (void)s->lock.lock();
+    if (s->generation.load(std::memory_order_relaxed) == generation() && s->phase.load(std::memory_order_relaxed) == Phase::laned &&
+        s->usable_here()) {
+      if (how != SHUT_RD && s->tx.load(std::memory_order_relaxed) != TxState::ended) {
+        s->end_tx_locked();
+        s->lane->conn.want_disconn();
+        s->lane->drain();
+        s->lane->send_due_control();
+      }
+      if (how != SHUT_WR) s->rx_shut = true;
+      s->lane->wake_sleepers();
+    }
+    const bool pending = s->resend != nullptr && !s->flush_resend(fd);
+    s->lock.unlock();
+    if (pending) engine::nudge();
+  }
+  return static_cast<int>(sys::call(SYS_shutdown, fd, how));
+}
+
+void Stream::close(int fd) const noexcept {
+  StreamImpl* s = impl();
+  (void)s->lock.lock();
+  if (s->generation.load(std::memory_order_relaxed) != generation()) {
+    s->lock.unlock();
+    return;
+  }
+  Lane* lane = s->lane;
+  s->inherited = nullptr;  // a child that only inherits changes nothing
+  if (lane != nullptr && s->phase.load(std::memory_order_relaxed) == Phase::laned) {
+    if (s->abandoned()) s->handle_abandon(fd);
+    if (s->tx.load(std::memory_order_relaxed) != TxState::ended) {
+      s->end_tx_locked();
+      lane->conn.want_disconn();
+    }
+    lane->drain();
+    lane->send_due_control();
+    // Rule 7: closing with bytes unread resets the connection; the peer reads what it has and then gets ECONNRESET.
+    const bool reset = s->rx.load(std::memory_order_relaxed) == RxState::lane && lane->unread() != 0;
+    lane->write_word(kGone, reset ? 1 : 0);
+  }
+  s->generation.fetch_add(1, std::memory_order_acq_rel);
+  s->phase.store(Phase::final, std::memory_order_release);
+  if (lane != nullptr) lane->wake_sleepers();
+  s->lock.unlock();
+  engine::closed(s, fd);
+}
+
+void Stream::set_nonblocking(bool on) const noexcept { impl()->nonblocking.store(on, std::memory_order_relaxed); }
+
+void Stream::set_timeout(int option, std::int64_t ns) const noexcept {
+  (option == SO_RCVTIMEO ? impl()->rcv_timeout_ns : impl()->snd_timeout_ns) = ns;
+}
+
+// close() never waits: what send() accepted lies in the peer's memory already, so that a lingering close has nothing to linger for.
+// The kernel keeps the option and applies it to the anchor.
+void Stream::set_linger(bool, int) const noexcept {}
+
+int Stream::inq(int fd) const noexcept {
+  StreamImpl* s = impl();
+  int queued = 0;
+  const long r = sys::call(SYS_ioctl, fd, SIOCINQ, sys::arg(&queued));
+  if (r < 0) return static_cast<int>(r);
+  if (s->phase.load(std::memory_order_acquire) != Phase::laned) return queued;
+  (void)s->lock.lock();
+  if (s->phase.load(std::memory_order_relaxed) == Phase::laned && s->usable_here()) {
+    s->advance_rx(fd);
+    s->lane->drain();
+    if (s->rx.load(std::memory_order_relaxed) != RxState::ended) queued += static_cast<int>(s->lane->unread());
+  }
+  s->lock.unlock();
+  return queued;
+}
+
+int Stream::outq(int fd) const noexcept {
+  int queued = 0;
+  const long r = sys::call(SYS_ioctl, fd, SIOCOUTQ, sys::arg(&queued));
+  return r < 0 ? static_cast<int>(r) : queued;
+}
+
+void Stream::take_down(LaneReason reason) const noexcept {
+  StreamImpl* s = impl();
+  if (s->phase.load(std::memory_order_acquire) == Phase::final) return;
+  (void)s->lock.lock();
+  if (s->generation.load(std::memory_order_relaxed) == generation()) s->take_down_locked(reason);
+  s->lock.unlock();
+}
+
+bool Stream::has_lane() const noexcept { return impl()->phase.load(std::memory_order_acquire) == Phase::laned; }
+
+std::uint32_t Stream::poll(std::uint32_t events) const noexcept {
+  StreamImpl* s = impl();
+  std::uint32_t ready = 0;
+  (void)s->lock.lock();
+  if (s->generation.load(std::memory_order_relaxed) == generation() && s->phase.load(std::memory_order_relaxed) == Phase::laned &&
+      s->usable_here()) {
+    const int fd = s->fd;
+    if (s->abandoned()) s->handle_abandon(fd);
+    s->advance_rx(fd);
+    s->lane->drain();
+    if (s->tx.load(std::memory_order_relaxed) == TxState::prepared) s->try_switch(fd);
+    if (s->rx.load(std::memory_order_relaxed) == RxState::lane) {
+      if (s->lane->unread() == 0) {
+        s->advance_rx(fd);
+        s->look_at_anchor(fd);
+      }
+      if (s->rx.load(std::memory_order_relaxed) == RxState::lane) {
+        if (s->lane->unread() != 0 || s->rx_shut) ready |= POLLIN | POLLRDNORM;
+      } else {
+        ready |= POLLIN | POLLRDNORM;  // the end, or bytes of the anchor: either way a read returns
+      }
+    }
+    if (s->stash != nullptr || s->reset_by_peer) ready |= POLLIN | POLLRDNORM;
+    if (s->tx.load(std::memory_order_relaxed) == TxState::lane) {
+      const bool gone = s->peer_gone || s->lane->dead() || s->lane->said(kGone);
+      // A writer that was refused waits for a quarter of the window, so that it is not woken for every message.
+      const std::int32_t need = s->tx_blocked ? std::max(kReservedCredits + 1, s->lane->recv_credits() / 4) : kReservedCredits + 1;
+      if (gone || (s->lane->may_send() && s->lane->conn.credit().credits() >= need)) {
+        if (s->tx_blocked) s->tx_edge_count.fetch_add(1, std::memory_order_relaxed);
+        s->tx_blocked = false;
+        ready |= POLLOUT | POLLWRNORM;
+      } else if (events & POLLOUT) {
+        s->tx_blocked = true;
+      }
+    }
+  }
+  s->lock.unlock();
+  return ready & (events | POLLERR | POLLHUP);
+}
+
+std::uint32_t Stream::kernel_events(std::uint32_t events) const noexcept {
+  const StreamImpl* s = impl();
+  if (s->phase.load(std::memory_order_acquire) != Phase::laned) return events;
+  if (s->rx.load(std::memory_order_acquire) == RxState::lane) events &= ~static_cast<std::uint32_t>(POLLIN | POLLRDNORM);
+  if (s->tx.load(std::memory_order_acquire) == TxState::lane) events &= ~static_cast<std::uint32_t>(POLLOUT | POLLWRNORM);
+  return events;
+}
+
+bool Stream::maybe_ready() const noexcept {
+  StreamImpl* s = impl();
+  if (s->phase.load(std::memory_order_acquire) != Phase::laned || s->lane == nullptr) return true;
+  return s->lane->maybe_ready() || s->changed(false) || s->changed(true);
+}
+
+void Stream::arm() const noexcept {
+  StreamImpl* s = impl();
+  if (s->phase.load(std::memory_order_acquire) == Phase::laned && s->lane != nullptr) s->lane->arm(rdma::kWakeChannel);
+}
+
+std::uint64_t Stream::rx_edges() const noexcept {
+  const StreamImpl* s = impl();
+  if (s->phase.load(std::memory_order_acquire) != Phase::laned || s->lane == nullptr) return 0;
+  return s->lane->rx_arrivals() + s->state_edges.load(std::memory_order_relaxed);
+}
+
+std::uint64_t Stream::tx_edges() const noexcept {
+  const StreamImpl* s = impl();
+  return s->tx_edge_count.load(std::memory_order_relaxed) + s->state_edges.load(std::memory_order_relaxed);
+}
+
+void Stream::enter_plain_wait() const noexcept { impl()->plain_waiters.fetch_add(1, std::memory_order_seq_cst); }
+void Stream::leave_plain_wait() const noexcept { impl()->plain_waiters.fetch_sub(1, std::memory_order_release); }
+
+void Stream::on_wait_entry(int fd) const noexcept {
+  StreamImpl* s = impl();
+  if (s->phase.load(std::memory_order_acquire) != Phase::laned || s->rx.load(std::memory_order_acquire) != RxState::tcp) return;
+  (void)s->lock.lock();
+  if (s->phase.load(std::memory_order_relaxed) == Phase::laned && s->usable_here()) s->advance_rx(fd);
+  s->lock.unlock();
+}
+
+}  // namespace sdp

@@ -1,0 +1,140 @@
+// StreamImpl: the state behind a Stream handle, and the switch between its two carriers.
+//
+// Phases:   plain ──worth it──> pursued ──SDP established──> laned ──taken down──> final (TCP for good)
+//
+// Directions, each on its own (architecture: PREPARE, READY, SWITCH(P), END):
+//   tx   tcp ──PREPARE──> prepared ──READY seen, nobody in a kernel send──> lane ──END──> ended (TCP again)
+//   rx   tcp ──PREPARE seen, nobody else inside──> ready ──SWITCH(P) seen──> draining ──P reached──> lane ──END reached──> ended
+//
+// Locking: `lock` guards everything that is not atomic. It is held over system calls only if they cannot block. Order: a stream's
+// lock, then (in the shim) nothing of ours: listeners are called without it.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "rdma_core/base/shared_lock.hpp"
+#include "rdma_core/cm/connection_manager.hpp"
+#include "sdp/lane.hpp"
+#include "sdp/options.hpp"
+#include "sdp/stream.hpp"
+
+namespace sdp {
+
+enum class Phase : std::uint8_t { plain, pursued, laned, final };
+enum class TxState : std::uint8_t { tcp, prepared, lane, ended };
+enum class RxState : std::uint8_t { tcp, ready, draining, lane, ended };
+
+class alignas(64) StreamImpl {
+ public:
+  // --- first line: what every call looks at
+  std::atomic<Phase> phase{Phase::plain};
+  std::atomic<TxState> tx{TxState::tcp};
+  std::atomic<RxState> rx{RxState::tcp};
+  Role role = Role::unknown;
+  std::atomic<bool> nonblocking{false};
+  std::atomic<std::uint16_t> generation{0};
+  std::uint32_t owner = 0;  ///< process that may use the lane
+  rdma::SharedLock lock;
+  Lane* lane = nullptr;
+  ConnStats* stats = nullptr;
+  std::atomic<bool> anchor_event{false};  ///< the service thread saw something on the anchor
+  bool tx_blocked = false;                ///< the program was told that it cannot write
+  bool rx_shut = false;                   ///< SHUT_RD
+  bool reset_by_peer = false;             ///< the peer closed with lane bytes unread: one ECONNRESET is due
+  bool peer_gone = false;                 ///< the peer's process or its lane is gone; what has come is still to be read
+  bool watched = false;                   ///< the anchor is in the service thread's epoll
+  std::uint8_t doubts = 0;                ///< how often our counts differed from the kernel's
+
+  // --- TCP side, counted on every connection
+  alignas(64) std::atomic<std::uint64_t> tcp_sent{0};
+  std::atomic<std::uint64_t> tcp_received{0};
+  std::atomic<std::uint32_t> tcp_messages{0};
+  std::atomic<std::int32_t> kernel_senders{0};
+  std::atomic<std::int32_t> kernel_receivers{0};
+  std::atomic<std::int32_t> plain_waiters{0};
+  std::atomic<std::uint64_t> tx_edge_count{0};
+  std::atomic<std::uint64_t> state_edges{0};  ///< changes of carrier and ends: edges of their own
+
+  // --- cold
+  int fd = -1;  ///< as the shim gave it at track(); other numbers may name the connection as well
+  std::uint64_t cookie = 0;
+  std::uint64_t switch_at = 0;  ///< P of the receiving direction
+  std::int64_t rcv_timeout_ns = 0, snd_timeout_ns = 0;
+  std::byte* stash = nullptr;  ///< anchor bytes read past P: they come after the lane's
+  std::size_t stash_len = 0, stash_off = 0;
+  std::byte* resend = nullptr;  ///< lane bytes that the peer abandoned, on their way by the anchor
+  std::size_t resend_len = 0, resend_off = 0;
+  std::uint32_t waiters = 0;  ///< threads between unlock and lock inside a wait on the lane
+  std::uint64_t conn = 0;     ///< the CM's ConnId
+  /// In a fork's child: the parent's stream that this one stands for, until its first use takes the parent's lane down.
+  StreamImpl* inherited = nullptr;
+  std::uint16_t inherited_generation = 0;
+  StreamImpl* next = nullptr;  ///< free list, or the service thread's list
+
+  // --- transfer (stream_io.cpp); results as in Stream
+  std::int64_t send(int fd, IovCursor& from, int flags, std::uint16_t gen) noexcept;
+  std::int64_t recv(int fd, IovCursor& to, int flags, int* out_flags, std::uint16_t gen) noexcept;
+
+  // --- the switch (stream_switch.cpp); the lock is held
+  void attach(Lane* new_lane) noexcept;
+  void try_ready(int fd) noexcept;       ///< rx tcp -> ready, if the moment allows
+  void try_switch(int fd) noexcept;      ///< tx prepared -> lane, likewise
+  void advance_rx(int fd) noexcept;      ///< follows the words: ready -> draining -> lane -> ended
+  void look_at_anchor(int fd) noexcept;  ///< after anchor_event: FIN, RST or bytes beside the lane
+  void handle_abandon(int fd) noexcept;  ///< the peer reads no further: the rest goes by the anchor
+  bool flush_resend(int fd) noexcept;    ///< true: nothing left to resend
+  void take_down_locked(LaneReason reason) noexcept;
+  void take_down_inherited(LaneReason reason) noexcept;
+  void end_tx_locked() noexcept;
+  bool abandoned() const noexcept { return tx.load(std::memory_order_relaxed) == TxState::lane && lane->said(kAbandon); }
+  bool end_reached() const noexcept {
+    std::uint64_t end = 0;
+    return lane->said(kEnd, &end) && lane->rx_bytes() == end;
+  }
+  /// Something that a thread waiting to send (or to receive) can act on; no lock needed.
+  bool changed(bool for_send) const noexcept;
+
+  /// Waits for changed(for_send); the lock is held on entry and exit. 0, -EINTR, or -EAGAIN when `deadline_ns` (0: none) has
+  /// passed.
+  int wait(bool for_send, std::int64_t deadline_ns, bool has_timeout) noexcept;
+  bool usable_here() noexcept;  ///< false: this is not the owner's process; the lane has been taken down
+
+ private:
+  std::int64_t kernel_send(int fd, IovCursor& from, int flags, bool counted) noexcept;
+  std::int64_t kernel_recv(int fd, IovCursor& to, int flags, bool counted) noexcept;
+  std::int64_t anchor_recv_nowait(int fd, IovCursor& to, std::size_t cap, int flags) noexcept;
+  std::int64_t lane_send(int fd, IovCursor& from, int flags, std::uint16_t gen) noexcept;
+  std::int64_t lane_recv(int fd, IovCursor& to, int flags, std::uint16_t gen) noexcept;
+  std::int64_t take_stash(IovCursor& to, bool consume) noexcept;
+  void count_tcp(bool sent, std::int64_t bytes) noexcept;
+};
+
+/// The kernel's own byte counts of a connection; see architecture 2.3 for how far each can be trusted.
+struct AnchorCounts {
+  bool ok = false;
+  std::uint64_t sent = 0;
+  std::uint64_t received = 0;  ///< by the kernel; consumed = received - SIOCINQ
+  std::uint64_t queued = 0;    ///< SIOCINQ
+};
+AnchorCounts anchor_counts(int fd) noexcept;
+
+namespace engine {
+StreamImpl* new_stream() noexcept;
+void free_stream(StreamImpl*) noexcept;
+std::uint32_t process_id() noexcept;        ///< cached, right in a fork's child too
+void closed(StreamImpl*, int fd) noexcept;  ///< the program closed it: its lane is retired, the cell reused
+void pursue(StreamImpl*) noexcept;          ///< ask the service thread to make a lane
+Stream handle_of(const StreamImpl*) noexcept;
+void* lane_cell() noexcept;
+void free_lane_cell(void*) noexcept;
+bool policy_allows(Role, const rdma::cm::Anchor&) noexcept;
+int high_fd(int fd) noexcept;  ///< moves a helper descriptor out of the program's way and remembers it; closes the low one
+void remember_helper_fd(int fd) noexcept;
+void forget_helper_fd(int fd) noexcept;
+void nudge() noexcept;         ///< the service thread should look at its streams
+void notify(Stream) noexcept;  ///< tell the shim (no lock held)
+const Options& options() noexcept;
+}  // namespace engine
+
+}  // namespace sdp

@@ -1,0 +1,408 @@
+// send and recv of a stream, by whichever carrier the byte belongs to.
+#include <linux/futex.h>
+#include <poll.h>
+#include <sys/socket.h>
+
+#include <cerrno>
+#include <climits>
+#include <csignal>
+#include <cstdlib>
+#include <cstring>
+
+#include "rdma_core/base/clock.hpp"
+#include "rdma_core/base/sys.hpp"
+#include "sdp/engine.hpp"
+#include "sdp/stream_impl.hpp"
+
+namespace sdp {
+
+namespace sys = rdma::sys;
+
+namespace {
+
+std::int64_t now_ns() noexcept { return rdma::SteadyClock{}.now(); }
+constexpr std::size_t kMaxIov = 64;
+
+}  // namespace
+
+void StreamImpl::count_tcp(bool sent, std::int64_t bytes) noexcept {
+  if (bytes <= 0) return;
+  const auto n = static_cast<std::uint64_t>(bytes);
+  (sent ? tcp_sent : tcp_received).fetch_add(n, std::memory_order_relaxed);
+  if (stats != nullptr) {
+    (sent ? stats->tcp.bytes_sent : stats->tcp.bytes_received).add(n);
+    (sent ? stats->tcp.messages_sent : stats->tcp.messages_received).add(1);
+  }
+  if (phase.load(std::memory_order_relaxed) != Phase::plain) return;
+  const Options& options = engine::options();
+  const std::uint32_t messages = tcp_messages.fetch_add(1, std::memory_order_relaxed) + 1;
+  if (messages >= options.upgrade_messages ||
+      tcp_sent.load(std::memory_order_relaxed) + tcp_received.load(std::memory_order_relaxed) >= options.upgrade_bytes) {
+    Phase expected = Phase::plain;
+    if (phase.compare_exchange_strong(expected, Phase::pursued, std::memory_order_acq_rel)) engine::pursue(this);
+  }
+}
+
+// The count goes up before the phase is looked at and the switch looks at the count after it set the phase: either the caller sees
+// the lane, or the switch sees the caller.
+std::int64_t StreamImpl::kernel_send(int at, IovCursor& from, int flags, bool counted) noexcept {
+  if (!counted) kernel_senders.fetch_add(1, std::memory_order_seq_cst);
+  iovec iov[kMaxIov];
+  msghdr msg{};
+  msg.msg_iov = iov;
+  msg.msg_iovlen = from.rest(iov, kMaxIov);
+  const long n = msg.msg_iovlen == 1
+                     ? sys::call(SYS_sendto, at, sys::arg(iov[0].iov_base), static_cast<long>(iov[0].iov_len), flags)
+                     : sys::call(SYS_sendmsg, at, sys::arg(&msg), flags);
+  count_tcp(true, n);
+  kernel_senders.fetch_sub(1, std::memory_order_release);
+  return n;
+}
+
+std::int64_t StreamImpl::kernel_recv(int at, IovCursor& to, int flags, bool counted) noexcept {
+  if (!counted) kernel_receivers.fetch_add(1, std::memory_order_seq_cst);
+  iovec iov[kMaxIov];
+  msghdr msg{};
+  msg.msg_iov = iov;
+  msg.msg_iovlen = to.rest(iov, kMaxIov);
+  const long n = msg.msg_iovlen == 1
+                     ? sys::call(SYS_recvfrom, at, sys::arg(iov[0].iov_base), static_cast<long>(iov[0].iov_len), flags)
+                     : sys::call(SYS_recvmsg, at, sys::arg(&msg), flags);
+  if (!(flags & (MSG_PEEK | MSG_OOB | MSG_ERRQUEUE))) count_tcp(false, n);
+  kernel_receivers.fetch_sub(1, std::memory_order_release);
+  return n;
+}
+
+bool StreamImpl::usable_here() noexcept {
+  if (owner == engine::process_id()) return true;
+  if (inherited != nullptr)
+    take_down_inherited(LaneReason::second_process);
+  else
+    take_down_locked(LaneReason::second_process);
+  return false;
+}
+
+std::int64_t StreamImpl::send(int at, IovCursor& from, int flags, std::uint16_t gen) noexcept {
+  if (phase.load(std::memory_order_acquire) != Phase::laned) {
+    kernel_senders.fetch_add(1, std::memory_order_seq_cst);
+    if (phase.load(std::memory_order_seq_cst) != Phase::laned) return kernel_send(at, from, flags, true);
+    kernel_senders.fetch_sub(1, std::memory_order_release);
+  }
+  return lane_send(at, from, flags, gen);
+}
+
+std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint16_t gen) noexcept {
+  const bool nowait = (flags & MSG_DONTWAIT) != 0 || nonblocking.load(std::memory_order_relaxed);
+  std::int64_t deadline = 0;
+  std::int64_t total = 0;
+  (void)lock.lock();
+  for (;;) {
+    if (generation.load(std::memory_order_relaxed) != gen) {
+      lock.unlock();
+      return total > 0 ? total : -EBADF;
+    }
+    if (phase.load(std::memory_order_relaxed) == Phase::laned && usable_here()) {
+      if (flags & MSG_OOB) take_down_locked(LaneReason::mode);
+      if (tx.load(std::memory_order_relaxed) == TxState::prepared) try_switch(at);
+    }
+    if (phase.load(std::memory_order_relaxed) != Phase::laned || tx.load(std::memory_order_relaxed) != TxState::lane) {
+      if (resend != nullptr && !flush_resend(at)) {
+        lock.unlock();
+        if (nowait) return total > 0 ? total : -EAGAIN;
+        pollfd p{at, POLLOUT, 0};
+        const long r = sys::call(SYS_poll, sys::arg(&p), 1, -1);
+        if (r == -EINTR) return total > 0 ? total : r;
+        (void)lock.lock();
+        continue;
+      }
+      kernel_senders.fetch_add(1, std::memory_order_seq_cst);
+      lock.unlock();
+      const std::int64_t n = kernel_send(at, from, flags, true);
+      if (total > 0) return n > 0 ? total + n : total;
+      return n;
+    }
+    if (lane->said(kAbandon)) {
+      handle_abandon(at);
+      continue;
+    }
+    if (peer_gone || lane->dead() || lane->said(kGone)) {
+      tx.store(TxState::ended, std::memory_order_release);  // the kernel says how a write to a closed connection ends
+      continue;
+    }
+    const std::size_t n = lane->send(from);
+    total += static_cast<std::int64_t>(n);
+    if (stats != nullptr && n != 0) {
+      stats->lane.bytes_sent.add(n);
+      stats->lane.messages_sent.add(1);
+    }
+    if (from.done()) break;
+    lane->drain();
+    if (lane->may_send()) continue;
+    tx_blocked = true;
+    if (nowait) {
+      if (total == 0) total = -EAGAIN;
+      break;
+    }
+    if (deadline == 0 && snd_timeout_ns != 0) deadline = now_ns() + snd_timeout_ns;
+    const int r = wait(true, deadline, snd_timeout_ns != 0);
+    if (r != 0) {
+      if (total == 0) total = r;
+      break;
+    }
+  }
+  lock.unlock();
+  return total;
+}
+
+std::int64_t StreamImpl::recv(int at, IovCursor& to, int flags, int* out_flags, std::uint16_t gen) noexcept {
+  (void)out_flags;
+  if (phase.load(std::memory_order_acquire) != Phase::laned) {
+    kernel_receivers.fetch_add(1, std::memory_order_seq_cst);
+    if (phase.load(std::memory_order_seq_cst) != Phase::laned) return kernel_recv(at, to, flags, true);
+    kernel_receivers.fetch_sub(1, std::memory_order_release);
+  }
+  return lane_recv(at, to, flags, gen);
+}
+
+std::int64_t StreamImpl::take_stash(IovCursor& to, bool consume) noexcept {
+  std::size_t total = 0;
+  std::size_t off = stash_off;
+  while (!to.done() && off < stash_len) {
+    const std::size_t n = to.chunk() < stash_len - off ? to.chunk() : stash_len - off;
+    std::memcpy(to.data(), stash + off, n);
+    to.advance(n);
+    off += n;
+    total += n;
+  }
+  if (consume) {
+    stash_off = off;
+    if (stash_off == stash_len) {
+      std::free(stash);
+      stash = nullptr;
+      stash_len = stash_off = 0;
+    }
+  }
+  return static_cast<std::int64_t>(total);
+}
+
+// After READY the anchor is read with the lock held and never waited for inside the kernel. SWITCH, END and new TCP bytes may all
+// come between the look at the words and the read: what was read past P waits in the stash until the lane's bytes are through.
+std::int64_t StreamImpl::anchor_recv_nowait(int at, IovCursor& to, std::size_t cap, int flags) noexcept {
+  iovec iov[kMaxIov];
+  std::size_t count = to.rest(iov, kMaxIov);
+  std::size_t room = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    if (room + iov[i].iov_len >= cap) {
+      iov[i].iov_len = cap - room;
+      count = i + 1;
+    }
+    room += iov[i].iov_len;
+  }
+  msghdr msg{};
+  msg.msg_iov = iov;
+  msg.msg_iovlen = count;
+  const bool peek = (flags & MSG_PEEK) != 0;
+  const long n = sys::call(SYS_recvmsg, at, sys::arg(&msg), MSG_DONTWAIT | (flags & (MSG_PEEK | MSG_TRUNC)));
+  if (n <= 0) return n;
+  if (!peek) count_tcp(false, n);
+  std::uint64_t p = 0;
+  const std::uint64_t received = tcp_received.load(std::memory_order_relaxed) + (peek ? static_cast<std::uint64_t>(n) : 0);
+  std::size_t keep = static_cast<std::size_t>(n);
+  if (lane->said(kSwitch, &p) && received > p) {
+    const std::size_t excess = static_cast<std::size_t>(received - p);
+    keep = excess < keep ? keep - excess : 0;
+    if (!peek) {
+      auto* grown = static_cast<std::byte*>(std::realloc(stash, stash_len + excess));
+      if (grown == nullptr) return -ENOMEM;
+      stash = grown;
+      std::size_t skip = keep;
+      for (std::size_t i = 0; i < count && stash_len < stash_len + excess; ++i) {
+        if (skip >= iov[i].iov_len) {
+          skip -= iov[i].iov_len;
+          continue;
+        }
+        const std::size_t left = static_cast<std::size_t>(n) - keep;
+        const std::size_t take = iov[i].iov_len - skip < left ? iov[i].iov_len - skip : left;
+        std::memcpy(stash + stash_len, static_cast<std::byte*>(iov[i].iov_base) + skip, take);
+        stash_len += take;
+        skip = 0;
+      }
+    }
+  }
+  for (std::size_t left = keep; left > 0;) {
+    const std::size_t step = left < to.chunk() ? left : to.chunk();
+    to.advance(step);
+    left -= step;
+  }
+  return static_cast<std::int64_t>(keep);
+}
+
+std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16_t gen) noexcept {
+  const bool nowait = (flags & MSG_DONTWAIT) != 0 || nonblocking.load(std::memory_order_relaxed);
+  const bool peek = (flags & MSG_PEEK) != 0;
+  const bool all = (flags & MSG_WAITALL) != 0;
+  const IovCursor start = to;
+  std::int64_t deadline = 0;
+  std::int64_t total = 0;
+  int result = 0;
+  (void)lock.lock();
+  while (!to.done()) {
+    if (generation.load(std::memory_order_relaxed) != gen) {
+      result = -EBADF;
+      break;
+    }
+    const bool here = phase.load(std::memory_order_relaxed) == Phase::laned && usable_here();
+    if (here && (flags & (MSG_OOB | MSG_ERRQUEUE))) take_down_locked(LaneReason::mode);
+    if (here) {
+      if (abandoned()) handle_abandon(at);
+      advance_rx(at);
+    }
+    const RxState state = rx.load(std::memory_order_relaxed);
+    std::int64_t n = 0;
+    if (phase.load(std::memory_order_relaxed) != Phase::laned || state == RxState::tcp || state == RxState::ended) {
+      if (stash != nullptr) {
+        n = take_stash(to, !peek);
+      } else {
+        if (reset_by_peer) {
+          reset_by_peer = false;
+          result = -ECONNRESET;
+          break;
+        }
+        // Bytes already taken: the kernel only adds what is there at once.
+        const int kernel_flags = total > 0 && !all ? flags | MSG_DONTWAIT : flags;
+        kernel_receivers.fetch_add(1, std::memory_order_seq_cst);
+        lock.unlock();
+        n = kernel_recv(at, to, kernel_flags, true);
+        if (total > 0) return n > 0 ? total + n : total;
+        return n;
+      }
+    } else if (state == RxState::lane) {
+      if (flags & MSG_TRUNC) {
+        std::size_t room = to.remaining();
+        n = static_cast<std::int64_t>(lane->discard(room));
+        for (std::size_t left = static_cast<std::size_t>(n); left > 0;) {
+          const std::size_t step = left < to.chunk() ? left : to.chunk();
+          to.advance(step);
+          left -= step;
+        }
+      } else {
+        if (peek) to = start;
+        n = static_cast<std::int64_t>(lane->recv(to, !peek));
+        if (peek && n > 0) {
+          total = 0;
+          if (all && !to.done() && !nowait && !end_reached() && !peer_gone) n = 0;
+        }
+      }
+      if (n > 0 && !peek && stats != nullptr) {
+        stats->lane.bytes_received.add(static_cast<std::uint64_t>(n));
+        stats->lane.messages_received.add(1);
+      }
+    } else {
+      if (peek) to = start;
+      anchor_event.store(false, std::memory_order_release);  // before the read: what comes after it sets it again
+      const std::size_t cap = state == RxState::draining
+                                  ? static_cast<std::size_t>(switch_at - tcp_received.load(std::memory_order_relaxed))
+                                  : static_cast<std::size_t>(SSIZE_MAX);
+      n = anchor_recv_nowait(at, to, cap, flags);
+      if (n == 0 && state == RxState::draining && total == 0) {
+        result = lane->said(kSwitch) && !end_reached() ? -ECONNRESET : 0;
+        break;
+      }
+      if (n == 0) break;  // end of stream before any switch
+      if (n < 0 && n != -EAGAIN) {
+        result = static_cast<int>(n);
+        break;
+      }
+      if (n < 0) n = 0;
+    }
+    if (n > 0) {
+      total += n;
+      if (!all || peek) break;
+      continue;
+    }
+    // Nothing there. Was it the end?
+    if (rx.load(std::memory_order_relaxed) == RxState::lane) {
+      if (end_reached() || peer_gone || lane->dead()) continue;
+      if (anchor_event.load(std::memory_order_acquire)) {
+        look_at_anchor(at);
+        if (rx.load(std::memory_order_relaxed) != RxState::lane || lane->unread() != 0) continue;
+      }
+      if (rx_shut) break;
+    }
+    if (total > 0 && !all) break;
+    if (nowait) {
+      result = -EAGAIN;
+      break;
+    }
+    if (deadline == 0 && rcv_timeout_ns != 0) deadline = now_ns() + rcv_timeout_ns;
+    result = wait(false, deadline, rcv_timeout_ns != 0);
+    if (result != 0) break;
+  }
+  lock.unlock();
+  return total > 0 ? total : result;
+}
+
+bool StreamImpl::changed(bool for_send) const noexcept {
+  if (lane->maybe_ready()) return true;
+  if (tx.load(std::memory_order_relaxed) == TxState::lane && lane->said(kAbandon)) return true;
+  if (for_send) return lane->said(kGone);
+  if (anchor_event.load(std::memory_order_acquire)) return true;
+  switch (rx.load(std::memory_order_relaxed)) {
+    case RxState::ready:
+      return lane->said(kSwitch) || lane->said(kEnd);
+    case RxState::lane:
+      return end_reached();
+    default:
+      return false;
+  }
+}
+
+int StreamImpl::wait(bool for_send, std::int64_t deadline, bool has_timeout) noexcept {
+  const std::uint64_t edges = state_edges.load(std::memory_order_relaxed);
+  const std::uint16_t gen = generation.load(std::memory_order_relaxed);
+  const auto woken = [&]() noexcept {
+    return changed(for_send) || state_edges.load(std::memory_order_acquire) != edges ||
+           generation.load(std::memory_order_acquire) != gen;
+  };
+  Lane* const l = lane;
+  ++waiters;
+  lock.unlock();
+  int result = 0;
+  bool found = false;
+  const std::int64_t budget = engine::spin_budget();
+  if (budget > 0) {
+    const std::int64_t until = now_ns() + budget;
+    do {
+      for (int i = 0; i < 64 && !found; ++i) {
+        found = woken();
+        rdma::cpu_relax();
+      }
+    } while (!found && now_ns() < until);
+    engine::spin_result(found);
+  }
+  if (!found) {
+    std::atomic<std::uint32_t>* word = l->wake_word();
+    const std::uint32_t seen = word->load(std::memory_order_acquire);
+    l->arm(rdma::kWakeWord);
+    l->device().arm_fence();
+    if (!woken()) {
+      timespec left{};
+      bool expired = false;
+      if (has_timeout) {
+        const std::int64_t ns = deadline - now_ns();
+        expired = ns <= 0;
+        left.tv_sec = ns / 1'000'000'000;
+        left.tv_nsec = ns % 1'000'000'000;
+      }
+      const long r =
+          expired ? -ETIMEDOUT : sys::call(SYS_futex, sys::arg(word), FUTEX_WAIT, seen, has_timeout ? sys::arg(&left) : 0);
+      if (r == -EINTR) result = -EINTR;
+      if (r == -ETIMEDOUT) result = -EAGAIN;
+    }
+  }
+  (void)lock.lock();
+  --waiters;
+  return result;
+}
+
+}  // namespace sdp

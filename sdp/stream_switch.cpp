@@ -1,0 +1,211 @@
+// The switch between anchor and lane. Each rule named here is one of architecture 2.4's.
+#include <linux/sockios.h>
+#include <linux/tcp.h>
+#include <netinet/in.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+
+#include <cerrno>
+#include <cstddef>
+#include <cstdlib>
+#include <cstring>
+
+#include "rdma_core/base/log.hpp"
+#include "rdma_core/base/sys.hpp"
+#include "sdp/stream_impl.hpp"
+
+namespace sdp {
+
+namespace sys = rdma::sys;
+
+AnchorCounts anchor_counts(int fd) noexcept {
+  AnchorCounts counts;
+  tcp_info info{};
+  socklen_t len = sizeof info;
+  if (sys::call(SYS_getsockopt, fd, IPPROTO_TCP, TCP_INFO, sys::arg(&info), sys::arg(&len)) != 0) return counts;
+  if (len < offsetof(tcp_info, tcpi_bytes_retrans) + sizeof info.tcpi_bytes_retrans) return counts;  // a kernel before 4.19
+  int queued = 0;
+  if (sys::call(SYS_ioctl, fd, SIOCINQ, sys::arg(&queued)) != 0) return counts;
+  counts.ok = true;
+  counts.sent = info.tcpi_bytes_sent - info.tcpi_bytes_retrans + info.tcpi_notsent_bytes;
+  counts.received = info.tcpi_bytes_received;
+  counts.queued = static_cast<std::uint64_t>(queued);
+  return counts;
+}
+
+void StreamImpl::attach(Lane* new_lane) noexcept {
+  lane = new_lane;
+  owner = engine::process_id();
+  tx.store(TxState::prepared, std::memory_order_relaxed);
+  rx.store(RxState::tcp, std::memory_order_relaxed);
+  anchor_event.store(false, std::memory_order_relaxed);
+  phase.store(Phase::laned, std::memory_order_seq_cst);
+  lane->write_word(kPrepare, 0);
+}
+
+// Rule 4, custody: only while every byte that the kernel has moved for this socket went through us.
+void StreamImpl::try_ready(int at) noexcept {
+  if (rx.load(std::memory_order_relaxed) != RxState::tcp || !lane->said(kPrepare)) return;
+  if (kernel_receivers.load(std::memory_order_seq_cst) != 0 || plain_waiters.load(std::memory_order_seq_cst) != 0) return;
+  const AnchorCounts counts = anchor_counts(at);
+  if (!counts.ok) return take_down_locked(LaneReason::foreign_use);
+  if (counts.received - counts.queued != tcp_received.load(std::memory_order_relaxed)) {
+    // Bytes may have come between the two looks at the kernel: only a lasting difference is a foreign reader.
+    if (++doubts > 16) take_down_locked(LaneReason::foreign_use);
+    return;
+  }
+  rx.store(RxState::ready, std::memory_order_release);
+  lane->write_word(kReady, 0);
+}
+
+void StreamImpl::try_switch(int at) noexcept {
+  if (tx.load(std::memory_order_relaxed) != TxState::prepared) return;
+  if (lane->said(kAbandon)) {
+    end_tx_locked();
+    return;
+  }
+  if (!lane->said(kReady) || kernel_senders.load(std::memory_order_seq_cst) != 0) return;
+  const AnchorCounts counts = anchor_counts(at);
+  if (!counts.ok || counts.sent != tcp_sent.load(std::memory_order_relaxed)) {
+    take_down_locked(LaneReason::foreign_use);
+    return;
+  }
+  tx.store(TxState::lane, std::memory_order_release);
+  state_edges.fetch_add(1, std::memory_order_relaxed);
+  lane->write_word(kSwitch, counts.sent);
+  if (stats != nullptr) stats->switches_up.add(1);
+}
+
+void StreamImpl::advance_rx(int at) noexcept {
+  if (rx.load(std::memory_order_relaxed) == RxState::tcp) try_ready(at);
+  if (rx.load(std::memory_order_relaxed) == RxState::ready) {
+    if (lane->said(kSwitch, &switch_at))
+      rx.store(RxState::draining, std::memory_order_release);
+    else if (lane->said(kEnd) || peer_gone)
+      rx.store(RxState::ended, std::memory_order_release);
+  }
+  if (rx.load(std::memory_order_relaxed) == RxState::draining && tcp_received.load(std::memory_order_relaxed) >= switch_at) {
+    rx.store(RxState::lane, std::memory_order_release);
+    state_edges.fetch_add(1, std::memory_order_relaxed);
+  }
+  if (rx.load(std::memory_order_relaxed) != RxState::lane || lane->unread() != 0) return;
+  if (!end_reached() && !peer_gone && !lane->dead()) return;
+  // What was put there before the end was said, or before the peer went, is visible by now.
+  lane->drain();
+  if (lane->unread() != 0) return;
+  if (lane->said(kEnd) && !end_reached()) {
+    if (!peer_gone && !lane->dead()) return;
+    reset_by_peer = true;  // rule 7: the end is known and bytes before it are missing
+  }
+  std::uint64_t gone = 0;
+  if (lane->said(kGone, &gone) && gone != 0) reset_by_peer = true;
+  rx.store(RxState::ended, std::memory_order_release);
+  state_edges.fetch_add(1, std::memory_order_relaxed);
+}
+
+// Rule 7: FIN and RST of the anchor are the only end; rule 6: bytes beside the lane are the stream's.
+void StreamImpl::look_at_anchor(int at) noexcept {
+  if (!anchor_event.exchange(false, std::memory_order_acq_rel)) return;
+  if (rx.load(std::memory_order_relaxed) != RxState::lane) return;
+  std::byte one;
+  const long n = sys::call(SYS_recvfrom, at, sys::arg(&one), 1, MSG_PEEK | MSG_DONTWAIT);
+  if (n == -EAGAIN) return;
+  lane->drain();
+  if (lane->unread() != 0) {
+    anchor_event.store(true, std::memory_order_release);  // the lane's bytes first, then look again
+    return;
+  }
+  std::uint64_t end = 0;
+  if (n == 0 && lane->said(kEnd, &end) && lane->rx_bytes() != end && !peer_gone) {
+    anchor_event.store(true, std::memory_order_release);
+    return;
+  }
+  std::uint64_t gone = 0;
+  if (lane->said(kGone, &gone) && gone != 0) reset_by_peer = true;
+  rx.store(RxState::ended, std::memory_order_release);
+  state_edges.fetch_add(1, std::memory_order_relaxed);
+}
+
+void StreamImpl::end_tx_locked() noexcept {
+  if (tx.load(std::memory_order_relaxed) == TxState::lane) {
+    if (stats != nullptr) stats->switches_down.add(1);
+    lane->write_word(kEnd, lane->tx_bytes());
+  } else {
+    lane->write_word(kEnd, 0);
+  }
+  tx.store(TxState::ended, std::memory_order_release);
+  state_edges.fetch_add(1, std::memory_order_relaxed);
+}
+
+// Rule 8: local recovery reads the shared memory. The bytes past the position that the peer named lie unread in its buffers.
+void StreamImpl::handle_abandon(int at) noexcept {
+  std::uint64_t from = 0;
+  if (!lane->said(kAbandon, &from)) return;
+  const TxState was = tx.exchange(TxState::ended, std::memory_order_acq_rel);
+  state_edges.fetch_add(1, std::memory_order_relaxed);
+  if (was != TxState::lane) return;
+  if (stats != nullptr) stats->switches_down.add(1);
+  const std::uint64_t sent = lane->tx_bytes();
+  if (from >= sent) return;
+  const std::size_t bytes = static_cast<std::size_t>(sent - from);
+  resend = static_cast<std::byte*>(std::malloc(bytes));
+  if (resend == nullptr || !lane->read_back(from, resend, bytes)) {
+    RDMA_LOG(error, "fd %d: %zu bytes of an abandoned lane cannot be read back; the connection is reset", at, bytes);
+    std::free(resend);
+    resend = nullptr;
+    reset_by_peer = true;
+    sys::call(SYS_shutdown, at, SHUT_RDWR);
+    return;
+  }
+  resend_len = bytes;
+  resend_off = 0;
+  (void)flush_resend(at);
+}
+
+bool StreamImpl::flush_resend(int at) noexcept {
+  while (resend_off < resend_len) {
+    const long n = sys::call(SYS_sendto, at, sys::arg(resend + resend_off), static_cast<long>(resend_len - resend_off),
+                             MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (n == -EAGAIN || n == -EINTR) return false;
+    if (n < 0) break;  // the connection is gone: nobody reads the rest
+    resend_off += static_cast<std::size_t>(n);
+  }
+  std::free(resend);
+  resend = nullptr;
+  resend_len = resend_off = 0;
+  return true;
+}
+
+// Rule 8: stores only, waits for nobody; also in a fork's child and before exec.
+void StreamImpl::take_down_locked(LaneReason reason) noexcept {
+  if (inherited != nullptr) return take_down_inherited(reason);
+  if (phase.load(std::memory_order_relaxed) != Phase::laned) {
+    phase.store(Phase::final, std::memory_order_release);
+    if (stats != nullptr) stats->set_reason(reason);
+    return;
+  }
+  const TxState tx_now = tx.load(std::memory_order_relaxed);
+  if (tx_now == TxState::lane || tx_now == TxState::prepared) end_tx_locked();
+  if (rx.load(std::memory_order_relaxed) != RxState::ended) {
+    lane->write_word(kAbandon, lane->rx_bytes());
+    rx.store(RxState::ended, std::memory_order_release);
+    state_edges.fetch_add(1, std::memory_order_relaxed);
+  }
+  if (stats != nullptr) stats->set_reason(reason);
+  RDMA_LOG(info, "fd %d: lane taken down: %s", fd, to_string(reason));
+  lane->wake_sleepers();
+  engine::nudge();
+}
+
+// Rule 9: a child's first use. The parent's cell is shared memory, its lock too; the parent learns of it at its next call.
+void StreamImpl::take_down_inherited(LaneReason reason) noexcept {
+  StreamImpl* parent = inherited;
+  inherited = nullptr;
+  phase.store(Phase::final, std::memory_order_release);
+  if (stats != nullptr) stats->set_reason(reason);
+  (void)parent->lock.lock();
+  if (parent->generation.load(std::memory_order_relaxed) == inherited_generation) parent->take_down_locked(reason);
+  parent->lock.unlock();
+}
+
+}  // namespace sdp
