@@ -6,7 +6,6 @@
 
 #include <cstdint>
 #include <memory>
-#include <vector>
 
 #include "rdma_core/cm/connection_manager.hpp"
 #include "rdma_core/device_registry.hpp"
@@ -20,10 +19,12 @@ namespace sdp::engine {
 using LaneListener = void (*)(Stream stream);
 
 /// Devices and CMs; made by the shim, which alone may name drivers, once, in the service thread.
-struct Composition {
-  rdma::DeviceRegistry registry;
-  std::vector<std::unique_ptr<rdma::cm::ConnectionManager>>
-      managers;  ///< in the order of preference; destroyed before the registry
+class Composition {
+ public:
+  virtual ~Composition() = default;
+  virtual rdma::DeviceRegistry& registry() noexcept = 0;
+  virtual rdma::cm::ConnectionManager& cm() noexcept = 0;
+  virtual void abandon_in_child() noexcept = 0;  ///< in a fork's child: forgets what is the parent's
 };
 using Compose = std::unique_ptr<Composition> (*)(const Options&);
 

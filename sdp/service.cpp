@@ -96,15 +96,14 @@ void* Service::thread_main(void* self) noexcept {
 
 bool Service::open() noexcept {
   composition_ = compose_ != nullptr ? compose_(options_) : nullptr;
-  if (composition_ == nullptr || composition_->managers.empty()) return false;
-  static_assert(sizeof(Client) > 0);
+  if (composition_ == nullptr) return false;
   auto* client = new Client(*this);
-  composition_->registry.register_client(*client);
+  composition_->registry().register_client(*client);
   if (device_ == nullptr) return false;
   auto channel = device_->create_channel();
   if (!channel) return false;
   channel_ = std::move(channel.value());
-  cm_ = composition_->managers.front().get();
+  cm_ = &composition_->cm();
   cm_->on_event([this](const cm::Event& event) { on_cm_event(event); });
   const auto watch = [this](int fd, std::uint32_t events, std::uint64_t tag) {
     epoll_event ev{events, {.u64 = tag}};
@@ -502,7 +501,7 @@ void Service::stop_at_exit() noexcept {
 }
 
 void Service::abandon_in_child() noexcept {
-  if (cm_ != nullptr) cm_->abandon_in_child();
+  if (composition_ != nullptr) composition_->abandon_in_child();
   sys::call(SYS_close, epoll_fd_);
 }
 

@@ -211,6 +211,7 @@ std::uint32_t Stream::poll(std::uint32_t events) const noexcept {
       const bool gone = s->peer_gone || s->lane->dead() || s->lane->said(kGone);
       // A writer that was refused waits for a quarter of the window, so that it is not woken for every message.
       const std::int32_t need = s->tx_blocked ? std::max(kReservedCredits + 1, s->lane->recv_credits() / 4) : kReservedCredits + 1;
+      if (gone) s->tx.store(TxState::ended, std::memory_order_release);  // how a write ends is the kernel's to say
       if (gone || (s->lane->may_send() && s->lane->conn.credit().credits() >= need)) {
         if (s->tx_blocked) s->tx_edge_count.fetch_add(1, std::memory_order_relaxed);
         s->tx_blocked = false;
@@ -232,10 +233,20 @@ std::uint32_t Stream::kernel_events(std::uint32_t events) const noexcept {
   return events;
 }
 
+// Only what the next poll() consumes counts here: a condition that stayed true would turn a sleeper into a busy loop.
 bool Stream::maybe_ready() const noexcept {
   StreamImpl* s = impl();
-  if (s->phase.load(std::memory_order_acquire) != Phase::laned || s->lane == nullptr) return true;
-  return s->lane->maybe_ready() || s->changed(false) || s->changed(true);
+  if (s->phase.load(std::memory_order_acquire) != Phase::laned || s->lane == nullptr) return false;
+  if (s->lane->maybe_ready()) return true;
+  if (s->tx.load(std::memory_order_relaxed) == TxState::lane && (s->lane->said(kAbandon) || s->lane->said(kGone))) return true;
+  switch (s->rx.load(std::memory_order_relaxed)) {
+    case RxState::ready:
+      return s->lane->said(kSwitch) || s->lane->said(kEnd);
+    case RxState::lane:
+      return s->lane->unread() == 0 && (s->end_reached() || s->anchor_event.load(std::memory_order_acquire));
+    default:
+      return false;
+  }
 }
 
 void Stream::arm() const noexcept {

@@ -116,10 +116,6 @@ class ConnectionManager {
   virtual int fd() const noexcept = 0;
   virtual int next_timeout_ms() const noexcept = 0;  ///< -1: none
   virtual void progress() = 0;
-
-  /// In a fork's child, instead of destruction: closes the child's copies of descriptors, so that the parent's death still shows at its
-  /// peers, and touches nothing that is shared.
-  virtual void abandon_in_child() noexcept {}
 };
 
 }  // namespace rdma::cm

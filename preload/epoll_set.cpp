@@ -1,0 +1,342 @@
+#include "preload/epoll_set.hpp"
+
+#include <fcntl.h>
+#include <sys/random.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <new>
+
+#include "preload/fd_table.hpp"
+#include "preload/libc.hpp"
+#include "rdma_core/base/clock.hpp"
+#include "rdma_core/base/sys.hpp"
+#include "sdp/engine.hpp"
+
+namespace preload {
+
+namespace sys = rdma::sys;
+
+namespace {
+
+constexpr std::uint32_t kModeBits = EPOLLET | EPOLLONESHOT | EPOLLWAKEUP | EPOLLEXCLUSIVE;
+constexpr std::uint32_t kBellIndex = 0xffffff;
+constexpr std::int64_t kKernelEveryNs = 20'000;
+constexpr int kMaxSets = 1 << 16;
+
+std::mutex sets_mutex;
+std::atomic<EpollSet*> sets[kMaxSets];
+std::atomic<int> highest_set{-1};
+
+std::int64_t now_ns() noexcept { return rdma::SteadyClock{}.now(); }
+
+/// 40 random bits of this process, then a member's index: no program's own data looks like that but by a chance of 2^-40.
+std::uint64_t tag_base() noexcept {
+  static const std::uint64_t base = [] {
+    std::uint64_t random = 0;
+    sys::call(SYS_getrandom, sys::arg(&random), sizeof random, 0);
+    return random << 24;
+  }();
+  return base;
+}
+
+}  // namespace
+
+EpollSet* EpollSet::find(int epfd) noexcept {
+  return static_cast<unsigned>(epfd) < kMaxSets ? sets[epfd].load(std::memory_order_acquire) : nullptr;
+}
+
+EpollSet* EpollSet::make(int epfd) noexcept {
+  if (static_cast<unsigned>(epfd) >= kMaxSets) return nullptr;
+  std::lock_guard guard(sets_mutex);
+  EpollSet* set = sets[epfd].load();
+  if (set == nullptr) {
+    set = new (std::nothrow) EpollSet(epfd);
+    sets[epfd].store(set, std::memory_order_release);
+    highest_set.store(std::max(highest_set.load(), epfd));
+  }
+  return set;
+}
+
+// A thread may still be inside wait() of a set that is closed; the object is left to it. Sets are few and small.
+void EpollSet::drop(int epfd) noexcept {
+  if (find(epfd) == nullptr) return;
+  std::lock_guard guard(sets_mutex);
+  sets[epfd].store(nullptr, std::memory_order_release);
+}
+
+void EpollSet::duplicate(int from, int to) noexcept {
+  EpollSet* set = find(from);
+  if (set == nullptr || static_cast<unsigned>(to) >= kMaxSets) return;
+  std::lock_guard guard(sets_mutex);
+  sets[to].store(set, std::memory_order_release);
+  highest_set.store(std::max(highest_set.load(), to));
+}
+
+void EpollSet::forget_all() noexcept {
+  new (&sets_mutex) std::mutex;
+  for (int i = 0; i <= highest_set.load(); ++i) sets[i].store(nullptr);
+}
+
+void EpollSet::on_lane_changed(sdp::Stream stream) noexcept {
+  std::lock_guard guard(sets_mutex);
+  for (int i = 0; i <= highest_set.load(); ++i) {
+    EpollSet* set = sets[i].load();
+    if (set == nullptr) continue;
+    std::lock_guard inner(set->mutex_);
+    for (std::uint32_t m = 0; m < set->members_.size(); ++m)
+      if (set->members_[m].stream.word() == stream.word()) set->sync(set->members_[m], m);
+  }
+}
+
+void EpollSet::on_closed(int fd, sdp::Stream stream) noexcept {
+  const int high = highest_set.load();
+  for (int i = 0; i <= high; ++i) {
+    EpollSet* set = sets[i].load();
+    if (set == nullptr || !set->has_members()) continue;
+    std::lock_guard inner(set->mutex_);
+    Member* m = set->of(fd);
+    if (m == nullptr || m->stream.word() != stream.word()) continue;
+    if (m->tagged) set->tagged_.fetch_sub(1);
+    *m = Member{};
+    set->members_in_use_.fetch_sub(1);
+  }
+}
+
+EpollSet::Member* EpollSet::of(int fd) noexcept {
+  for (Member& m : members_)
+    if (m.fd == fd) return &m;
+  return nullptr;
+}
+
+void EpollSet::ensure_bell() noexcept {
+  const int bell = sdp::engine::bell_fd();
+  if (bell < 0 || bell == bell_) return;
+  epoll_event ev{EPOLLIN | EPOLLET, {.u64 = tag_base() | kBellIndex}};
+  if (sys::call(SYS_epoll_ctl, epfd_, EPOLL_CTL_ADD, bell, sys::arg(&ev)) == 0) bell_ = bell;
+}
+
+void EpollSet::sync(Member& m, std::uint32_t index) noexcept {
+  const bool lane = m.stream.has_lane();
+  if (!lane && !m.tagged) return;
+  epoll_event ev{};
+  if (lane) {
+    ensure_bell();
+    const std::uint32_t mask = m.disabled ? 0 : m.stream.kernel_events(m.events & ~kModeBits) | (m.events & kModeBits);
+    if (m.tagged && mask == m.kernel_mask) return;
+    ev = {mask, {.u64 = tag_base() | index}};
+    m.kernel_mask = mask;
+  } else {
+    ev = {m.disabled ? 0 : m.events, {.u64 = m.data}};
+  }
+  if (sys::call(SYS_epoll_ctl, epfd_, EPOLL_CTL_MOD, m.fd, sys::arg(&ev)) != 0) return;
+  if (lane != m.tagged) tagged_.fetch_add(lane ? 1 : -1);
+  m.tagged = lane;
+}
+
+void EpollSet::added(int fd, sdp::Stream stream, const epoll_event& event) noexcept {
+  if (event.events & EPOLLEXCLUSIVE) return stream.take_down(sdp::LaneReason::mode);
+  std::lock_guard guard(mutex_);
+  std::uint32_t index = 0;
+  while (index < members_.size() && members_[index].fd >= 0) ++index;
+  if (index == members_.size()) members_.emplace_back();
+  Member& m = members_[index];
+  m = Member{};
+  m.stream = stream;
+  m.fd = fd;
+  m.events = event.events;
+  m.data = event.data.u64;
+  members_in_use_.fetch_add(1);
+  sync(m, index);
+  if (m.tagged && sleepers_.load() != 0) sdp::engine::ring_bell();
+}
+
+bool EpollSet::modify(int fd, const epoll_event& event, int* result) noexcept {
+  std::lock_guard guard(mutex_);
+  Member* m = of(fd);
+  if (m == nullptr) return false;
+  m->events = event.events;
+  m->data = event.data.u64;
+  m->disabled = false;
+  m->seen_rx = m->seen_tx = ~0ULL;
+  if (!m->tagged && !m->stream.has_lane()) return false;
+  m->kernel_mask = ~0U;
+  sync(*m, static_cast<std::uint32_t>(m - members_.data()));
+  if (sleepers_.load() != 0) sdp::engine::ring_bell();
+  *result = 0;
+  return true;
+}
+
+void EpollSet::removed(int fd) noexcept {
+  std::lock_guard guard(mutex_);
+  Member* m = of(fd);
+  if (m == nullptr) return;
+  if (m->tagged) tagged_.fetch_sub(1);
+  *m = Member{};
+  members_in_use_.fetch_sub(1);
+}
+
+int EpollSet::collect(epoll_event* events, int max) noexcept {
+  std::lock_guard guard(mutex_);
+  int n = 0;
+  const auto count = static_cast<std::uint32_t>(members_.size());
+  std::uint32_t i = 0;
+  for (; i < count && n < max; ++i) {
+    const std::uint32_t index = (next_ + i) % count;
+    Member& m = members_[index];
+    if (!m.tagged || m.disabled) continue;
+    m.stream.on_wait_entry(m.fd);
+    std::uint32_t ready = m.stream.poll(m.events & ~kModeBits) & (m.events | EPOLLERR | EPOLLHUP);
+    sync(m, index);
+    if (!m.tagged || ready == 0) continue;
+    if (m.events & EPOLLET) {
+      const std::uint64_t rx = m.stream.rx_edges(), tx = m.stream.tx_edges();
+      if (rx == m.seen_rx) ready &= ~static_cast<std::uint32_t>(EPOLLIN | EPOLLRDNORM | EPOLLPRI);
+      if (tx == m.seen_tx) ready &= ~static_cast<std::uint32_t>(EPOLLOUT | EPOLLWRNORM);
+      if (ready == 0) continue;
+      if (ready & EPOLLIN) m.seen_rx = rx;
+      if (ready & EPOLLOUT) m.seen_tx = tx;
+    }
+    if (m.events & EPOLLONESHOT) {
+      m.disabled = true;
+      m.kernel_mask = ~0U;
+      sync(m, index);
+    }
+    events[n].events = ready;
+    events[n].data.u64 = m.data;
+    ++n;
+  }
+  if (count != 0 && i < count) next_ = (next_ + i) % count;
+  return n;
+}
+
+// Adds what the kernel reports behind the `lanes` entries that are there. Members are recognised by their tags; one entry per
+// member.
+int EpollSet::merge(epoll_event* events, int lanes, const epoll_event* kernel, int count, int max) noexcept {
+  std::lock_guard guard(mutex_);
+  int n = lanes;
+  for (int i = 0; i < count; ++i) {
+    const std::uint64_t data = kernel[i].data.u64;
+    if ((data & ~0xffffffULL) != tag_base()) {
+      if (n < max) events[n++] = kernel[i];
+      continue;
+    }
+    const auto index = static_cast<std::uint32_t>(data & 0xffffff);
+    if (index >= members_.size() || members_[index].fd < 0) continue;  // the bell, or a member that has just gone
+    Member& m = members_[index];
+    if (m.disabled) continue;
+    const std::uint32_t wanted = kernel[i].events & (m.events | EPOLLERR | EPOLLHUP);
+    if (wanted == 0) continue;
+    int same = 0;
+    while (same < lanes && events[same].data.u64 != m.data) ++same;
+    if (same < lanes) {
+      events[same].events |= wanted;
+    } else if (n < max) {
+      events[n].events = wanted;
+      events[n++].data.u64 = m.data;
+      if (m.events & EPOLLONESHOT) m.disabled = true;
+    }
+  }
+  return n;
+}
+
+bool EpollSet::maybe_ready() noexcept {
+  std::lock_guard guard(mutex_);
+  for (const Member& m : members_)
+    if (m.tagged && !m.disabled && m.stream.maybe_ready()) return true;
+  return false;
+}
+
+bool EpollSet::ready() noexcept {
+  std::lock_guard guard(mutex_);
+  for (const Member& m : members_)
+    if (m.tagged && !m.disabled && m.stream.poll(m.events & ~kModeBits) != 0) return true;
+  return false;
+}
+
+int EpollSet::wait(epoll_event* events, int max, std::int64_t timeout_ns, const sigset_t* mask) noexcept {
+  constexpr int kBatch = 64;
+  epoll_event kernel[kBatch];
+  const std::int64_t deadline = timeout_ns > 0 ? now_ns() + timeout_ns : 0;
+  const int want = std::min(max, kBatch);
+  for (;;) {
+    const bool lanes_here = tagged_.load(std::memory_order_acquire) != 0;
+    int n = lanes_here ? collect(events, max) : 0;
+    if (n > 0) {
+      // Kernel descriptors are not starved: they are asked every few calls.
+      if (n < max && ++since_kernel_ >= 8) {
+        since_kernel_ = 0;
+        const long k = sys::call(SYS_epoll_pwait, epfd_, sys::arg(kernel), std::min(want, max - n), 0, sys::arg(mask), 8);
+        if (k > 0) n = merge(events, n, kernel, static_cast<int>(k), max);
+      } else if (n == max && sleepers_.load() != 0) {
+        sdp::engine::ring_bell();
+      }
+      return n;
+    }
+    if (lanes_here) {
+      since_kernel_ = 0;
+      long k = sys::call(SYS_epoll_pwait, epfd_, sys::arg(kernel), want, 0, sys::arg(mask), 8);
+      if (k < 0) {
+        errno = static_cast<int>(-k);
+        return -1;
+      }
+      if (k > 0 && (n = merge(events, 0, kernel, static_cast<int>(k), max)) > 0) return n;
+      if (timeout_ns == 0) return 0;
+      // Spin: the lanes all the time, the kernel every few microseconds.
+      const std::int64_t budget = sdp::engine::spin_budget();
+      if (budget > 0) {
+        std::int64_t now = now_ns();
+        const std::int64_t until = now + budget;
+        std::int64_t kernel_due = now + kKernelEveryNs;
+        bool found = false;
+        while (!found && now < until) {
+          for (int i = 0; i < 16 && !found; ++i) {
+            found = maybe_ready();
+            rdma::cpu_relax();
+          }
+          now = now_ns();
+          if (!found && now >= kernel_due) {
+            kernel_due = now + kKernelEveryNs;
+            k = sys::call(SYS_epoll_pwait, epfd_, sys::arg(kernel), want, 0, sys::arg(mask), 8);
+            if (k > 0 && (n = merge(events, 0, kernel, static_cast<int>(k), max)) > 0) return n;
+          }
+        }
+        sdp::engine::spin_result(found);
+        if (found) continue;
+      }
+      sleepers_.fetch_add(1);
+      {
+        std::lock_guard guard(mutex_);
+        for (const Member& m : members_)
+          if (m.tagged && !m.disabled) m.stream.arm();
+      }
+      sdp::engine::arm_fence();
+      if (maybe_ready()) {
+        sleepers_.fetch_sub(1);
+        continue;
+      }
+    }
+    int timeout_ms = -1;
+    timespec left{};
+    if (timeout_ns >= 0) {
+      const std::int64_t ns = timeout_ns == 0 ? 0 : std::max<std::int64_t>(deadline - now_ns(), 0);
+      left = {ns / 1'000'000'000, ns % 1'000'000'000};
+      timeout_ms = static_cast<int>(std::min<std::int64_t>((ns + 999'999) / 1'000'000, 0x7fffffff));
+    }
+    if (!lanes_here) sleepers_.fetch_add(1);
+    const long k = sys::call(SYS_epoll_pwait, epfd_, sys::arg(kernel), want, timeout_ms, sys::arg(mask), 8);
+    sleepers_.fetch_sub(1);
+    if (k < 0) {
+      errno = static_cast<int>(-k);
+      return -1;
+    }
+    if (k > 0) {
+      n = tagged_.load() != 0 ? collect(events, max) : 0;
+      n = merge(events, n, kernel, static_cast<int>(k), max);
+      if (n > 0) return n;
+    }
+    if (timeout_ns == 0 || (timeout_ns > 0 && now_ns() >= deadline)) return tagged_.load() != 0 ? collect(events, max) : 0;
+  }
+}
+
+}  // namespace preload

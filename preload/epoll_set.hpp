@@ -1,0 +1,72 @@
+// What we know of one of the program's epoll instances: its members that are streams of ours.
+//
+// The kernel's epoll stays the truth. A member without a lane stands in it with the program's own events and data. While a stream
+// has a lane the kernel's entry watches only what the anchor still carries (always error and hang-up) and its data is a tag of
+// ours, so that results can be told apart; readiness of the lane is added by wait(). The bell wakes a sleeper.
+//
+// Locks: one per set, held over epoll_ctl of a member and over collecting, never while sleeping. Order: set, then stream.
+#pragma once
+
+#include <sys/epoll.h>
+
+#include <atomic>
+#include <cstdint>
+#include <mutex>
+#include <vector>
+
+#include "sdp/stream.hpp"
+
+namespace preload {
+
+class EpollSet {
+ public:
+  static EpollSet* find(int epfd) noexcept;
+  static EpollSet* make(int epfd) noexcept;
+  static void drop(int epfd) noexcept;
+  static void duplicate(int from, int to) noexcept;
+  static void forget_all() noexcept;                    ///< in a fork's child: the sets are the parent's
+  static void on_lane_changed(sdp::Stream) noexcept;    ///< sdp::engine::LaneListener
+  static void on_closed(int fd, sdp::Stream) noexcept;  ///< the kernel has dropped it from every set
+
+  /// After the kernel took an epoll_ctl for a stream of ours. `event` as the program gave it.
+  void added(int fd, sdp::Stream stream, const epoll_event& event) noexcept;
+  /// True: handled (a member whose kernel entry is not the program's); `result` as of epoll_ctl.
+  bool modify(int fd, const epoll_event& event, int* result) noexcept;
+  void removed(int fd) noexcept;
+
+  bool has_members() const noexcept { return members_in_use_.load(std::memory_order_acquire) != 0; }
+  int wait(epoll_event* events, int max, std::int64_t timeout_ns, const sigset_t* mask) noexcept;
+  bool ready() noexcept;  ///< a lane member has something: for sets that are waited for themselves
+
+ private:
+  struct Member {
+    sdp::Stream stream;
+    int fd = -1;
+    std::uint32_t events = 0;  ///< as the program asked
+    std::uint64_t data = 0;
+    std::uint32_t kernel_mask = 0;                   ///< what the kernel's entry watches
+    bool tagged = false;                             ///< the kernel's entry has our tag
+    bool disabled = false;                           ///< EPOLLONESHOT has fired
+    std::uint64_t seen_rx = ~0ULL, seen_tx = ~0ULL;  ///< edges reported
+  };
+
+  explicit EpollSet(int epfd) noexcept : epfd_(epfd) {}
+  void sync(Member& member, std::uint32_t index) noexcept;
+  void ensure_bell() noexcept;
+  int collect(epoll_event* events, int max) noexcept;
+  int merge(epoll_event* events, int lanes, const epoll_event* kernel, int count, int max) noexcept;
+  bool maybe_ready() noexcept;
+  Member* of(int fd) noexcept;
+
+  int epfd_;
+  int bell_ = -1;
+  std::mutex mutex_;
+  std::vector<Member> members_;
+  std::atomic<std::uint32_t> members_in_use_{0};
+  std::atomic<std::uint32_t> tagged_{0};
+  std::atomic<std::uint32_t> sleepers_{0};
+  std::uint32_t next_ = 0;  ///< whose turn it is when `max` is small
+  std::uint32_t since_kernel_ = 0;
+};
+
+}  // namespace preload

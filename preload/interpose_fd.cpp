@@ -1,0 +1,150 @@
+// Descriptors: close, dup, fcntl, ioctl, and stdio on a socket.
+#include <linux/close_range.h>
+#include <linux/sockios.h>
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+
+#include "preload/dispatch.hpp"
+#include "preload/epoll_set.hpp"
+#include "rdma_core/base/sys.hpp"
+#include "sdp/engine.hpp"
+
+using preload::EpollSet;
+using preload::fds;
+using preload::libc;
+using sdp::Stream;
+
+namespace {
+
+/// Everything that must happen before the kernel's close of `fd`.
+void before_close(int fd) noexcept {
+  Stream stream;
+  if (fds().kind(fd) == preload::Kind::epoll_set) EpollSet::drop(fd);
+  const Stream named = fds().find(fd);
+  const bool last = fds().take(fd, &stream);
+  if (named) EpollSet::on_closed(fd, named);
+  if (last) stream.close(fd);
+}
+
+void duplicated(int from, int to) noexcept {
+  fds().duplicate(from, to);
+  if (fds().kind(from) == preload::Kind::epoll_set) EpollSet::duplicate(from, to);
+}
+
+}  // namespace
+
+SDP_EXPORT int close(int fd) {
+  if (sdp::engine::is_helper_fd(fd)) {
+    errno = EBADF;
+    return -1;
+  }
+  if (fd >= 0) before_close(fd);
+  return libc().close(fd);
+}
+
+SDP_EXPORT int dup(int fd) noexcept {
+  const int to = libc().dup(fd);
+  if (to >= 0) duplicated(fd, to);
+  return to;
+}
+SDP_EXPORT int dup2(int from, int to) noexcept {
+  if (sdp::engine::is_helper_fd(to)) {
+    errno = EBUSY;
+    return -1;
+  }
+  if (from != to && to >= 0 && rdma::sys::call(SYS_fcntl, from, F_GETFD) >= 0) before_close(to);
+  const int r = libc().dup2(from, to);
+  if (r >= 0 && from != to) duplicated(from, to);
+  return r;
+}
+SDP_EXPORT int dup3(int from, int to, int flags) noexcept {
+  if (sdp::engine::is_helper_fd(to)) {
+    errno = EBUSY;
+    return -1;
+  }
+  if (from != to && to >= 0 && (flags & ~O_CLOEXEC) == 0 && rdma::sys::call(SYS_fcntl, from, F_GETFD) >= 0) before_close(to);
+  const int r = libc().dup3(from, to, flags);
+  if (r >= 0) duplicated(from, to);
+  return r;
+}
+
+SDP_EXPORT int fcntl(int fd, int command, ...) {
+  va_list args;
+  va_start(args, command);
+  void* const arg = va_arg(args, void*);
+  va_end(args);
+  const Stream stream = fds().find(fd);
+  const auto number = reinterpret_cast<long>(arg);
+  if (stream && command == F_SETFL && (number & O_ASYNC)) stream.take_down(sdp::LaneReason::mode);
+  const int r = libc().fcntl(fd, command, arg);
+  if (r < 0) return r;
+  if (command == F_DUPFD || command == F_DUPFD_CLOEXEC) duplicated(fd, r);
+  if (stream && command == F_SETFL) stream.set_nonblocking((number & O_NONBLOCK) != 0);
+  return r;
+}
+SDP_EXPORT int fcntl64(int fd, int command, ...) {
+  va_list args;
+  va_start(args, command);
+  void* const arg = va_arg(args, void*);
+  va_end(args);
+  return fcntl(fd, command, arg);
+}
+
+SDP_EXPORT int ioctl(int fd, unsigned long request, ...) noexcept {
+  va_list args;
+  va_start(args, request);
+  void* const arg = va_arg(args, void*);
+  va_end(args);
+  if (const Stream stream = fds().find(fd)) {
+    if (request == FIONREAD || request == SIOCOUTQ) {
+      const int n = request == FIONREAD ? stream.inq(fd) : stream.outq(fd);
+      if (n >= 0 && arg != nullptr) *static_cast<int*>(arg) = n;
+      return n >= 0 ? 0 : preload::to_libc<int>(n);
+    }
+    if (request == FIOASYNC) stream.take_down(sdp::LaneReason::mode);
+    const int r = libc().ioctl(fd, request, arg);
+    if (r == 0 && request == FIONBIO && arg != nullptr) stream.set_nonblocking(*static_cast<int*>(arg) != 0);
+    return r;
+  }
+  return libc().ioctl(fd, request, arg);
+}
+
+SDP_EXPORT int close_range(unsigned first, unsigned last, int flags) noexcept {
+  static const auto real = reinterpret_cast<int (*)(unsigned, unsigned, int)>(preload::next_symbol("close_range"));
+  if (flags & CLOSE_RANGE_CLOEXEC) return real(first, last, flags);
+  const unsigned high = std::min(last, 4096U);
+  for (unsigned fd = first; fd <= std::min<unsigned>(last, static_cast<unsigned>(fds().highest())) && fd < preload::FdTable::kMax;
+       ++fd)
+    before_close(static_cast<int>(fd));
+  // Our own descriptors are left out: the range is closed in pieces around them.
+  unsigned from = first;
+  for (unsigned fd = first; fd < high; ++fd) {
+    if (!sdp::engine::is_helper_fd(static_cast<int>(fd))) continue;
+    if (fd > from && real(from, fd - 1, flags) != 0) return -1;
+    from = fd + 1;
+  }
+  return from <= last ? real(from, last, flags) : 0;
+}
+SDP_EXPORT void closefrom(int first) noexcept { close_range(static_cast<unsigned>(std::max(first, 0)), ~0U, 0); }
+
+// --- stdio reads and writes inside libc, out of our sight
+
+SDP_EXPORT FILE* fdopen(int fd, const char* mode) noexcept {
+  static const auto real = reinterpret_cast<decltype(&::fdopen)>(preload::next_symbol("fdopen"));
+  preload::leave_lane(fd, sdp::LaneReason::mode);
+  return real(fd, mode);
+}
+SDP_EXPORT int vdprintf(int fd, const char* format, va_list args) {
+  static const auto real = reinterpret_cast<decltype(&::vdprintf)>(preload::next_symbol("vdprintf"));
+  preload::leave_lane(fd, sdp::LaneReason::mode);
+  return real(fd, format, args);
+}
+SDP_EXPORT int dprintf(int fd, const char* format, ...) {
+  va_list args;
+  va_start(args, format);
+  const int r = vdprintf(fd, format, args);
+  va_end(args);
+  return r;
+}

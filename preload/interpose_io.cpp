@@ -1,0 +1,134 @@
+// read, write, send, recv and their kin.
+#include <dlfcn.h>
+#include <sys/sendfile.h>
+
+#include "preload/dispatch.hpp"
+
+using preload::dispatch;
+using preload::leave_lane;
+using preload::Libc;
+using sdp::Stream;
+
+SDP_EXPORT ssize_t read(int fd, void* buf, size_t len) {
+  return dispatch(
+      fd, [&](Stream s) { return s.recv(fd, buf, len, 0); }, [&](const Libc& c) { return c.read(fd, buf, len); });
+}
+SDP_EXPORT ssize_t write(int fd, const void* buf, size_t len) {
+  return dispatch(
+      fd, [&](Stream s) { return s.send(fd, buf, len, 0); }, [&](const Libc& c) { return c.write(fd, buf, len); });
+}
+SDP_EXPORT ssize_t recv(int fd, void* buf, size_t len, int flags) {
+  return dispatch(
+      fd, [&](Stream s) { return s.recv(fd, buf, len, flags); }, [&](const Libc& c) { return c.recv(fd, buf, len, flags); });
+}
+SDP_EXPORT ssize_t send(int fd, const void* buf, size_t len, int flags) {
+  return dispatch(
+      fd, [&](Stream s) { return s.send(fd, buf, len, flags); }, [&](const Libc& c) { return c.send(fd, buf, len, flags); });
+}
+SDP_EXPORT ssize_t recvfrom(int fd, void* buf, size_t len, int flags, sockaddr* from, socklen_t* from_len) {
+  return dispatch(
+      fd,
+      [&](Stream s) {
+        const auto n = s.recv(fd, buf, len, flags);
+        if (n >= 0 && from != nullptr && from_len != nullptr) *from_len = 0;
+        return n;
+      },
+      [&](const Libc& c) { return c.recvfrom(fd, buf, len, flags, from, from_len); });
+}
+SDP_EXPORT ssize_t sendto(int fd, const void* buf, size_t len, int flags, const sockaddr* to, socklen_t to_len) {
+  return dispatch(
+      fd, [&](Stream s) { return s.send(fd, buf, len, flags); },
+      [&](const Libc& c) { return c.sendto(fd, buf, len, flags, to, to_len); });
+}
+SDP_EXPORT ssize_t recvmsg(int fd, msghdr* msg, int flags) {
+  return dispatch(
+      fd, [&](Stream s) { return s.recvmsg(fd, msg, flags); }, [&](const Libc& c) { return c.recvmsg(fd, msg, flags); });
+}
+SDP_EXPORT ssize_t sendmsg(int fd, const msghdr* msg, int flags) {
+  return dispatch(
+      fd, [&](Stream s) { return s.sendmsg(fd, msg, flags); }, [&](const Libc& c) { return c.sendmsg(fd, msg, flags); });
+}
+SDP_EXPORT ssize_t readv(int fd, const iovec* iov, int count) {
+  return dispatch(
+      fd,
+      [&](Stream s) -> std::int64_t {
+        if (count < 0) return -EINVAL;
+        msghdr msg{};
+        msg.msg_iov = const_cast<iovec*>(iov);
+        msg.msg_iovlen = static_cast<size_t>(count);
+        return s.recvmsg(fd, &msg, 0);
+      },
+      [&](const Libc& c) { return c.readv(fd, iov, count); });
+}
+SDP_EXPORT ssize_t writev(int fd, const iovec* iov, int count) {
+  return dispatch(
+      fd,
+      [&](Stream s) -> std::int64_t {
+        if (count < 0) return -EINVAL;
+        msghdr msg{};
+        msg.msg_iov = const_cast<iovec*>(iov);
+        msg.msg_iovlen = static_cast<size_t>(count);
+        return s.sendmsg(fd, &msg, 0);
+      },
+      [&](const Libc& c) { return c.writev(fd, iov, count); });
+}
+SDP_EXPORT ssize_t sendfile(int out, int in, off_t* offset, size_t count) {
+  leave_lane(in, sdp::LaneReason::mode);
+  return dispatch(
+      out, [&](Stream s) { return s.sendfile(out, in, offset, count); },
+      [&](const Libc& c) { return c.sendfile(out, in, offset, count); });
+}
+SDP_EXPORT ssize_t sendfile64(int out, int in, off64_t* offset, size_t count) { return sendfile(out, in, offset, count); }
+
+// --- what no lane carries (yet): the stream goes on by TCP
+
+namespace {
+template <class F>
+F next(const char* name) noexcept {
+  return reinterpret_cast<F>(preload::next_symbol(name));
+}
+}  // namespace
+
+SDP_EXPORT int recvmmsg(int fd, mmsghdr* msgs, unsigned count, int flags, timespec* timeout) {
+  static const auto real = next<decltype(&::recvmmsg)>("recvmmsg");
+  leave_lane(fd, sdp::LaneReason::mode);
+  return real(fd, msgs, count, flags, timeout);
+}
+SDP_EXPORT int sendmmsg(int fd, mmsghdr* msgs, unsigned count, int flags) {
+  static const auto real = next<decltype(&::sendmmsg)>("sendmmsg");
+  leave_lane(fd, sdp::LaneReason::mode);
+  return real(fd, msgs, count, flags);
+}
+SDP_EXPORT ssize_t splice(int in, off64_t* in_at, int out, off64_t* out_at, size_t len, unsigned flags) {
+  static const auto real = next<decltype(&::splice)>("splice");
+  leave_lane(in, sdp::LaneReason::mode);
+  leave_lane(out, sdp::LaneReason::mode);
+  return real(in, in_at, out, out_at, len, flags);
+}
+SDP_EXPORT ssize_t preadv2(int fd, const iovec* iov, int count, off_t at, int flags) {
+  static const auto real = next<decltype(&::preadv2)>("preadv2");
+  leave_lane(fd, sdp::LaneReason::mode);
+  return real(fd, iov, count, at, flags);
+}
+SDP_EXPORT ssize_t pwritev2(int fd, const iovec* iov, int count, off_t at, int flags) {
+  static const auto real = next<decltype(&::pwritev2)>("pwritev2");
+  leave_lane(fd, sdp::LaneReason::mode);
+  return real(fd, iov, count, at, flags);
+}
+
+// --- fortified names: the check, then the plain call
+
+extern "C" void __chk_fail(void) __attribute__((noreturn));
+
+SDP_EXPORT ssize_t __read_chk(int fd, void* buf, size_t len, size_t room) {
+  if (len > room) __chk_fail();
+  return read(fd, buf, len);
+}
+SDP_EXPORT ssize_t __recv_chk(int fd, void* buf, size_t len, size_t room, int flags) {
+  if (len > room) __chk_fail();
+  return recv(fd, buf, len, flags);
+}
+SDP_EXPORT ssize_t __recvfrom_chk(int fd, void* buf, size_t len, size_t room, int flags, sockaddr* from, socklen_t* from_len) {
+  if (len > room) __chk_fail();
+  return recvfrom(fd, buf, len, flags, from, from_len);
+}

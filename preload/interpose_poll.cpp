@@ -1,0 +1,330 @@
+// poll, ppoll, select, pselect and epoll: the waits that see lanes beside the kernel's descriptors.
+#include <sys/select.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "preload/dispatch.hpp"
+#include "preload/epoll_set.hpp"
+#include "rdma_core/base/clock.hpp"
+#include "rdma_core/base/sys.hpp"
+#include "sdp/engine.hpp"
+
+using preload::EpollSet;
+using preload::fds;
+using preload::libc;
+using sdp::Stream;
+namespace sys = rdma::sys;
+
+namespace {
+
+constexpr std::int64_t kKernelEveryNs = 20'000;
+
+std::int64_t now_ns() noexcept { return rdma::SteadyClock{}.now(); }
+
+/// One wait over pollfds, by the protocol of sdp/stream.hpp. `shadow` is what the kernel is asked; entry `count` is the thread's
+/// bell.
+class LaneWait {
+ public:
+  LaneWait(pollfd* fds_in, nfds_t count, pollfd* shadow) noexcept : fds_(fds_in), count_(count), shadow_(shadow) {}
+
+  int run(std::int64_t timeout_ns, const sigset_t* mask) noexcept {
+    const std::int64_t deadline = timeout_ns > 0 ? now_ns() + timeout_ns : 0;
+    for (nfds_t i = 0; i < count_; ++i)
+      if (const Stream s = stream(i)) s.on_wait_entry(fds_[i].fd);
+    for (;;) {
+      int ready = lanes();
+      int kernel = ask_kernel(0, mask, false);
+      if (kernel < 0) return kernel;
+      if ((ready = total()) > 0 || timeout_ns == 0) return ready;
+      if (spin(mask)) continue;
+      sdp::engine::prepare_sleep();
+      for (nfds_t i = 0; i < count_; ++i) {
+        if (const Stream s = stream(i)) s.arm();
+      }
+      sdp::engine::arm_fence();
+      if (maybe_ready()) continue;
+      std::int64_t left = -1;
+      if (timeout_ns >= 0) left = std::max<std::int64_t>(deadline - now_ns(), 0);
+      kernel = ask_kernel(left, mask, true);
+      if (kernel < 0) return kernel;
+      if (timeout_ns >= 0 && now_ns() >= deadline) {
+        lanes();
+        ask_kernel(0, nullptr, false);
+        return total();
+      }
+    }
+  }
+
+ private:
+  Stream stream(nfds_t i) const noexcept {
+    const Stream s = fds_[i].fd >= 0 ? fds().find(fds_[i].fd) : Stream{};
+    return s && s.has_lane() ? s : Stream{};
+  }
+
+  int lanes() noexcept {
+    int n = 0;
+    for (nfds_t i = 0; i < count_; ++i) {
+      fds_[i].revents = 0;
+      if (const Stream s = stream(i)) fds_[i].revents = static_cast<short>(s.poll(static_cast<std::uint16_t>(fds_[i].events)));
+      n += fds_[i].revents != 0;
+    }
+    return n;
+  }
+
+  int total() const noexcept {
+    int n = 0;
+    for (nfds_t i = 0; i < count_; ++i) n += fds_[i].revents != 0;
+    return n;
+  }
+
+  bool maybe_ready() const noexcept {
+    for (nfds_t i = 0; i < count_; ++i)
+      if (const Stream s = stream(i); s && s.maybe_ready()) return true;
+    return false;
+  }
+
+  /// Adds the kernel's results; `sleep`: with the bell. -errno, or the kernel's count.
+  int ask_kernel(std::int64_t timeout_ns, const sigset_t* mask, bool sleep) noexcept {
+    for (nfds_t i = 0; i < count_; ++i) {
+      shadow_[i] = fds_[i];
+      shadow_[i].revents = 0;
+      if (const Stream s = stream(i))
+        shadow_[i].events = static_cast<short>(s.kernel_events(static_cast<std::uint16_t>(fds_[i].events)));
+    }
+    shadow_[count_] = pollfd{sleep ? sdp::engine::thread_bell_fd() : -1, POLLIN, 0};
+    timespec ts{timeout_ns / 1'000'000'000, timeout_ns % 1'000'000'000};
+    const long r = sys::call(SYS_ppoll, sys::arg(shadow_), static_cast<long>(count_ + 1), timeout_ns >= 0 ? sys::arg(&ts) : 0,
+                             sys::arg(mask), 8);
+    if (r < 0) return static_cast<int>(r);
+    for (nfds_t i = 0; i < count_; ++i) fds_[i].revents = static_cast<short>(fds_[i].revents | shadow_[i].revents);
+    return static_cast<int>(r);
+  }
+
+  bool spin(const sigset_t* mask) noexcept {
+    const std::int64_t budget = sdp::engine::spin_budget();
+    if (budget <= 0) return false;
+    std::int64_t now = now_ns();
+    const std::int64_t until = now + budget;
+    std::int64_t kernel_due = now + kKernelEveryNs;
+    bool found = false;
+    while (!found && now < until) {
+      for (int i = 0; i < 16 && !found; ++i) {
+        found = maybe_ready();
+        rdma::cpu_relax();
+      }
+      now = now_ns();
+      if (!found && now >= kernel_due) {
+        kernel_due = now + kKernelEveryNs;
+        found = ask_kernel(0, mask, false) > 0;
+      }
+    }
+    sdp::engine::spin_result(found);
+    return found;
+  }
+
+  pollfd* fds_;
+  nfds_t count_;
+  pollfd* shadow_;
+};
+
+/// Counts the calling thread as a waiter that has no bell, on every tracked stream of the set.
+class PlainWait {
+ public:
+  PlainWait(const pollfd* set, nfds_t count) noexcept : set_(set), count_(count) {
+    each([](Stream s) { s.enter_plain_wait(); });
+  }
+  ~PlainWait() {
+    each([](Stream s) { s.leave_plain_wait(); });
+  }
+
+ private:
+  template <class F>
+  void each(F f) const noexcept {
+    for (nfds_t i = 0; i < count_; ++i)
+      if (set_[i].fd >= 0)
+        if (const Stream s = fds().find(set_[i].fd)) f(s);
+  }
+  const pollfd* set_;
+  nfds_t count_;
+};
+
+bool any_lane(const pollfd* set, nfds_t count) noexcept {
+  for (nfds_t i = 0; i < count; ++i)
+    if (set[i].fd >= 0)
+      if (const Stream s = fds().find(set[i].fd); s && s.has_lane()) return true;
+  return false;
+}
+bool any_stream(const pollfd* set, nfds_t count) noexcept {
+  for (nfds_t i = 0; i < count; ++i)
+    if (set[i].fd >= 0 && fds().find(set[i].fd)) return true;
+  return false;
+}
+
+/// `plain` is libc's way; it runs when no lane is concerned.
+template <class Plain>
+int wait_for(pollfd* set, nfds_t count, std::int64_t timeout_ns, const sigset_t* mask, Plain plain) noexcept {
+  constexpr nfds_t kOnStack = 64;
+  if (set == nullptr || count > (1U << 20) || !any_stream(set, count)) return plain();
+  if (!any_lane(set, count)) {
+    PlainWait counted(set, count);
+    if (!any_lane(set, count)) return plain();  // either we saw the lane, or the switch sees us
+  }
+  pollfd stack[kOnStack + 1];
+  pollfd* shadow = count <= kOnStack ? stack : static_cast<pollfd*>(std::malloc((count + 1) * sizeof(pollfd)));
+  if (shadow == nullptr) {
+    errno = ENOMEM;
+    return -1;
+  }
+  const int r = LaneWait(set, count, shadow).run(timeout_ns, mask);
+  if (shadow != stack) std::free(shadow);
+  return preload::to_libc<int>(r);
+}
+
+std::int64_t to_ns(const timespec* ts) noexcept {
+  return ts == nullptr ? -1 : static_cast<std::int64_t>(ts->tv_sec) * 1'000'000'000 + ts->tv_nsec;
+}
+
+template <class Plain>
+int select_for(int n, fd_set* r, fd_set* w, fd_set* e, std::int64_t timeout_ns, const sigset_t* mask, Plain plain) noexcept {
+  const auto in = [](int fd, const fd_set* s) { return s != nullptr && FD_ISSET(fd, s); };
+  bool tracked = false;
+  nfds_t count = 0;
+  for (int fd = 0; fd < n && fd < FD_SETSIZE; ++fd) {
+    if (!in(fd, r) && !in(fd, w) && !in(fd, e)) continue;
+    ++count;
+    tracked = tracked || static_cast<bool>(fds().find(fd));
+  }
+  if (!tracked || n > FD_SETSIZE) return plain();
+  auto* set = static_cast<pollfd*>(std::malloc(count * sizeof(pollfd)));
+  if (set == nullptr) {
+    errno = ENOMEM;
+    return -1;
+  }
+  nfds_t at = 0;
+  for (int fd = 0; fd < n; ++fd) {
+    if (!in(fd, r) && !in(fd, w) && !in(fd, e)) continue;
+    short events = 0;
+    if (in(fd, r)) events |= POLLIN | POLLRDNORM;
+    if (in(fd, w)) events |= POLLOUT | POLLWRNORM;
+    if (in(fd, e)) events |= POLLPRI;
+    set[at++] = pollfd{fd, events, 0};
+  }
+  bool went_plain = false;
+  int result = wait_for(set, count, timeout_ns, mask, [&] {
+    went_plain = true;
+    return plain();
+  });
+  if (!went_plain && result >= 0) {
+    result = 0;
+    for (nfds_t i = 0; i < count; ++i)
+      if (set[i].revents & POLLNVAL) result = -1;
+    if (result < 0) {
+      errno = EBADF;
+    } else {
+      for (nfds_t i = 0; i < count; ++i) {
+        const auto settle = [&](fd_set* s, short bits) {
+          if (s == nullptr || !FD_ISSET(set[i].fd, s)) return;
+          if (set[i].revents & bits)
+            ++result;
+          else
+            FD_CLR(set[i].fd, s);
+        };
+        settle(r, POLLIN | POLLRDNORM | POLLHUP | POLLERR);
+        settle(w, POLLOUT | POLLWRNORM | POLLERR);
+        settle(e, POLLPRI);
+      }
+    }
+  }
+  std::free(set);
+  return result;
+}
+
+}  // namespace
+
+SDP_EXPORT int poll(pollfd* set, nfds_t count, int timeout) {
+  return wait_for(set, count, timeout < 0 ? -1 : static_cast<std::int64_t>(timeout) * 1'000'000, nullptr,
+                  [&] { return libc().poll(set, count, timeout); });
+}
+SDP_EXPORT int ppoll(pollfd* set, nfds_t count, const timespec* timeout, const sigset_t* mask) {
+  return wait_for(set, count, to_ns(timeout), mask, [&] { return libc().ppoll(set, count, timeout, mask); });
+}
+SDP_EXPORT int select(int n, fd_set* r, fd_set* w, fd_set* e, timeval* timeout) {
+  std::int64_t ns = -1;
+  if (timeout != nullptr)
+    ns = static_cast<std::int64_t>(timeout->tv_sec) * 1'000'000'000 + static_cast<std::int64_t>(timeout->tv_usec) * 1000;
+  const std::int64_t begun = timeout != nullptr ? now_ns() : 0;
+  bool plain = false;
+  const int result = select_for(n, r, w, e, ns, nullptr, [&] {
+    plain = true;
+    return libc().select(n, r, w, e, timeout);
+  });
+  if (!plain && timeout != nullptr) {
+    const std::int64_t left = std::max<std::int64_t>(ns - (now_ns() - begun), 0);
+    timeout->tv_sec = left / 1'000'000'000;
+    timeout->tv_usec = left % 1'000'000'000 / 1000;
+  }
+  return result;
+}
+SDP_EXPORT int pselect(int n, fd_set* r, fd_set* w, fd_set* e, const timespec* timeout, const sigset_t* mask) {
+  return select_for(n, r, w, e, to_ns(timeout), mask, [&] { return libc().pselect(n, r, w, e, timeout, mask); });
+}
+
+extern "C" void __chk_fail(void) __attribute__((noreturn));
+SDP_EXPORT int __poll_chk(pollfd* set, nfds_t count, int timeout, size_t room) {
+  if (room / sizeof(pollfd) < count) __chk_fail();
+  return poll(set, count, timeout);
+}
+SDP_EXPORT int __ppoll_chk(pollfd* set, nfds_t count, const timespec* timeout, const sigset_t* mask, size_t room) {
+  if (room / sizeof(pollfd) < count) __chk_fail();
+  return ppoll(set, count, timeout, mask);
+}
+
+// --- epoll
+
+SDP_EXPORT int epoll_ctl(int epfd, int op, int fd, epoll_event* event) noexcept {
+  const Stream stream = fds().find(fd);
+  if (!stream) [[likely]]
+    return libc().epoll_ctl(epfd, op, fd, event);
+  EpollSet* set = EpollSet::find(epfd);
+  int result = 0;
+  if (op == EPOLL_CTL_MOD && set != nullptr && event != nullptr && set->modify(fd, *event, &result)) return result;
+  result = libc().epoll_ctl(epfd, op, fd, event);
+  if (result != 0) return result;
+  if (op == EPOLL_CTL_DEL && set != nullptr) set->removed(fd);
+  if (op == EPOLL_CTL_ADD) {
+    if (set == nullptr) {
+      set = EpollSet::make(epfd);
+      fds().set_kind(epfd, preload::Kind::epoll_set);
+    }
+    if (set != nullptr)
+      set->added(fd, stream, *event);
+    else
+      stream.take_down(sdp::LaneReason::no_resources);
+  }
+  return 0;
+}
+
+namespace {
+template <class Plain>
+int epoll_for(int epfd, epoll_event* events, int max, std::int64_t timeout_ns, const sigset_t* mask, Plain plain) noexcept {
+  EpollSet* set = EpollSet::find(epfd);
+  if (set == nullptr || !set->has_members() || events == nullptr || max <= 0) return plain();
+  return set->wait(events, max, timeout_ns, mask);
+}
+}  // namespace
+
+SDP_EXPORT int epoll_wait(int epfd, epoll_event* events, int max, int timeout) {
+  return epoll_for(epfd, events, max, timeout < 0 ? -1 : static_cast<std::int64_t>(timeout) * 1'000'000, nullptr,
+                   [&] { return libc().epoll_wait(epfd, events, max, timeout); });
+}
+SDP_EXPORT int epoll_pwait(int epfd, epoll_event* events, int max, int timeout, const sigset_t* mask) {
+  return epoll_for(epfd, events, max, timeout < 0 ? -1 : static_cast<std::int64_t>(timeout) * 1'000'000, mask,
+                   [&] { return libc().epoll_pwait(epfd, events, max, timeout, mask); });
+}
+SDP_EXPORT int epoll_pwait2(int epfd, epoll_event* events, int max, const timespec* timeout, const sigset_t* mask) {
+  return epoll_for(epfd, events, max, to_ns(timeout), mask, [&] {
+    return preload::to_libc<int>(sys::call(SYS_epoll_pwait2, epfd, sys::arg(events), max, sys::arg(timeout), sys::arg(mask), 8));
+  });
+}

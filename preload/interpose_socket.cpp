@@ -1,0 +1,111 @@
+// Where connections begin and end: the anchor is the kernel's; we only learn of it.
+#include <netinet/in.h>
+#include <sys/time.h>
+
+#include "preload/dispatch.hpp"
+#include "preload/mode_guard.hpp"
+#include "preload/runtime.hpp"
+#include "rdma_core/base/sys.hpp"
+#include "sdp/engine.hpp"
+
+using preload::fds;
+using preload::Kind;
+using preload::libc;
+using sdp::Stream;
+
+namespace {
+
+void remember_new(int fd, Kind kind) noexcept {
+  Stream stale;
+  if (fds().take(fd, &stale)) stale.close(-1);  // closed behind our back
+  fds().set_kind(fd, kind);
+}
+
+std::int64_t timeval_ns(const void* value, socklen_t len) noexcept {
+  timeval tv{};
+  if (len < sizeof tv) return 0;
+  tv = *static_cast<const timeval*>(value);
+  return static_cast<std::int64_t>(tv.tv_sec) * 1'000'000'000 + static_cast<std::int64_t>(tv.tv_usec) * 1000;
+}
+
+void read_timeouts(int fd, Stream stream) noexcept {
+  for (const int option : {SO_RCVTIMEO, SO_SNDTIMEO}) {
+    timeval tv{};
+    socklen_t len = sizeof tv;
+    if (rdma::sys::call(SYS_getsockopt, fd, SOL_SOCKET, option, rdma::sys::arg(&tv), rdma::sys::arg(&len)) == 0)
+      stream.set_timeout(option, timeval_ns(&tv, len));
+  }
+}
+
+void track(int fd, sdp::Role role) noexcept {
+  preload::start();
+  const Stream stream = sdp::engine::track(fd, role);
+  if (!stream) return;
+  fds().set(fd, stream);
+}
+
+int accepted(int listener, int fd) noexcept {
+  if (fd < 0) return fd;
+  const bool tcp = fds().kind(listener) == Kind::tcp_socket;
+  remember_new(fd, tcp ? Kind::tcp_socket : Kind::none);
+  if (tcp) track(fd, sdp::Role::acceptor);
+  return fd;
+}
+
+/// A listener that came by exec or from another process: we never saw its socket().
+void learn(int fd) noexcept {
+  if (fds().kind(fd) != Kind::none) return;
+  int domain = 0, type = 0, protocol = 0;
+  socklen_t len = sizeof(int);
+  const auto get = [&](int name, int& value) {
+    return rdma::sys::call(SYS_getsockopt, fd, SOL_SOCKET, name, rdma::sys::arg(&value), rdma::sys::arg(&len)) == 0;
+  };
+  if (get(SO_DOMAIN, domain) && get(SO_TYPE, type) && get(SO_PROTOCOL, protocol) && (domain == AF_INET || domain == AF_INET6) &&
+      type == SOCK_STREAM && protocol == IPPROTO_TCP)
+    fds().set_kind(fd, Kind::tcp_socket);
+}
+
+}  // namespace
+
+SDP_EXPORT int socket(int domain, int type, int protocol) noexcept {
+  const int fd = libc().socket(domain, type, protocol);
+  if (fd < 0) return fd;
+  const bool tcp = (domain == AF_INET || domain == AF_INET6) && (type & ~(SOCK_NONBLOCK | SOCK_CLOEXEC)) == SOCK_STREAM &&
+                   (protocol == 0 || protocol == IPPROTO_TCP);
+  remember_new(fd, tcp ? Kind::tcp_socket : Kind::none);
+  return fd;
+}
+
+SDP_EXPORT int connect(int fd, const sockaddr* address, socklen_t len) {
+  const int r = libc().connect(fd, address, len);
+  if ((r == 0 || errno == EINPROGRESS) && fds().kind(fd) == Kind::tcp_socket && !fds().find(fd)) {
+    const int saved = errno;
+    track(fd, sdp::Role::connector);
+    if (const Stream stream = fds().find(fd)) read_timeouts(fd, stream);
+    errno = saved;
+  }
+  return r;
+}
+
+SDP_EXPORT int accept(int fd, sockaddr* address, socklen_t* len) {
+  learn(fd);
+  return accepted(fd, libc().accept(fd, address, len));
+}
+SDP_EXPORT int accept4(int fd, sockaddr* address, socklen_t* len, int flags) {
+  learn(fd);
+  return accepted(fd, libc().accept4(fd, address, len, flags));
+}
+
+SDP_EXPORT int shutdown(int fd, int how) noexcept {
+  return preload::dispatch(
+      fd, [&](Stream s) { return s.shutdown(fd, how); }, [&](const preload::Libc& c) { return c.shutdown(fd, how); });
+}
+
+SDP_EXPORT int setsockopt(int fd, int level, int name, const void* value, socklen_t len) noexcept {
+  const Stream stream = fds().find(fd);
+  if (stream && preload::no_lane_with(level, name, value, len)) stream.take_down(sdp::LaneReason::mode);
+  const int r = libc().setsockopt(fd, level, name, value, len);
+  if (r == 0 && stream && level == SOL_SOCKET && (name == SO_RCVTIMEO || name == SO_SNDTIMEO))
+    stream.set_timeout(name, timeval_ns(value, len));
+  return r;
+}

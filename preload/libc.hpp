@@ -1,0 +1,59 @@
+// The real functions behind the names that we interpose.
+//
+// Before they are resolved, and while dlsym itself runs, the table holds plain system calls: a wrapper works in a constructor that
+// ran before ours and inside an allocator's start-up. Resolving allocates nothing of ours and happens once.
+#pragma once
+
+#include <fcntl.h>
+#include <poll.h>
+#include <spawn.h>
+#include <sys/epoll.h>
+#include <sys/ioctl.h>
+#include <sys/select.h>
+#include <sys/sendfile.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+namespace preload {
+
+struct Libc {
+  decltype(&::read) read;
+  decltype(&::write) write;
+  decltype(&::readv) readv;
+  decltype(&::writev) writev;
+  decltype(&::recv) recv;
+  decltype(&::send) send;
+  decltype(&::recvfrom) recvfrom;
+  decltype(&::sendto) sendto;
+  decltype(&::recvmsg) recvmsg;
+  decltype(&::sendmsg) sendmsg;
+  ssize_t (*sendfile)(int, int, off_t*, size_t);
+  int (*accept4)(int, sockaddr*, socklen_t*, int);
+  int (*accept)(int, sockaddr*, socklen_t*);
+  int (*connect)(int, const sockaddr*, socklen_t);
+  decltype(&::socket) socket;
+  decltype(&::shutdown) shutdown;
+  decltype(&::setsockopt) setsockopt;
+  decltype(&::close) close;
+  decltype(&::dup) dup;
+  decltype(&::dup2) dup2;
+  decltype(&::dup3) dup3;
+  decltype(&::fcntl) fcntl;
+  int (*ioctl)(int, unsigned long, ...);
+  decltype(&::poll) poll;
+  decltype(&::ppoll) ppoll;
+  decltype(&::select) select;
+  decltype(&::pselect) pselect;
+  decltype(&::epoll_ctl) epoll_ctl;
+  decltype(&::epoll_wait) epoll_wait;
+  decltype(&::epoll_pwait) epoll_pwait;
+};
+
+/// Resolves on first use.
+const Libc& libc() noexcept;
+
+/// Any other function of the next library in line; nullptr if it has none.
+void* next_symbol(const char* name) noexcept;
+
+}  // namespace preload
