@@ -5,7 +5,9 @@
 // the peer's own service thread rings.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <span>
 
 namespace rdma::shm {
 
@@ -39,8 +41,11 @@ class PeerBell {
   PeerBell& operator=(const PeerBell&) = delete;
   /// Takes `fd` over, whatever a stranger sent. False (and closed) if it is no eventfd.
   bool adopt_eventfd(int fd) noexcept;
-  /// Rings through a connected Unix socket that somebody else owns and that outlives this.
-  void use_socket(int fd) noexcept { socket_ = fd; }
+  /// Rings by sending `frame` on a connected Unix socket. Both belong to somebody else and outlive this.
+  void use_socket(int fd, std::span<const std::byte> frame) noexcept {
+    socket_ = fd;
+    frame_ = frame;
+  }
   void use_own(const OwnBell& bell) noexcept { own_ = &bell; }
   void forget_socket() noexcept { socket_ = -1; }
   void ring() const noexcept;
@@ -48,6 +53,7 @@ class PeerBell {
  private:
   int fd_ = -1;
   int socket_ = -1;
+  std::span<const std::byte> frame_;
   const OwnBell* own_ = nullptr;
 };
 

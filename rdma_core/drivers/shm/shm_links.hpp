@@ -36,6 +36,7 @@ class ShmLink {
   std::unique_ptr<OwnSegment> own;
   std::unique_ptr<PeerSegment> theirs;  ///< nullptr on a self link
   std::atomic<bool> alive{true};        ///< false: the peer is gone, or this process is a fork's child
+  std::atomic<bool> impatient{false};   ///< the peer once kept us waiting in the middle of a message
 
   std::byte* peer_base() const noexcept { return self ? own->base() : theirs->base(); }
   std::size_t peer_bytes() const noexcept { return self ? own->bytes() : theirs->bytes(); }

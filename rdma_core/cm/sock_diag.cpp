@@ -1,0 +1,95 @@
+#include "rdma_core/cm/sock_diag.hpp"
+
+#include <linux/inet_diag.h>
+#include <linux/netlink.h>
+#include <linux/sock_diag.h>
+#include <netinet/in.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "rdma_core/base/sys.hpp"
+
+namespace rdma::cm {
+
+namespace {
+
+struct Address {
+  std::uint8_t family = 0;
+  std::uint16_t port = 0;  ///< network order
+  std::uint32_t words[4] = {};
+};
+
+/// IPv4-mapped IPv6 addresses become IPv4: the kernel finds sockets of both families by them.
+bool read_address(const sockaddr_storage& from, Address& to) noexcept {
+  if (from.ss_family == AF_INET) {
+    sockaddr_in v4;
+    std::memcpy(&v4, &from, sizeof v4);
+    to.family = AF_INET;
+    to.port = v4.sin_port;
+    to.words[0] = v4.sin_addr.s_addr;
+    return true;
+  }
+  if (from.ss_family != AF_INET6) return false;
+  sockaddr_in6 v6;
+  std::memcpy(&v6, &from, sizeof v6);
+  to.port = v6.sin6_port;
+  if (IN6_IS_ADDR_V4MAPPED(&v6.sin6_addr)) {
+    to.family = AF_INET;
+    std::memcpy(&to.words[0], v6.sin6_addr.s6_addr + 12, 4);
+  } else {
+    to.family = AF_INET6;
+    std::memcpy(to.words, &v6.sin6_addr, 16);
+  }
+  return true;
+}
+
+}  // namespace
+
+Result<SocketOwner> find_other_end(const Anchor& anchor) noexcept {
+  Address mine, theirs;
+  if (!read_address(anchor.local, mine) || !read_address(anchor.remote, theirs) || mine.family != theirs.family)
+    return fail(EAFNOSUPPORT, "sock_diag: not an IP connection");
+  const long fd = sys::call(SYS_socket, AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC | SOCK_NONBLOCK, NETLINK_SOCK_DIAG);
+  if (fd < 0) return fail(static_cast<int>(-fd), "sock_diag: no netlink socket");
+  struct {
+    nlmsghdr head;
+    inet_diag_req_v2 body;
+  } request{};
+  request.head.nlmsg_len = sizeof request;
+  request.head.nlmsg_type = SOCK_DIAG_BY_FAMILY;
+  request.head.nlmsg_flags = NLM_F_REQUEST;
+  request.body.sdiag_family = mine.family;
+  request.body.sdiag_protocol = IPPROTO_TCP;
+  request.body.idiag_states = ~0U;
+  request.body.id.idiag_sport = theirs.port;
+  request.body.id.idiag_dport = mine.port;
+  std::memcpy(request.body.id.idiag_src, theirs.words, 16);
+  std::memcpy(request.body.id.idiag_dst, mine.words, 16);
+  request.body.id.idiag_cookie[0] = request.body.id.idiag_cookie[1] = INET_DIAG_NOCOOKIE;
+  const long sent = sys::call(SYS_sendto, fd, sys::arg(&request), sizeof request, 0);
+  alignas(nlmsghdr) char answer[4096];
+  // The kernel answers inside the send: nothing to wait for.
+  const long got = sent < 0 ? sent : sys::call(SYS_recvfrom, fd, sys::arg(answer), sizeof answer, 0);
+  sys::call(SYS_close, fd);
+  if (got < 0) return fail(static_cast<int>(-got), "sock_diag: no answer");
+  nlmsghdr head;
+  if (static_cast<std::size_t>(got) < sizeof head) return fail(EBADMSG, "sock_diag: short answer");
+  std::memcpy(&head, answer, sizeof head);
+  if (head.nlmsg_type == NLMSG_ERROR) {
+    nlmsgerr error{};
+    if (static_cast<std::size_t>(got) >= NLMSG_HDRLEN + sizeof error) std::memcpy(&error, answer + NLMSG_HDRLEN, sizeof error);
+    return fail(error.error < 0 ? -error.error : ENOENT, "sock_diag: no such socket on this host");
+  }
+  inet_diag_msg msg;
+  if (head.nlmsg_type != SOCK_DIAG_BY_FAMILY || static_cast<std::size_t>(got) < NLMSG_HDRLEN + sizeof msg)
+    return fail(EBADMSG, "sock_diag: unexpected answer");
+  std::memcpy(&msg, answer + NLMSG_HDRLEN, sizeof msg);
+  SocketOwner owner;
+  owner.uid = msg.idiag_uid;
+  owner.cookie = msg.id.idiag_cookie[0] | static_cast<std::uint64_t>(msg.id.idiag_cookie[1]) << 32;
+  owner.held = msg.idiag_inode != 0;
+  return owner;
+}
+
+}  // namespace rdma::cm
