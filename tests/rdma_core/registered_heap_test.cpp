@@ -28,10 +28,12 @@ class FakePd final : public Pd {
  public:
   struct Extent final : Mr {
     Extent(FakePd& p, std::size_t bytes) : pd(p) {
-      void* mem = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+      void* mem =
+          mmap(pd.next_addr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | (pd.next_addr ? MAP_FIXED : 0), -1, 0);
       BOOST_REQUIRE(mem != MAP_FAILED);
       addr = static_cast<std::byte*>(mem);
       length = bytes;
+      if (pd.next_addr != nullptr) pd.next_addr += bytes;
       pd.extents.insert(this);
     }
     ~Extent() override {
@@ -58,6 +60,7 @@ class FakePd final : public Pd {
 
   std::set<const Extent*> extents;
   std::size_t budget = SIZE_MAX;
+  std::byte* next_addr = nullptr;  ///< set: extents lie there, each behind the last
 };
 
 std::unique_ptr<RegisteredHeap> heap_on(Pd& pd) {
@@ -155,6 +158,25 @@ BOOST_AUTO_TEST_CASE(extents_are_few_and_are_used_again) {
   for (int i = 0; i < 10'000; ++i) blocks.push_back(heap->allocate(128, 64)->addr);
   for (std::byte* block : blocks) heap->deallocate(block);
   BOOST_TEST(pd.extents.size() == 1u);
+}
+
+BOOST_AUTO_TEST_CASE(no_block_lies_across_two_extents_that_are_neighbours) {
+  constexpr std::size_t kRoom = 32 << 20;
+  void* room = mmap(nullptr, kRoom, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  {
+    FakePd pd;
+    pd.next_addr = static_cast<std::byte*>(room);
+    auto heap = heap_on(pd);
+    std::vector<std::byte*> blocks;
+    // 28 KiB and the page that comes with it fill an extent without a rest.
+    while (pd.extents.size() < 4) blocks.push_back(heap->allocate(28 * 1024, 4096)->addr);
+    for (std::byte* block : blocks) heap->deallocate(block);
+    auto large = heap->allocate(3 << 20, 4096);
+    BOOST_REQUIRE(large.ok());
+    BOOST_TEST(large->addr + (3 << 20) <= large->mr->addr + large->mr->length);
+    heap->deallocate(large->addr);
+  }
+  munmap(room, kRoom);
 }
 
 BOOST_AUTO_TEST_CASE(no_block_lies_across_two_extents) {
