@@ -158,6 +158,7 @@ bool EpollSet::modify(int fd, const epoll_event& event, int* result) noexcept {
   m->events = event.events;
   m->data = event.data.u64;
   m->disabled = false;
+  m->look = true;
   m->seen_rx = m->seen_tx = ~0ULL;
   if (!m->tagged && !m->stream.has_lane()) return false;
   m->kernel_mask = ~0U;
@@ -186,8 +187,10 @@ int EpollSet::collect(epoll_event* events, int max) noexcept {
     Member& m = members_[index];
     if (!m.tagged || m.disabled) continue;
     m.stream.on_wait_entry(m.fd);
+    if (!m.look && !m.stream.maybe_ready()) continue;
     std::uint32_t ready = m.stream.poll(m.events & ~kModeBits) & (m.events | EPOLLERR | EPOLLHUP);
     sync(m, index);
+    m.look = ready != 0;
     if (!m.tagged || ready == 0) continue;
     if (m.events & EPOLLET) {
       const std::uint64_t rx = m.stream.rx_edges(), tx = m.stream.tx_edges();

@@ -35,6 +35,8 @@ class EpollSet {
   void removed(int fd) noexcept;
 
   bool has_members() const noexcept { return members_in_use_.load(std::memory_order_acquire) != 0; }
+  /// Results of the kernel may be ours (tags, the bell, which stays in once it is there): only wait() may show them to the program.
+  bool must_filter() const noexcept { return has_members() || bell_.load(std::memory_order_acquire) >= 0; }
   int wait(epoll_event* events, int max, std::int64_t timeout_ns, const sigset_t* mask) noexcept;
   bool ready() noexcept;  ///< a lane member has something: for sets that are waited for themselves
 
@@ -59,7 +61,7 @@ class EpollSet {
   Member* of(int fd) noexcept;
 
   int epfd_;
-  int bell_ = -1;
+  std::atomic<int> bell_{-1};
   std::mutex mutex_;
   std::vector<Member> members_;
   std::atomic<std::uint32_t> members_in_use_{0};

@@ -310,7 +310,7 @@ namespace {
 template <class Plain>
 int epoll_for(int epfd, epoll_event* events, int max, std::int64_t timeout_ns, const sigset_t* mask, Plain plain) noexcept {
   EpollSet* set = EpollSet::find(epfd);
-  if (set == nullptr || !set->has_members() || events == nullptr || max <= 0) return plain();
+  if (set == nullptr || !set->must_filter() || events == nullptr || max <= 0) return plain();
   return set->wait(events, max, timeout_ns, mask);
 }
 }  // namespace

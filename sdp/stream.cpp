@@ -64,7 +64,7 @@ std::int64_t Stream::sendfile(int fd, int in_fd, std::int64_t* offset, std::size
     s->kernel_senders.fetch_add(1, std::memory_order_seq_cst);
     if (s->tx.load(std::memory_order_seq_cst) != TxState::lane) {
       const long n = sys::call(SYS_sendfile, fd, in_fd, sys::arg(offset), static_cast<long>(count));
-      if (n > 0) s->tcp_sent.fetch_add(static_cast<std::uint64_t>(n), std::memory_order_relaxed);
+      s->count_tcp(true, n);
       s->kernel_senders.fetch_sub(1, std::memory_order_release);
       return n;
     }

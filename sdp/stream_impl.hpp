@@ -72,6 +72,9 @@ class alignas(64) StreamImpl {
   std::uint16_t inherited_generation = 0;
   StreamImpl* next = nullptr;  ///< free list, or the service thread's list
 
+  /// Bytes that the kernel has moved for the program; enough of them, and the stream is worth a lane.
+  void count_tcp(bool sent, std::int64_t bytes) noexcept;
+
   // --- transfer (stream_io.cpp); results as in Stream
   std::int64_t send(int fd, IovCursor& from, int flags, std::uint16_t gen) noexcept;
   std::int64_t recv(int fd, IovCursor& to, int flags, int* out_flags, std::uint16_t gen) noexcept;
@@ -107,7 +110,6 @@ class alignas(64) StreamImpl {
   std::int64_t lane_send(int fd, IovCursor& from, int flags, std::uint16_t gen) noexcept;
   std::int64_t lane_recv(int fd, IovCursor& to, int flags, std::uint16_t gen) noexcept;
   std::int64_t take_stash(IovCursor& to, bool consume) noexcept;
-  void count_tcp(bool sent, std::int64_t bytes) noexcept;
 };
 
 /// The kernel's own byte counts of a connection; see architecture 2.3 for how far each can be trusted.
