@@ -46,9 +46,10 @@ class EpollSet {
     int fd = -1;
     std::uint32_t events = 0;  ///< as the program asked
     std::uint64_t data = 0;
-    std::uint32_t kernel_mask = 0;                   ///< what the kernel's entry watches
-    bool tagged = false;                             ///< the kernel's entry has our tag
-    bool disabled = false;                           ///< EPOLLONESHOT has fired
+    std::uint32_t kernel_mask = 0;  ///< what the kernel's entry watches
+    bool tagged = false;            ///< the kernel's entry has our tag
+    bool disabled = false;          ///< EPOLLONESHOT has fired
+    bool look = true;               ///< the last look found something, or nobody has looked since the member was added or changed
     std::uint64_t seen_rx = ~0ULL, seen_tx = ~0ULL;  ///< edges reported
   };
 
