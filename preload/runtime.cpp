@@ -68,6 +68,8 @@ void before_exec() noexcept {
 }
 
 namespace {
+// Settings are read here, before main: programs such as nginx clear or overwrite their environment.
+__attribute__((constructor)) void at_load() { (void)sdp::engine::options(); }
 __attribute__((destructor)) void at_exit() {
   if (started.load(std::memory_order_acquire)) sdp::engine::at_exit();
 }

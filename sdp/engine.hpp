@@ -28,6 +28,9 @@ class Composition {
 };
 using Compose = std::unique_ptr<Composition> (*)(const Options&);
 
+/// The settings; read from the environment at the first call.
+const Options& options() noexcept;
+
 void configure(Compose compose, LaneListener listener) noexcept;
 
 /// Tracks a TCP connection of the program's. `fd` is connected (or connecting). Cheap: no system call beyond reading what must be

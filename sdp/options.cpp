@@ -34,6 +34,16 @@ const char* text_of(const char* name) noexcept {
   return value != nullptr && *value != '\0' ? value : nullptr;
 }
 
+/// A copy that outlives the environment: programs such as nginx write over theirs. Parsed once, so the room is bounded.
+std::string_view keep(const char* text) noexcept {
+  static char room[3][4096];
+  static std::size_t used = 0;
+  const std::size_t length = std::strlen(text);
+  if (used == std::size(room) || length >= sizeof room[0]) return {};
+  std::memcpy(room[used], text, length + 1);
+  return {room[used++], length};
+}
+
 std::optional<std::uint32_t> number(std::string_view text) noexcept {
   if (text.empty() || text.size() > 9) return std::nullopt;
   std::uint32_t n = 0;
@@ -118,12 +128,12 @@ Options parse_options() noexcept {
   parser.take("SDP_UPGRADE_MESSAGES", 1, 1000000000, "messages, from 1", o.upgrade_messages);
   parser.take("SDP_UPGRADE_BYTES", 1, 999999999, "bytes, from 1", o.upgrade_bytes);
   if (o.recv_buffer_max < o.recv_buffer_bytes) o.recv_buffer_max = o.recv_buffer_bytes;
-  if (const char* value = text_of("SDP_STATS")) o.stats_file = value;
-  if (const char* value = text_of("SDP_PCAP")) o.pcap_file = value;
+  if (const char* value = text_of("SDP_STATS")) o.stats_file = keep(value);
+  if (const char* value = text_of("SDP_PCAP")) o.pcap_file = keep(value);
   if (const char* value = text_of("SDP_CONFIG"))
-    o.config_file = value;
+    o.config_file = keep(value);
   else if (const char* libsdp = text_of("LIBSDP_CONFIG_FILE"))
-    o.config_file = libsdp;
+    o.config_file = keep(libsdp);
   if (parser.wrong) o.policy = Family::tcp;
   return o;
 }

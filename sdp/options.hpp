@@ -20,7 +20,7 @@ struct Options {
   std::uint32_t upgrade_messages = 8;       ///< a connection gets a lane after so many messages
   std::uint32_t upgrade_bytes = 65536;      ///< or so many bytes
   bool rnic_flavour = false;                ///< the software device plays an RNIC
-  std::string_view stats_file{};            ///< "%p" is the pid; empty: no report. Points into the environment
+  std::string_view stats_file{};            ///< "%p" is the pid; empty: no report
   std::string_view config_file{};
   std::string_view pcap_file{};
 };

@@ -15,6 +15,7 @@
 
 #include "rdma_core/base/shared_lock.hpp"
 #include "rdma_core/cm/connection_manager.hpp"
+#include "sdp/engine.hpp"
 #include "sdp/lane.hpp"
 #include "sdp/options.hpp"
 #include "sdp/stream.hpp"
@@ -136,7 +137,6 @@ void remember_helper_fd(int fd) noexcept;
 void forget_helper_fd(int fd) noexcept;
 void nudge() noexcept;         ///< the service thread should look at its streams
 void notify(Stream) noexcept;  ///< tell the shim (no lock held)
-const Options& options() noexcept;
 }  // namespace engine
 
 }  // namespace sdp

@@ -1,5 +1,6 @@
 #include "rdma_core/cm/local_cm.hpp"
 
+#include <fcntl.h>
 #include <sys/epoll.h>
 #include <sys/random.h>
 #include <sys/socket.h>
@@ -35,7 +36,7 @@ constexpr Nanos kMillisecond = 1'000'000;
 constexpr Nanos kHandshake = 2000 * kMillisecond;  ///< a peer that falls silent costs a descriptor for so long
 constexpr std::size_t kMaxChannels = 256;          ///< handshakes at once
 constexpr std::size_t kMaxLinksPerUid = 256;
-constexpr std::uint32_t kOverflowUid = 65534;  ///< stands for "some user of another namespace": proves nothing
+constexpr std::uint32_t kOverflowUid = 65534;
 constexpr int kBackoffMs[] = {1, 2, 5, 10, 25, 50, 100};
 constexpr wire::Plain kRing = wire::make_plain(wire::Type::ring, 0);
 
@@ -48,6 +49,21 @@ socklen_t name_of(std::uint64_t cookie, sockaddr_un& address) noexcept {
   const int n = std::snprintf(address.sun_path + 1, sizeof address.sun_path - 1, "sdpreload/1/%016llx",
                               static_cast<unsigned long long>(cookie));
   return static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + static_cast<std::size_t>(n));
+}
+
+/// Does `uid` name one user? The overflow uid stands for every user that this user namespace does not map; where all are mapped it
+/// is the ordinary user nobody.
+bool proves_identity(std::uint32_t uid) noexcept {
+  if (uid != kOverflowUid) return true;
+  char map[128];
+  const long fd = sys::call(SYS_openat, AT_FDCWD, sys::arg("/proc/self/uid_map"), O_RDONLY | O_CLOEXEC);
+  if (fd < 0) return false;
+  const long n = sys::call(SYS_read, fd, sys::arg(map), sizeof map - 1);
+  sys::call(SYS_close, fd);
+  if (n <= 0) return false;
+  map[n] = '\0';
+  unsigned inside = 1, outside = 1, count = 0;
+  return std::sscanf(map, "%u %u %u", &inside, &outside, &count) == 3 && inside == 0 && outside == 0 && count == ~0U;
 }
 
 int new_socket() noexcept {
@@ -405,7 +421,7 @@ struct LocalCm::State {
     }
     dial.next_try = now() + kBackoffMs[std::min(dial.tries, std::size(kBackoffMs) - 1)] * kMillisecond;
     ++dial.tries;
-    if (!owner.value().held || owner.value().uid == kOverflowUid) return;
+    if (!owner.value().held || !proves_identity(owner.value().uid)) return;
     if (channels.size() >= kMaxChannels) return;
     const int fd = new_socket();
     if (fd < 0) return;
@@ -545,7 +561,7 @@ struct LocalCm::State {
     ucred cred{};
     const auto owner = offer != offers.end() ? find_other_end(offer->second.anchor) : Result<SocketOwner>(fail(ENOENT, ""));
     if (!owner || channels.size() >= kMaxChannels || !peer_credentials(fd, cred) || cred.uid != owner.value().uid ||
-        cred.uid == kOverflowUid) {
+        !proves_identity(cred.uid)) {
       sys::call(SYS_close, fd);
       return;
     }
