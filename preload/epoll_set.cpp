@@ -12,6 +12,7 @@
 #include "rdma_core/base/clock.hpp"
 #include "rdma_core/base/sys.hpp"
 #include "sdp/engine.hpp"
+#include "sdp/spinner.hpp"
 
 namespace preload {
 
@@ -286,27 +287,18 @@ int EpollSet::wait(epoll_event* events, int max, std::int64_t timeout_ns, const 
       if (k > 0 && (n = merge(events, 0, kernel, static_cast<int>(k), max)) > 0) return n;
       if (timeout_ns == 0) return 0;
       // Spin: the lanes all the time, the kernel every few microseconds.
-      const std::int64_t budget = sdp::engine::spin_budget();
-      if (budget > 0) {
-        std::int64_t now = now_ns();
-        const std::int64_t until = now + budget;
-        std::int64_t kernel_due = now + kKernelEveryNs;
-        bool found = false;
-        while (!found && now < until) {
-          for (int i = 0; i < 16 && !found; ++i) {
-            found = maybe_ready();
-            rdma::cpu_relax();
-          }
-          now = now_ns();
-          if (!found && now >= kernel_due) {
-            kernel_due = now + kKernelEveryNs;
-            k = sys::call(SYS_epoll_pwait, epfd_, sys::arg(kernel), want, 0, sys::arg(mask), 8);
-            if (k > 0 && (n = merge(events, 0, kernel, static_cast<int>(k), max)) > 0) return n;
-          }
-        }
-        sdp::engine::spin_result(found);
-        if (found) continue;
-      }
+      std::int64_t kernel_due = now_ns() + kKernelEveryNs;
+      int looks = 0;
+      const bool found = sdp::Spinner().run([&]() noexcept {
+        if (maybe_ready()) return true;
+        if (++looks % 64 != 0 || now_ns() < kernel_due) return false;
+        kernel_due = now_ns() + kKernelEveryNs;
+        k = sys::call(SYS_epoll_pwait, epfd_, sys::arg(kernel), want, 0, sys::arg(mask), 8);
+        if (k > 0) n = merge(events, 0, kernel, static_cast<int>(k), max);
+        return n > 0;
+      });
+      if (n > 0) return n;
+      if (found) continue;
       sleepers_.fetch_add(1);
       {
         std::lock_guard guard(mutex_);

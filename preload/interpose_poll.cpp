@@ -10,6 +10,7 @@
 #include "rdma_core/base/clock.hpp"
 #include "rdma_core/base/sys.hpp"
 #include "sdp/engine.hpp"
+#include "sdp/spinner.hpp"
 
 using preload::EpollSet;
 using preload::fds;
@@ -103,25 +104,14 @@ class LaneWait {
   }
 
   bool spin(const sigset_t* mask) noexcept {
-    const std::int64_t budget = sdp::engine::spin_budget();
-    if (budget <= 0) return false;
-    std::int64_t now = now_ns();
-    const std::int64_t until = now + budget;
-    std::int64_t kernel_due = now + kKernelEveryNs;
-    bool found = false;
-    while (!found && now < until) {
-      for (int i = 0; i < 16 && !found; ++i) {
-        found = maybe_ready();
-        rdma::cpu_relax();
-      }
-      now = now_ns();
-      if (!found && now >= kernel_due) {
-        kernel_due = now + kKernelEveryNs;
-        found = ask_kernel(0, mask, false) > 0;
-      }
-    }
-    sdp::engine::spin_result(found);
-    return found;
+    std::int64_t kernel_due = now_ns() + kKernelEveryNs;
+    int looks = 0;
+    return sdp::Spinner().run([&]() noexcept {
+      if (maybe_ready()) return true;
+      if (++looks % 64 != 0 || now_ns() < kernel_due) return false;
+      kernel_due = now_ns() + kKernelEveryNs;
+      return ask_kernel(0, mask, false) > 0;
+    });
   }
 
   pollfd* fds_;

@@ -12,6 +12,7 @@
 #include "rdma_core/base/clock.hpp"
 #include "rdma_core/base/sys.hpp"
 #include "sdp/engine.hpp"
+#include "sdp/spinner.hpp"
 #include "sdp/stream_impl.hpp"
 
 namespace sdp {
@@ -368,18 +369,7 @@ int StreamImpl::wait(bool for_send, std::int64_t deadline, bool has_timeout) noe
   ++waiters;
   lock.unlock();
   int result = 0;
-  bool found = false;
-  const std::int64_t budget = engine::spin_budget();
-  if (budget > 0) {
-    const std::int64_t until = now_ns() + budget;
-    do {
-      for (int i = 0; i < 64 && !found; ++i) {
-        found = woken();
-        rdma::cpu_relax();
-      }
-    } while (!found && now_ns() < until);
-    engine::spin_result(found);
-  }
+  const bool found = Spinner().run(woken);
   if (!found) {
     std::atomic<std::uint32_t>* word = l->wake_word();
     const std::uint32_t seen = word->load(std::memory_order_acquire);
