@@ -1,6 +1,7 @@
 #include "rdma_core/registered_heap.hpp"
 
 #include <errno.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <atomic>
@@ -15,6 +16,51 @@
 #include "rdma_core/base/shared_lock.hpp"
 #include "rdma_core/sdpje.hpp"
 
+namespace rdma {
+namespace {
+
+std::uint32_t this_process() noexcept { return static_cast<std::uint32_t>(detail::identity() >> 32); }
+
+// Fork. jemalloc's way is to take all its mutexes before, and to make them anew after, about a hundred per arena and 60 us per
+// heap, mostly for pages copied in a child that may only exec. Ours: threads inside jemalloc are counted (a read lock), fork waits
+// until there is none (the write lock), and a child makes the mutexes anew when it creates its first heap.
+
+pthread_rwlock_t gate = PTHREAD_RWLOCK_WRITER_NONRECURSIVE_INITIALIZER_NP;
+void (*fork_child_handler)() = nullptr;  ///< jemalloc's; set when it sets itself up
+std::atomic<std::uint32_t> user{0};      ///< the process that uses jemalloc; 0 as long as there is none
+std::atomic<bool> stale{false};          ///< in a child: fork_child_handler has yet to run
+
+/// The calling thread is inside jemalloc.
+class Inside {
+ public:
+  Inside() noexcept { pthread_rwlock_rdlock(&gate); }
+  ~Inside() { pthread_rwlock_unlock(&gate); }
+  Inside(const Inside&) = delete;
+  Inside& operator=(const Inside&) = delete;
+};
+/// In a hook, where jemalloc holds no mutex: outside for a while. A driver may then take its time, and locks that somebody who
+/// forks holds.
+class Outside {
+ public:
+  Outside() noexcept { pthread_rwlock_unlock(&gate); }
+  ~Outside() { pthread_rwlock_rdlock(&gate); }
+  Outside(const Outside&) = delete;
+  Outside& operator=(const Outside&) = delete;
+};
+
+void before_fork() noexcept { pthread_rwlock_wrlock(&gate); }
+void after_fork_in_parent() noexcept { pthread_rwlock_unlock(&gate); }
+void after_fork_in_child() noexcept {
+  gate = PTHREAD_RWLOCK_WRITER_NONRECURSIVE_INITIALIZER_NP;
+  user = this_process();
+  stale = true;
+  // At once, because it is walked when a thread ends, and leads through the stacks of threads that are no more.
+  sdpje_je_tsd_postfork_child(&sdpje_je_tsd_tls);
+}
+
+}  // namespace
+}  // namespace rdma
+
 // The settings of our copy, and all of them: what it would read besides is below made to find nothing, for MALLOC_CONF and
 // /etc/malloc.conf are addressed to the program's allocator.
 //   tcache, narenas     one arena for its own metadata, nothing per thread
@@ -27,7 +73,19 @@ const char* sdpje_malloc_conf =
     "background_thread:false,metadata_thp:disabled,oversize_threshold:0";
 char* sdpje_secure_getenv(const char*) noexcept { return nullptr; }
 long sdpje_readlink(const char*, char*, std::size_t) noexcept { return -1; }
+int sdpje_pthread_atfork(void (*)(), void (*)(), void (*child)()) noexcept {
+  rdma::fork_child_handler = child;
+  return pthread_atfork(rdma::before_fork, rdma::after_fork_in_parent, rdma::after_fork_in_child);
+}
+// Background threads, which are off.
 int sdpje_pthread_create(void*, const void*, void* (*)(void*), void*) noexcept { return EAGAIN; }
+// The profiler, which is off.
+double sdpje_exp(double) noexcept { return 0; }
+double sdpje_log(double) noexcept { return 0; }
+double sdpje_round(double) noexcept { return 0; }
+int sdpje_open(const char*, int, ...) noexcept { return -1; }
+int sdpje_creat(const char*, unsigned) noexcept { return -1; }
+int sdpje_close(int) noexcept { return -1; }
 }
 
 namespace rdma {
@@ -36,8 +94,6 @@ namespace {
 constexpr std::size_t kPageBytes = 4096;  // jemalloc's
 /// What the heap grows by: jemalloc asks for a few pages at a time, and gets them from extents of this size.
 constexpr std::size_t kExtentBytes = 2 * 1024 * 1024;
-
-std::uint32_t this_process() noexcept { return static_cast<std::uint32_t>(detail::identity() >> 32); }
 
 struct Extent {
   std::unique_ptr<Mr> mr;
@@ -109,6 +165,7 @@ RegisteredHeap::State::~State() {
   if (!has_arena) return;
   char name[40];
   std::snprintf(name, sizeof name, "arena.%u.destroy", arena);
+  const Inside inside;
   if (const int failed = sdpje_mallctl(name, nullptr, nullptr, nullptr, 0); failed != 0)
     RDMA_LOG(error, "heap: arena %u cannot be destroyed: %d", arena, failed);
 }
@@ -127,7 +184,10 @@ std::byte* RegisteredHeap::State::cut_or_map(std::size_t size, std::size_t align
   for (const auto& extent : extents)
     if (std::byte* piece = extent->cut(size, alignment)) return piece;
   const std::size_t slack = alignment > kPageBytes ? alignment - kPageBytes : 0;
-  auto mr = pd.map_extent(std::max(size + slack, kExtentBytes));
+  auto mr = [&] {
+    const Outside outside;
+    return pd.map_extent(std::max(size + slack, kExtentBytes));
+  }();
   if (!mr) return nullptr;
   std::byte* begin = (*mr)->addr;
   const std::size_t length = (*mr)->length;
@@ -170,9 +230,19 @@ RegisteredHeap::RegisteredHeap(std::unique_ptr<State> state) : state_(std::move(
 
 Result<std::unique_ptr<RegisteredHeap>> RegisteredHeap::create(Pd& pd) {
   auto state = std::make_unique<State>(pd);
+  std::uint32_t expected = 0;
+  if (!user.compare_exchange_strong(expected, state->owner) && expected != state->owner)
+    return fail(ENOTSUP, "heap: in a process made without fork()");
+  if (stale.load(std::memory_order_acquire)) {
+    pthread_rwlock_wrlock(&gate);
+    if (stale) fork_child_handler();
+    stale = false;
+    pthread_rwlock_unlock(&gate);
+  }
   // Metadata by jemalloc's own mmap: peers map the extents.
   sdpje::ArenaConfig config{&state->hooks.table, false};
   std::size_t bytes = sizeof state->arena;
+  const Inside inside;
   if (const int failed = sdpje_mallctl("experimental.arenas_create_ext", &state->arena, &bytes, &config, sizeof config);
       failed != 0)
     return fail(failed == EAGAIN ? ENOMEM : failed, "heap: no arena");
@@ -195,6 +265,7 @@ Result<RegisteredHeap::Block> RegisteredHeap::allocate(std::size_t bytes, std::s
   State& state = *state_;
   if (state.owner != this_process()) return fail(EPERM, "heap: of the parent process");
   const int flags = sdpje::in_arena(state.arena) | sdpje::kTcacheNone | sdpje::aligned(alignment);
+  const Inside inside;
   void* block = sdpje_mallocx(std::max<std::size_t>(bytes, 1), flags);
   if (block == nullptr) return fail(ENOMEM, "heap: no memory");
   const Extent* extent = state.find(block);
@@ -207,6 +278,7 @@ void RegisteredHeap::deallocate(std::byte* addr) noexcept {
   State& state = *state_;
   if (addr == nullptr || state.owner != this_process()) return;
   assert(state.find(addr) != nullptr);
+  const Inside inside;
   state.in_use.fetch_sub(sdpje_sallocx(addr, 0), std::memory_order_relaxed);
   sdpje_dallocx(addr, sdpje::in_arena(state.arena) | sdpje::kTcacheNone);
 }

@@ -37,10 +37,20 @@ void* sdpje_mallocx(std::size_t size, int flags) noexcept;
 void sdpje_dallocx(void* ptr, int flags) noexcept;
 std::size_t sdpje_sallocx(const void* ptr, int flags) noexcept;
 int sdpje_mallctl(const char* name, void* old_value, std::size_t* old_bytes, void* new_value, std::size_t new_bytes) noexcept;
+/// Makes the list of threads anew; `tsd` is the calling thread's.
+void sdpje_je_tsd_postfork_child(void* tsd) noexcept;
+extern thread_local std::byte sdpje_je_tsd_tls __attribute__((tls_model("initial-exec")));
 
 // Defined by us; see registered_heap.cpp.
 extern const char* sdpje_malloc_conf;
 char* sdpje_secure_getenv(const char* name) noexcept;
 long sdpje_readlink(const char* path, char* out, std::size_t bytes) noexcept;
 int sdpje_pthread_create(void* thread, const void* attr, void* (*start)(void*), void* arg) noexcept;
+int sdpje_pthread_atfork(void (*prepare)(), void (*parent)(), void (*child)()) noexcept;
+double sdpje_exp(double) noexcept;
+double sdpje_log(double) noexcept;
+double sdpje_round(double) noexcept;
+int sdpje_open(const char* path, int flags, ...) noexcept;
+int sdpje_creat(const char* path, unsigned mode) noexcept;
+int sdpje_close(int fd) noexcept;
 }

@@ -1,12 +1,12 @@
 #include "rdma_core/registered_heap.hpp"
 
 #include <dlfcn.h>
-#include <malloc.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <boost/test/unit_test.hpp>
 #include <cstring>
 #include <deque>
@@ -17,6 +17,11 @@
 #include <vector>
 
 #include "rdma_core/sdpje.hpp"
+
+#ifdef __SANITIZE_THREAD__
+// fork takes all of jemalloc's mutexes, more than the deadlock detector can count.
+extern "C" const char* __tsan_default_options() { return "detect_deadlocks=0:die_after_fork=0"; }
+#endif
 
 namespace rdma {
 namespace {
@@ -91,15 +96,19 @@ int in_child(Body body) {
 
 // ---------------------------------------------------------------- the private jemalloc
 
-BOOST_AUTO_TEST_CASE(malloc_is_still_the_c_librarys) {
-  void* p = malloc(100);
-  Dl_info info{};
-  BOOST_REQUIRE(dladdr(reinterpret_cast<void*>(&malloc), &info) != 0);
-  BOOST_TEST(std::string(info.dli_fname).find("libc.so") != std::string::npos);
-  BOOST_TEST(dlsym(RTLD_DEFAULT, "mallctl") == nullptr);
-  BOOST_TEST(dlsym(RTLD_DEFAULT, "mallocx") == nullptr);
-  BOOST_TEST(malloc_usable_size(p) == 104u);  // glibc's rounding; jemalloc's would be 112
-  free(p);
+// Of the C library, or of a sanitizer's: not of the image that jemalloc is linked into.
+BOOST_AUTO_TEST_CASE(malloc_is_still_the_processs_own) {
+  const auto image_of = [](auto* function) {
+    Dl_info info{};
+    BOOST_REQUIRE(dladdr(reinterpret_cast<void*>(function), &info) != 0);
+    return info.dli_fbase;
+  };
+  void* const ours = image_of(&sdpje_mallocx);
+  BOOST_TEST(image_of(static_cast<void* (*)(std::size_t)>(&malloc)) != ours);
+  BOOST_TEST(image_of(static_cast<void (*)(void*)>(&free)) != ours);
+  BOOST_TEST(image_of(static_cast<void* (*)(std::size_t)>(&operator new)) != ours);
+  for (const char* name : {"mallctl", "mallocx", "dallocx", "malloc_conf", "malloc_stats_print"})
+    BOOST_TEST(dlsym(RTLD_DEFAULT, name) == nullptr);
 }
 
 BOOST_AUTO_TEST_CASE(settings_addressed_to_the_programs_allocator_do_not_reach_it) {
@@ -335,6 +344,85 @@ BOOST_AUTO_TEST_CASE(a_forks_child_reads_blocks_but_leaves_the_heap_alone) {
   BOOST_TEST(status == 0);
   heap->deallocate(block);
   BOOST_TEST(heap->bytes_in_use() == 0u);
+}
+
+#ifndef __SANITIZE_THREAD__  // which cannot follow threads of a fork's child
+BOOST_AUTO_TEST_CASE(a_fork_in_the_middle_of_other_threads_work_leaves_the_child_able_to_make_heaps) {
+  FakePd pd;
+  auto heap = heap_on(pd);
+  heap->deallocate(heap->allocate(32 << 20, 64)->addr);
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> threads;
+  for (unsigned t = 0; t < 3; ++t)
+    threads.emplace_back([&, t] {
+      std::mt19937 random(t);
+      while (!stop) {
+        std::byte* a = heap->allocate(1 + random() % 100'000, 8)->addr;
+        std::byte* b = heap->allocate(1 + random() % 1000, 8)->addr;
+        heap->deallocate(a);
+        heap->deallocate(b);
+      }
+    });
+  // Forked from a thread that ends in the child, so that jemalloc's thread clean-up runs there.
+  for (int i = 0; i < 100; ++i) {
+    int status = -1;
+    std::thread([&] {
+      const pid_t pid = fork();
+      if (pid != 0) {
+        BOOST_REQUIRE(waitpid(pid, &status, 0) == pid);
+        return;
+      }
+      alarm(30);
+      std::thread([&] {
+        FakePd own;
+        auto mine = heap_on(own);
+        for (int n = 0; n < 50; ++n) mine->deallocate(mine->allocate(1000, 8)->addr);
+      }).join();
+      FakePd own;
+      auto mine = heap_on(own);
+      mine->deallocate(mine->allocate(100'000, 8)->addr);
+      mine.reset();
+      const bool left_alone = !heap->allocate(1, 1).ok();
+      if (!left_alone) _exit(1);
+#ifdef __SANITIZE_ADDRESS__
+      _exit(0);  // the heap that the child left alone would be called a leak
+#endif
+      pthread_exit(nullptr);  // the last thread of the child: it ends with status 0
+    }).join();
+    BOOST_TEST(status == 0);
+  }
+  stop = true;
+  for (auto& thread : threads) thread.join();
+  BOOST_TEST(heap->bytes_in_use() == 0u);
+}
+#endif
+
+/// Its map_extent says that it has begun, and waits.
+class SlowPd final : public Pd {
+ public:
+  Result<std::unique_ptr<Mr>> register_memory(std::span<std::byte>, Access) override { return fail(ENOTSUP, "fake"); }
+  Result<std::unique_ptr<Qp>> create_qp(const QpInit&) override { return fail(ENOTSUP, "fake"); }
+  Result<std::unique_ptr<Mr>> map_extent(std::size_t bytes) override {
+    begun = true;
+    while (!go_on) std::this_thread::yield();
+    return fast.map_extent(bytes);
+  }
+  FakePd fast;
+  std::atomic<bool> begun{false}, go_on{false};
+};
+
+BOOST_AUTO_TEST_CASE(a_slow_driver_holds_up_neither_fork_nor_other_heaps) {
+  SlowPd slow;
+  FakePd fast;
+  auto slow_heap = heap_on(slow);
+  auto fast_heap = heap_on(fast);
+  std::thread waiter([&] { slow_heap->deallocate(slow_heap->allocate(1, 1)->addr); });
+  while (!slow.begun) std::this_thread::yield();
+  BOOST_TEST(in_child([] { return 0; }) == 0);
+  fast_heap->deallocate(fast_heap->allocate(1, 1)->addr);
+  slow.go_on = true;
+  waiter.join();
+  BOOST_TEST(slow_heap->bytes_in_use() == 0u);
 }
 
 }  // namespace rdma

@@ -17,6 +17,10 @@
 #include <thread>
 #include <vector>
 
+#ifdef __SANITIZE_THREAD__
+extern "C" const char* __tsan_default_options() { return "die_after_fork=0"; }
+#endif
+
 namespace rdma {
 namespace {
 
