@@ -1,12 +1,19 @@
 #include "preload/fd_table.hpp"
 
+#include <vector>
+
 #include "sdp/engine.hpp"
 
 namespace preload {
 
 namespace {
 constinit FdTable table{};  // zero pages until touched
+
+std::vector<sdp::engine::StreamSnapshot>& snapshots() noexcept {
+  static std::vector<sdp::engine::StreamSnapshot> noted;
+  return noted;
 }
+}  // namespace
 
 FdTable& fds() noexcept { return table; }
 
@@ -38,14 +45,23 @@ bool FdTable::take(int fd, sdp::Stream* stream) noexcept {
   return true;
 }
 
+void FdTable::before_fork() noexcept {
+  auto& noted = snapshots();
+  noted.clear();
+  const int high = highest();
+  for (int i = 0; i <= high; ++i)
+    if (const sdp::Stream stream = find(i)) noted.push_back(sdp::engine::snapshot(stream));
+}
+
 void FdTable::inherit() noexcept {
   const int high = highest();
-  for (int i = 0; i <= high; ++i) {
-    const std::uint64_t word = streams_[i].load(std::memory_order_relaxed);
-    if (word == 0) continue;
-    const sdp::Stream mine = sdp::engine::inherit(sdp::Stream::from_word(word));
-    for (int j = high; j >= i; --j)
-      if (streams_[j].load(std::memory_order_relaxed) == word) streams_[j].store(mine.word(), std::memory_order_relaxed);
+  for (const sdp::engine::StreamSnapshot& was : snapshots()) {
+    sdp::Stream mine;
+    for (int i = 0; i <= high; ++i) {
+      if (streams_[i].load(std::memory_order_relaxed) != was.parents.word()) continue;
+      if (!mine) mine = sdp::engine::inherit(was);
+      streams_[i].store(mine.word(), std::memory_order_relaxed);
+    }
   }
 }
 

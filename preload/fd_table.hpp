@@ -33,7 +33,9 @@ class FdTable {
   void duplicate(int from, int to) noexcept;
   /// Takes the entry out. True if the stream lost its last descriptor in this process.
   bool take(int fd, sdp::Stream* stream) noexcept;
-  /// After fork: every stream is exchanged for the child's own.
+  /// Before fork, in the parent: notes what each stream is at this moment.
+  void before_fork() noexcept;
+  /// After fork, in the child: every stream is exchanged for the child's own.
   void inherit() noexcept;
   int highest() const noexcept { return highest_.load(std::memory_order_relaxed); }
 

@@ -38,7 +38,10 @@ class SoftwareOnly final : public sdp::engine::Composition {
   std::unique_ptr<rdma::Builtin> device_;
 };
 
-void before_fork() noexcept { sdp::engine::before_fork(); }
+void before_fork() noexcept {
+  fds().before_fork();
+  sdp::engine::before_fork();
+}
 void after_fork_parent() noexcept { sdp::engine::after_fork_parent(); }
 void after_fork_child() noexcept {
   sdp::engine::after_fork_child();

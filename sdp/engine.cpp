@@ -192,23 +192,34 @@ Stream track(int fd, Role role) noexcept {
   return handle_of(s);
 }
 
-Stream inherit(Stream parents) noexcept {
-  if (!parents) return {};
-  auto* old = reinterpret_cast<StreamImpl*>(parents.word() & 0xffffffffffffULL);
+StreamSnapshot snapshot(Stream stream) noexcept {
+  const auto* s = reinterpret_cast<const StreamImpl*>(stream.word() & 0xffffffffffffULL);
+  return {stream,
+          s->role,
+          s->nonblocking.load(),
+          static_cast<std::uint8_t>(s->phase.load()),
+          s->fd,
+          s->rcv_timeout_ns,
+          s->snd_timeout_ns,
+          s->tcp_sent.load(),
+          s->tcp_received.load()};
+}
+
+Stream inherit(const StreamSnapshot& was) noexcept {
   StreamImpl* s = new_stream();
   if (s == nullptr) return {};
-  s->role = old->role;
-  s->fd = old->fd;
-  s->nonblocking.store(old->nonblocking.load());
-  s->rcv_timeout_ns = old->rcv_timeout_ns;
-  s->snd_timeout_ns = old->snd_timeout_ns;
-  s->tcp_sent.store(old->tcp_sent.load());
-  s->tcp_received.store(old->tcp_received.load());
-  s->stats = acquire_stats(old->fd);
-  const Phase phase = old->phase.load();
+  s->role = was.role;
+  s->fd = was.fd;
+  s->nonblocking.store(was.nonblocking);
+  s->rcv_timeout_ns = was.rcv_timeout_ns;
+  s->snd_timeout_ns = was.snd_timeout_ns;
+  s->tcp_sent.store(was.tcp_sent);
+  s->tcp_received.store(was.tcp_received);
+  s->stats = acquire_stats(was.fd);
+  const auto phase = static_cast<Phase>(was.phase);
   if (phase == Phase::pursued || phase == Phase::laned) {
-    s->inherited = old;
-    s->inherited_generation = static_cast<std::uint16_t>(parents.word() >> 48);
+    s->inherited = reinterpret_cast<StreamImpl*>(was.parents.word() & 0xffffffffffffULL);
+    s->inherited_generation = static_cast<std::uint16_t>(was.parents.word() >> 48);
     s->owner = ~0U;
     s->phase.store(Phase::laned);
   } else {

@@ -37,9 +37,21 @@ void configure(Compose compose, LaneListener listener) noexcept;
 /// known. Empty when policy says TCP or memory is short.
 Stream track(int fd, Role role) noexcept;
 
-/// In a fork's child, for each stream that the table inherited: the child's own stream in its place. Nothing happens to the
-/// parent's until the child uses it. Empty: untracked from here on.
-Stream inherit(Stream parents) noexcept;
+/// What a fork's child must know of one of the parent's streams, as it was at the fork: the parent may close it before the child
+/// runs.
+struct StreamSnapshot {
+  Stream parents;
+  Role role;
+  bool nonblocking;
+  std::uint8_t phase;
+  int fd;
+  std::int64_t rcv_timeout_ns, snd_timeout_ns;
+  std::uint64_t tcp_sent, tcp_received;
+};
+StreamSnapshot snapshot(Stream) noexcept;
+/// In the child: its own stream in the parent's place. Nothing happens to the parent's until the child uses it. Empty: untracked
+/// from here on.
+Stream inherit(const StreamSnapshot&) noexcept;
 
 /// A descriptor for poll and select that gets readable when armed streams changed: one per calling thread, level-triggered, private
 /// to the thread. -1: none could be made (the caller sleeps in short slices).

@@ -1,5 +1,5 @@
-// The spin before a sleep. It begins with pauses of the core and goes on with sched_yield: what else wants this core gets it, so that spinning
-// costs little where cores are scarce, and a peer on the same core can make what we wait for.
+// The spin before a sleep. It begins with pauses of the core and goes on with sched_yield: what else wants this core gets it, so
+// that spinning costs little where cores are scarce, and a peer on the same core can make what we wait for.
 #pragma once
 
 #include <sched.h>
