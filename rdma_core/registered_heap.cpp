@@ -51,6 +51,8 @@ class Outside {
 void before_fork() noexcept { pthread_rwlock_wrlock(&gate); }
 void after_fork_in_parent() noexcept { pthread_rwlock_unlock(&gate); }
 void after_fork_in_child() noexcept {
+  // Unlocked, and then anew: it counts waiting readers, and those are in the parent.
+  pthread_rwlock_unlock(&gate);
   gate = PTHREAD_RWLOCK_WRITER_NONRECURSIVE_INITIALIZER_NP;
   user = this_process();
   stale = true;
