@@ -155,7 +155,7 @@ struct RegisteredHeap::State {
   unsigned arena = 0;
   bool has_arena = false;
   const std::uint32_t owner = this_process();
-  // Both are taken after jemalloc's locks, in this order.
+  // In this order, both outside of jemalloc's mutexes and tails_mutex outside of the gate too.
   std::mutex tails_mutex;                        ///< guards Extent::tail, and lets one thread map at a time
   std::mutex extents_mutex;                      ///< guards the vector; a leaf
   std::vector<std::unique_ptr<Extent>> extents;  ///< by address; changed with both mutexes held
@@ -186,10 +186,7 @@ std::byte* RegisteredHeap::State::cut_or_map(std::size_t size, std::size_t align
   for (const auto& extent : extents)
     if (std::byte* piece = extent->cut(size, alignment)) return piece;
   const std::size_t slack = alignment > kPageBytes ? alignment - kPageBytes : 0;
-  auto mr = [&] {
-    const Outside outside;
-    return pd.map_extent(std::max(size + slack, kExtentBytes));
-  }();
+  auto mr = pd.map_extent(std::max(size + slack, kExtentBytes));
   if (!mr) return nullptr;
   std::byte* begin = (*mr)->addr;
   const std::size_t length = (*mr)->length;
@@ -211,6 +208,7 @@ void* RegisteredHeap::State::alloc_extent(sdpje::ExtentHooks* table, void* new_a
   if (new_addr != nullptr || size > kMaxBytes || alignment > kMaxBytes) return nullptr;
   // jemalloc is C: nothing may be thrown through it.
   try {
+    const Outside outside;  // before tails_mutex is taken: its owner must not wait for the gate
     std::byte* piece = of(table).cut_or_map(size, alignment);
     if (piece == nullptr) return nullptr;
     *zero = false;  // new, but a peer may have written to it already
