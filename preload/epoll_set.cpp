@@ -188,10 +188,12 @@ int EpollSet::collect(epoll_event* events, int max) noexcept {
     Member& m = members_[index];
     if (!m.tagged || m.disabled) continue;
     m.stream.on_wait_entry(m.fd);
-    if (!m.look && !m.stream.maybe_ready()) continue;
+    if (!m.look && !may_have_changed(m)) continue;
+    const std::uint64_t edges = m.stream.rx_edges();
     std::uint32_t ready = m.stream.poll(m.events & ~kModeBits) & (m.events | EPOLLERR | EPOLLHUP);
     sync(m, index);
     m.look = ready != 0;
+    m.looked_rx = edges;
     if (!m.tagged || ready == 0) continue;
     if (m.events & EPOLLET) {
       const std::uint64_t rx = m.stream.rx_edges(), tx = m.stream.tx_edges();
@@ -244,10 +246,14 @@ int EpollSet::merge(epoll_event* events, int lanes, const epoll_event* kernel, i
   return n;
 }
 
+bool EpollSet::may_have_changed(const Member& m) noexcept {
+  return m.stream.maybe_ready(m.events) || ((m.events & EPOLLIN) != 0 && m.stream.rx_edges() != m.looked_rx);
+}
+
 bool EpollSet::maybe_ready() noexcept {
   std::lock_guard guard(mutex_);
   for (const Member& m : members_)
-    if (m.tagged && !m.disabled && m.stream.maybe_ready()) return true;
+    if (m.tagged && !m.disabled && may_have_changed(m)) return true;
   return false;
 }
 

@@ -50,6 +50,7 @@ class EpollSet {
     bool tagged = false;            ///< the kernel's entry has our tag
     bool disabled = false;          ///< EPOLLONESHOT has fired
     bool look = true;               ///< the last look found something, or nobody has looked since the member was added or changed
+    std::uint64_t looked_rx = 0;    ///< rx_edges() at that look: other calls of the program may have taken messages in since
     std::uint64_t seen_rx = ~0ULL, seen_tx = ~0ULL;  ///< edges reported
   };
 
@@ -58,6 +59,7 @@ class EpollSet {
   void ensure_bell() noexcept;
   int collect(epoll_event* events, int max) noexcept;
   int merge(epoll_event* events, int lanes, const epoll_event* kernel, int count, int max) noexcept;
+  static bool may_have_changed(const Member& member) noexcept;
   bool maybe_ready() noexcept;
   Member* of(int fd) noexcept;
 

@@ -45,7 +45,7 @@ class LaneWait {
         if (const Stream s = stream(i)) s.arm();
       }
       sdp::engine::arm_fence();
-      if (maybe_ready()) continue;
+      if (lanes() > 0) continue;
       std::int64_t left = -1;
       if (timeout_ns >= 0) left = std::max<std::int64_t>(deadline - now_ns(), 0);
       kernel = ask_kernel(left, mask, true);
@@ -82,7 +82,7 @@ class LaneWait {
 
   bool maybe_ready() const noexcept {
     for (nfds_t i = 0; i < count_; ++i)
-      if (const Stream s = stream(i); s && s.maybe_ready()) return true;
+      if (const Stream s = stream(i); s && s.maybe_ready(static_cast<std::uint16_t>(fds_[i].events))) return true;
     return false;
   }
 

@@ -20,6 +20,17 @@ namespace sdp {
 
 namespace sys = rdma::sys;
 
+namespace {
+
+/// A writer that was refused waits for a quarter of the window, so that it is not woken for every message.
+bool writable(const StreamImpl& s) noexcept {
+  const std::int32_t need =
+      s.tx_blocked ? std::max<std::int32_t>(kReservedCredits + 1, s.lane->recv_credits() / 4) : kReservedCredits + 1;
+  return s.lane->may_send() && s.lane->conn.credit().credits() >= need;
+}
+
+}  // namespace
+
 std::int64_t Stream::send(int fd, const void* buf, std::size_t len, int flags) const noexcept {
   const iovec iov{const_cast<void*>(buf), len};
   IovCursor from(&iov, 1);
@@ -209,10 +220,8 @@ std::uint32_t Stream::poll(std::uint32_t events) const noexcept {
     if (s->stash != nullptr || s->reset_by_peer) ready |= POLLIN | POLLRDNORM;
     if (s->tx.load(std::memory_order_relaxed) == TxState::lane) {
       const bool gone = s->peer_gone || s->lane->dead() || s->lane->said(kGone);
-      // A writer that was refused waits for a quarter of the window, so that it is not woken for every message.
-      const std::int32_t need = s->tx_blocked ? std::max(kReservedCredits + 1, s->lane->recv_credits() / 4) : kReservedCredits + 1;
       if (gone) s->tx.store(TxState::ended, std::memory_order_release);  // how a write ends is the kernel's to say
-      if (gone || (s->lane->may_send() && s->lane->conn.credit().credits() >= need)) {
+      if (gone || writable(*s)) {
         if (s->tx_blocked) s->tx_edge_count.fetch_add(1, std::memory_order_relaxed);
         s->tx_blocked = false;
         ready |= POLLOUT | POLLWRNORM;
@@ -234,10 +243,12 @@ std::uint32_t Stream::kernel_events(std::uint32_t events) const noexcept {
 }
 
 // Only what the next poll() consumes counts here: a condition that stayed true would turn a sleeper into a busy loop.
-bool Stream::maybe_ready() const noexcept {
+bool Stream::maybe_ready(std::uint32_t events) const noexcept {
   StreamImpl* s = impl();
   if (s->phase.load(std::memory_order_acquire) != Phase::laned || s->lane == nullptr) return false;
   if (s->lane->maybe_ready()) return true;
+  if ((events & POLLOUT) != 0 && s->tx.load(std::memory_order_relaxed) == TxState::lane && s->tx_blocked && writable(*s))
+    return true;
   if (s->tx.load(std::memory_order_relaxed) == TxState::lane && (s->lane->said(kAbandon) || s->lane->said(kGone))) return true;
   switch (s->rx.load(std::memory_order_relaxed)) {
     case RxState::ready:

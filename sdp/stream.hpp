@@ -62,7 +62,9 @@ class Stream {
   /// Which of `events` the kernel must still watch on the anchor; the rest is the lane's. POLLERR and POLLHUP are always the
   /// kernel's.
   std::uint32_t kernel_events(std::uint32_t events) const noexcept;
-  bool maybe_ready() const noexcept;        ///< cheap peek for spinning: false = nothing new since the last poll()
+  /// Cheap peek for spinning: false = nothing since the last poll() that would change its answer for `events`, but for what
+  /// rx_edges() tells.
+  bool maybe_ready(std::uint32_t events) const noexcept;
   void arm() const noexcept;                ///< the next change rings the process's bell
   std::uint64_t rx_edges() const noexcept;  ///< grows with each arrival: a new value is a new EPOLLIN edge
   std::uint64_t tx_edges() const noexcept;  ///< grows each time the stream became writable again after it was not

@@ -346,13 +346,14 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
 bool StreamImpl::changed(bool for_send) const noexcept {
   if (lane->maybe_ready()) return true;
   if (tx.load(std::memory_order_relaxed) == TxState::lane && lane->said(kAbandon)) return true;
-  if (for_send) return lane->said(kGone);
+  // Another thread may have taken the message in: what it brought counts, not only what is still in the CQ.
+  if (for_send) return lane->said(kGone) || lane->may_send();
   if (anchor_event.load(std::memory_order_acquire)) return true;
   switch (rx.load(std::memory_order_relaxed)) {
     case RxState::ready:
       return lane->said(kSwitch) || lane->said(kEnd);
     case RxState::lane:
-      return end_reached();
+      return lane->unread() != 0 || end_reached();
     default:
       return false;
   }

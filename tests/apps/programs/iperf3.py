@@ -1,0 +1,34 @@
+"""iperf3: one and four streams, reverse, both ways at once."""
+import json
+
+from harness import Failure, need
+from . import Case
+
+
+def iperf3(*options):
+    def run(r):
+        program = need("iperf3")
+        port = r.port()
+        r.server([program, "-s", "-1", "-p", str(port)], port)
+        seconds = "1" if r.quick else "2"
+        done = r.client([program, "-c", "127.0.0.1", "-p", str(port), "-t", seconds, "-J", *options])
+        result = json.loads(done.stdout)
+        if "error" in result:
+            raise Failure(result["error"])
+        end = result["end"]
+        names = ["sum"] + (["sum_bidir_reverse"] if "--bidir" in options else [])
+        for name in names:
+            sent = end[name.replace("sum", "sum_sent", 1)]["bytes"]
+            received = end[name.replace("sum", "sum_received", 1)]["bytes"]
+            if sent < 1 << 20 or received < 1 << 20:
+                raise Failure(f"{name}: {sent} bytes sent, {received} received")
+        return {"streams": len(end["streams"])}
+    return run
+
+
+CASES = [
+    Case("iperf3_1", iperf3(), payload=1 << 20),
+    Case("iperf3_4", iperf3("-P", "4"), payload=1 << 20),
+    Case("iperf3_reverse", iperf3("-R"), payload=1 << 20),
+    Case("iperf3_bidir", iperf3("--bidir"), payload=1 << 20),
+]

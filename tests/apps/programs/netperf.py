@@ -1,0 +1,32 @@
+"""netperf with netserver, which forks for each test."""
+import re
+
+from harness import Failure, need
+from . import Case
+
+
+def netperf(test, *extra, file_bytes=0):
+    def run(r):
+        client, server = need("netperf", "netserver")
+        port = r.port()
+        r.server([server, "-D", "-4", "-p", str(port)], port)
+        options = list(extra)
+        if file_bytes:
+            options = ["-F", r.random_file("data", file_bytes)] + options
+        seconds = "1" if r.quick else "2"
+        out = r.client([client, "-4", "-H", "127.0.0.1", "-p", str(port), "-t", test, "-l", seconds, "-P", "0",
+                        *(options[:2] if file_bytes else []), "--", *(options[2:] if file_bytes else options)]).stdout
+        rates = [float(x) for x in re.findall(r"\d+\.\d+", out)]
+        if not rates or max(rates) <= 0:
+            raise Failure(f"no result in {out!r}")
+        return "a result"
+    return run
+
+
+CASES = [
+    Case("netperf_tcp_stream", netperf("TCP_STREAM", "-m", "16384"), payload=1 << 20),
+    Case("netperf_tcp_maerts", netperf("TCP_MAERTS"), payload=1 << 20),
+    Case("netperf_tcp_rr", netperf("TCP_RR", "-r", "1,1"), payload=1 << 16),
+    Case("netperf_tcp_crr", netperf("TCP_CRR", "-r", "1,1"), share=None),
+    Case("netperf_tcp_sendfile", netperf("TCP_SENDFILE", file_bytes=10 << 20), payload=1 << 20),
+]

@@ -1,0 +1,27 @@
+"""Debian's Python: http.server with urllib, and asyncio streams, which are level-triggered epoll."""
+import os
+import signal
+
+from harness import HERE, PYTHON
+from . import Case
+
+
+def http_server(r):
+    port = r.port()
+    os.mkdir(r.path("www"))
+    r.random_file("www/data", 30 << 20)
+    r.server([PYTHON, "-m", "http.server", "--bind", "127.0.0.1", "--directory", r.path("www"), str(port)], port, stop=signal.SIGINT)
+    return r.python("http_get.py", f"http://127.0.0.1:{port}/data").stdout
+
+
+def asyncio_echo(r):
+    port = r.port()
+    script = os.path.join(HERE, "clients", "asyncio_echo.py")
+    r.server([PYTHON, script, "serve", str(port)], port)
+    return r.python("asyncio_echo.py", "talk", port, 2 if r.quick else 8).stdout
+
+
+CASES = [
+    Case("python_http_server", http_server, payload=30 << 20),
+    Case("python_asyncio", asyncio_echo, payload=8 << 20),
+]

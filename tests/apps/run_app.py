@@ -1,0 +1,111 @@
+#!/usr/bin/env python3
+"""Runs Debian's programs over plain TCP and over SDP and compares the outcome; says and proves who carried the bytes.
+
+  run_app.py --lib FILE CASE...    each case four times: TCP, SDP, only the client preloaded, only the server preloaded
+  run_app.py --plain CASE...       TCP only: checks the test itself
+  run_app.py --list                names of the cases, one a line
+"""
+import argparse
+import importlib
+import os
+import sys
+import time
+import traceback
+
+import harness
+from harness import Failure, Meter, Run, Skip
+
+MODULES = ("netperf", "iperf3", "sockperf", "redis_app", "nginx", "memcached", "postgres", "python_apps")
+
+
+def cases():
+    found = {}
+    for module in MODULES:
+        for case in importlib.import_module("programs." + module).CASES:
+            found[case.name] = case
+    return found
+
+
+def one_run(case, kind, preloaded, args):
+    run = Run(case.name, args.lib, preloaded, quick=kind.startswith("only"))
+    meter = Meter()
+    start = time.monotonic()
+    try:
+        outcome = case.run(run)
+        run.stop()
+        kernel = meter.delta()
+        reports = run.stats()
+        proof = f"kernel {kernel}"
+        if kind == "tcp" and case.payload and kernel["lo_bytes"] < case.payload:
+            raise Failure(f"the meter saw {kernel['lo_bytes']} bytes of at least {case.payload}")
+        if kind == "sdp" and case.share is not None:
+            proof = harness.prove_lanes(reports, kernel, case.share)
+        elif kind == "sdp":
+            proof = f"ours {harness.summarise(reports)}, {proof}"
+            if not reports:
+                raise Failure("no report was written: was the library loaded at all?")
+        elif preloaded:
+            proof = harness.prove_no_lanes(reports)
+        print(f"{case.name}: {kind}: {time.monotonic() - start:.1f} s: {outcome}; {proof}", flush=True)
+        return outcome
+    except Failure as failure:
+        raise Failure(f"{kind}: {failure}\n{run.logs()}") from None
+    finally:
+        try:
+            run.stop()
+        finally:
+            run.cleanup()
+
+
+def run_case(case, args):
+    plain = one_run(case, "tcp", set(), args)
+    runs = [] if args.plain else [("sdp", {"server", "client"}), ("only client", {"client"}), ("only server", {"server"})]
+    for kind, preloaded in runs:
+        outcome = one_run(case, kind, preloaded, args)
+        if outcome != plain:
+            raise Failure(f"{kind}: the outcome is {outcome}, over TCP it was {plain}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lib", help="libsdpreload.so")
+    parser.add_argument("--plain", action="store_true", help="over TCP only")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("cases", nargs="*")
+    args = parser.parse_args()
+    known = cases()
+    if args.list:
+        print("\n".join(known))
+        return 0
+    if not args.plain:
+        if not args.lib or not os.path.exists(args.lib):
+            parser.error("--lib FILE or --plain is needed")
+        args.lib = os.path.abspath(args.lib)
+    try:
+        harness.enter_private_network()
+    except Skip as skip:
+        print(f"skipped: {skip}")
+        return harness.SKIPPED
+    status = 0
+    skipped = 0
+    for name in args.cases or known:
+        if name not in known:
+            parser.error(f"no case {name}; see --list")
+        try:
+            run_case(known[name], args)
+            print(f"{name}: passed", flush=True)
+        except Skip as skip:
+            print(f"{name}: skipped: {skip}", flush=True)
+            skipped += 1
+        except Failure as failure:
+            print(f"{name}: FAILED: {failure}", flush=True)
+            status = 1
+        except Exception:  # a mistake of the test itself: show where, and go on with the next case
+            traceback.print_exc()
+            print(f"{name}: FAILED", flush=True)
+            status = 1
+    return status or (harness.SKIPPED if skipped == len(args.cases or known) else 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
