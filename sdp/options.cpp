@@ -17,7 +17,7 @@ namespace {
 constexpr OptionText kTexts[] = {
     {"SDP_POLICY", "who may have a lane: both (a lane if possible), sdp, tcp (never)", "", "both"},
     {"SDP_TRANSPORT", "transports in order of preference: auto, or a list of local", "", "auto"},
-    {"SDP_CONFIG", "rules in the libsdp grammar (LIBSDP_CONFIG_FILE is read if this is unset)", "file", ""},
+    {"SDP_CONFIG", "rules in the libsdp grammar: not read yet, setting it (or LIBSDP_CONFIG_FILE) means TCP", "file", ""},
     {"SDP_LOG", "off, error, warn, info or debug; LEVEL:FILE writes to a file", "", "warn"},
     {"SDP_STATS", "JSON report at exit; %p is the process id", "file", ""},
     {"SDP_SPIN_US", "longest spin before a waiting thread sleeps; 0: never spin", "us", "50"},
@@ -134,6 +134,9 @@ Options parse_options() noexcept {
     o.config_file = keep(value);
   else if (const char* libsdp = text_of("LIBSDP_CONFIG_FILE"))
     o.config_file = keep(libsdp);
+  if (!o.config_file.empty())
+    parser.complain("SDP_CONFIG or LIBSDP_CONFIG_FILE", o.config_file.data(), "SDP_POLICY: rule files are not read yet");
+  if (!o.pcap_file.empty()) RDMA_LOG(warn, "SDP_PCAP: captures are not written yet; the setting does nothing");
   if (parser.wrong) o.policy = Family::tcp;
   return o;
 }

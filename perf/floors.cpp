@@ -1,0 +1,99 @@
+// The machine's floors, which nothing between two processes can beat: one cache line's round trip between two cores, and memcpy.
+// Prints one line of JSON: nanoseconds and GB/s (10^9 bytes copied a second).
+#include <pthread.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+namespace {
+
+using SteadyClock = std::chrono::steady_clock;
+
+double seconds_since(SteadyClock::time_point start) { return std::chrono::duration<double>(SteadyClock::now() - start).count(); }
+
+/// The CPUs that this process may run on.
+std::vector<int> allowed_cpus() {
+  cpu_set_t set;
+  std::vector<int> cpus;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) {
+    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
+      if (CPU_ISSET(cpu, &set)) cpus.push_back(cpu);
+  }
+  return cpus;
+}
+
+void pin_to(int cpu) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(cpu, &set);
+  pthread_setaffinity_np(pthread_self(), sizeof set, &set);
+}
+
+double median(std::vector<double> values) {
+  std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2), values.end());
+  return values[values.size() / 2];
+}
+
+/// Two threads hand one line to and fro. The median of batches: a batch that the scheduler interrupted does not count.
+double line_round_trip_ns(int cpu_a, int cpu_b) {
+  constexpr unsigned kTrips = 20000;
+  constexpr unsigned kBatches = 25;
+  alignas(64) std::atomic<unsigned> line{0};
+  std::thread other([&] {
+    pin_to(cpu_b);
+    for (unsigned i = 0; i < kTrips * kBatches; ++i) {
+      while (line.load(std::memory_order_acquire) != 2 * i + 1) {
+      }
+      line.store(2 * i + 2, std::memory_order_release);
+    }
+  });
+  pin_to(cpu_a);
+  std::vector<double> batches;
+  for (unsigned batch = 0; batch < kBatches; ++batch) {
+    const auto start = SteadyClock::now();
+    for (unsigned i = batch * kTrips; i < (batch + 1) * kTrips; ++i) {
+      line.store(2 * i + 1, std::memory_order_release);
+      while (line.load(std::memory_order_acquire) != 2 * i + 2) {
+      }
+    }
+    batches.push_back(seconds_since(start) / kTrips * 1e9);
+  }
+  other.join();
+  return median(batches);
+}
+
+double memcpy_gb_per_s(std::size_t bytes) {
+  std::vector<char> from(bytes, 1);
+  std::vector<char> to(bytes, 2);
+  const std::size_t copies = std::max<std::size_t>(1, (256U << 20) / bytes);
+  std::vector<double> rates;
+  for (int batch = 0; batch < 7; ++batch) {
+    const auto start = SteadyClock::now();
+    for (std::size_t i = 0; i < copies; ++i) {
+      std::memcpy(to.data(), from.data(), bytes);
+      asm volatile("" : : "r"(to.data()) : "memory");  // keeps each copy
+    }
+    rates.push_back(static_cast<double>(bytes) * static_cast<double>(copies) / seconds_since(start) / 1e9);
+  }
+  return median(rates);
+}
+
+}  // namespace
+
+int main() {
+  const std::vector<int> cpus = allowed_cpus();
+  if (cpus.size() >= 2) {
+    std::printf("{\"cpus\": [%d, %d], \"line_round_trip_ns\": %.1f, ", cpus[0], cpus[1], line_round_trip_ns(cpus[0], cpus[1]));
+  } else {
+    std::printf("{\"line_round_trip_ns\": null, ");  // with one core there is no such thing
+  }
+  std::printf("\"memcpy_gb_per_s\": {\"16 KiB\": %.1f, \"1 MiB\": %.1f, \"16 MiB\": %.1f}}\n", memcpy_gb_per_s(16U << 10),
+              memcpy_gb_per_s(1U << 20), memcpy_gb_per_s(16U << 20));
+  return 0;
+}
