@@ -51,4 +51,5 @@ def run(r):
     return sums, rows
 
 
-CASES = [Case("postgres_pgbench", run, payload=1 << 20)]
+# The table read by psql comes in one short burst, part of it before its lane is up.
+CASES = [Case("postgres_pgbench", run, share=0.6, payload=1 << 20)]

@@ -9,7 +9,7 @@ from . import Case
 def http_server(r):
     port = r.port()
     os.mkdir(r.path("www"))
-    r.random_file("www/data", 30 << 20)
+    r.random_file("www/data", 150 << 20)
     r.server([PYTHON, "-m", "http.server", "--bind", "127.0.0.1", "--directory", r.path("www"), str(port)], port, stop=signal.SIGINT)
     return r.python("http_get.py", f"http://127.0.0.1:{port}/data").stdout
 
@@ -22,6 +22,6 @@ def asyncio_echo(r):
 
 
 CASES = [
-    Case("python_http_server", http_server, payload=30 << 20),
+    Case("python_http_server", http_server, share=0.6, payload=150 << 20),
     Case("python_asyncio", asyncio_echo, payload=8 << 20),
 ]

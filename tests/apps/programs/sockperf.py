@@ -26,6 +26,7 @@ def sockperf(mode, *options):
 
 
 CASES = [
-    Case("sockperf_ping_pong", sockperf("ping-pong", "-m", "14"), payload=1 << 16),
+    # Unpaced it expects at most 600,000 messages a second, and gives up when there are more.
+    Case("sockperf_ping_pong", sockperf("ping-pong", "-m", "14", "--mps", "500000"), payload=1 << 16),
     Case("sockperf_throughput", sockperf("throughput", "-m", "1024"), payload=1 << 20),
 ]
