@@ -71,6 +71,13 @@ std::int64_t Stream::recvmsg(int fd, msghdr* msg, int flags) const noexcept {
 // On a lane the file's bytes are read straight into a bounce buffer and sent from there; on TCP it is the kernel's sendfile.
 std::int64_t Stream::sendfile(int fd, int in_fd, std::int64_t* offset, std::size_t count) const noexcept {
   StreamImpl* s = impl();
+  if (s->phase.load(std::memory_order_acquire) == Phase::laned && s->tx.load(std::memory_order_acquire) == TxState::prepared) {
+    (void)s->lock.lock();
+    if (s->generation.load(std::memory_order_relaxed) == generation() && s->phase.load(std::memory_order_relaxed) == Phase::laned &&
+        s->usable_here())
+      s->try_switch(fd);
+    s->lock.unlock();
+  }
   if (s->phase.load(std::memory_order_acquire) != Phase::laned || s->tx.load(std::memory_order_acquire) != TxState::lane) {
     s->kernel_senders.fetch_add(1, std::memory_order_seq_cst);
     if (s->tx.load(std::memory_order_seq_cst) != TxState::lane) {
