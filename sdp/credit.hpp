@@ -50,6 +50,8 @@ class CreditWindow {
   std::uint16_t posted() const noexcept { return static_cast<std::uint16_t>(posted_); }
   std::uint32_t received() const noexcept { return received_; }
   std::uint32_t acked() const noexcept { return acked_; }
+  /// How many buffers the peer had posted when it last spoke.
+  std::uint32_t peer_posted() const noexcept { return limit_ - acked_; }
 
   /// Is it time for an empty Data that only grants credits? OFED's rule: what the peer still has, times 1.5, is below what is
   /// posted.

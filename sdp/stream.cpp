@@ -22,11 +22,12 @@ namespace sys = rdma::sys;
 
 namespace {
 
-/// A writer that was refused waits for a quarter of the window, so that it is not woken for every message.
+/// A writer that was refused waits for a quarter of the peer's window, so that it is not woken for every message. Never for more
+/// than the peer is sure to grant: its own rule keeps it silent while two thirds of its buffers are still ours to use.
 bool writable(const StreamImpl& s) noexcept {
-  const std::int32_t need =
-      s.tx_blocked ? std::max<std::int32_t>(kReservedCredits + 1, s.lane->recv_credits() / 4) : kReservedCredits + 1;
-  return s.lane->may_send() && s.lane->conn.credit().credits() >= need;
+  const CreditWindow& credit = s.lane->conn.credit();
+  const auto quarter = static_cast<std::int32_t>(credit.peer_posted() / 4);
+  return s.lane->may_send() && credit.credits() >= (s.tx_blocked ? std::max(kReservedCredits + 1, quarter) : kReservedCredits + 1);
 }
 
 }  // namespace
