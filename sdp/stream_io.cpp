@@ -339,6 +339,8 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
     result = wait(false, deadline, rcv_timeout_ns != 0);
     if (result != 0) break;
   }
+  // The read that reached P changes the carrier: a waiter must see that now, for the lane's messages may have been taken in already.
+  if (phase.load(std::memory_order_relaxed) == Phase::laned && rx.load(std::memory_order_relaxed) == RxState::draining) advance_rx(at);
   lock.unlock();
   return total > 0 ? total : result;
 }
