@@ -73,7 +73,11 @@ struct SimCounters {
 
 namespace detail {
 struct State;
-}
+}  // namespace detail
+
+/// The moves a CM makes on this fabric. The Qp may be wrapped. What fails is a mistake of the test's and asserts.
+void move_to_init(Qp& qp, NodeType flavour);
+void move_to_rts(Qp& qp, NodeType flavour, Qpn peer, bool active, std::uint32_t max_read_outstanding = 1);
 
 class SimFabric {
  public:
@@ -127,8 +131,6 @@ class SimFabric {
   /// polled. Call it when run_until_idle() has returned. Receives posted on a Qp in RTS may stay; a destroyed Qp's buffers are
   /// home.
   std::string check() const;
-
-  detail::State& state() noexcept { return *state_; }  ///< for SimCm
 
  private:
   std::unique_ptr<detail::State> state_;
