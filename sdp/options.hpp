@@ -1,39 +1,133 @@
-// Settings, read once from the environment. A wrong value is one clear line on the log; the program then runs on TCP.
+// Options: the library's configuration, parsed once from the environment.
 //
-// Threads: parse_options() may be called any time, also before constructors ran; it allocates nothing and never throws.
+// The table in options.cpp is the only list of variables; `sdp env` prints it. A wrong value never stops the program: one line on
+// the log names the variable, the value and what is accepted, and the default holds. Where the wrong value says how connections
+// are to be carried (SDP_POLICY, SDP_TRANSPORT), guessing could put bytes where nobody wanted them, so everything stays on TCP.
+//
+// No allocation, no locale, no exception; may run before constructors. In a set-user-id program every variable is ignored.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <span>
 #include <string_view>
+
+#include "rdma_core/base/log.hpp"
+#include "rdma_core/types.hpp"
 
 namespace sdp {
 
-enum class Family : std::uint8_t { both, sdp, tcp };
+/// How a connection may be carried.
+enum class Family : std::uint8_t {
+  tcp,   ///< never a lane
+  sdp,   ///< by a lane only
+  both,  ///< a lane if one can be had
+};
+const char* to_string(Family) noexcept;
+
+/// Kinds of device, in the words of SDP_TRANSPORT.
+enum class Transport : std::uint8_t { local, ib, rnic };
+inline constexpr std::size_t kTransports = 3;
+const char* to_string(Transport) noexcept;
+
+/// The transports that may be used, the first that works first.
+struct TransportOrder {
+  Transport item[kTransports] = {Transport::local, Transport::ib, Transport::rnic};
+  std::uint8_t count = kTransports;
+
+  const Transport* begin() const noexcept { return item; }
+  const Transport* end() const noexcept { return item + count; }
+  bool contains(Transport t) const noexcept {
+    for (const Transport mine : *this)
+      if (mine == t) return true;
+    return false;
+  }
+};
+
+/// A bounded string that needs no allocator: programs overwrite their environment (process titles), so values are copied.
+template <std::size_t N>
+class Text {
+ public:
+  /// False: too long; the text is then empty.
+  bool assign(std::string_view s) noexcept {
+    const bool fits = s.size() < N;
+    size_ = fits ? s.size() : 0;
+    std::memcpy(data_, s.data(), size_);
+    data_[size_] = '\0';
+    return fits;
+  }
+  bool empty() const noexcept { return size_ == 0; }
+  const char* c_str() const noexcept { return data_; }
+  std::string_view view() const noexcept { return {data_, size_}; }
+
+ private:
+  std::size_t size_ = 0;
+  char data_[N] = {};
+};
+using PathText = Text<1024>;
 
 struct Options {
-  Family policy = Family::both;
-  std::uint32_t spin_us = 50;               ///< longest spin before sleeping, microseconds; 0: never spin
-  std::uint32_t recv_buffer_bytes = 2048;   ///< private receive buffer at first, SDP header included
-  std::uint32_t recv_buffer_max = 65536;    ///< grown to for bulk
-  std::uint32_t recv_buffers_initial = 16;  ///< receive buffers at first
-  std::uint32_t recv_buffers = 64;          ///< grown to under load
-  std::uint32_t upgrade_messages = 8;       ///< a connection gets a lane after so many messages
-  std::uint32_t upgrade_bytes = 65536;      ///< or so many bytes
-  bool rnic_flavour = false;                ///< the software device plays an RNIC
-  std::string_view stats_file{};            ///< "%p" is the pid; empty: no report
-  std::string_view config_file{};
-  std::string_view pcap_file{};
+  Family policy = Family::both;  ///< SDP_POLICY. tcp: the library does nothing, whatever the rules say
+  TransportOrder transports;     ///< SDP_TRANSPORT
+  PathText config_file;          ///< SDP_CONFIG, else LIBSDP_CONFIG_FILE; empty: no rules
+  rdma::log::Level log_level = rdma::log::Level::warn;
+  PathText log_file;                       ///< empty: standard error
+  PathText stats_file;                     ///< SDP_STATS; %p is the process id; empty: no report
+  PathText pcap_file;                      ///< SDP_PCAP, likewise
+  std::uint32_t spin_us = 50;              ///< microseconds before a waiting thread sleeps; 0: never spin
+  std::uint32_t recv_buffer_bytes = 2048;  ///< of each receive buffer at first; a power of two
+  std::uint32_t recv_buffer_max = 65536;   ///< bytes to which they may grow; a power of two
+  std::uint32_t recv_buffers_initial = 8;  ///< receive buffers of a lane at first
+  std::uint32_t recv_buffers = 64;         ///< to which their number may grow
+  std::uint32_t upgrade_messages = 8;      ///< messages that a connection has carried before it gets a lane; 0: at once
+  std::uint32_t upgrade_bytes = 65536;     ///< or bytes; 0: at once
+  std::uint32_t drain_ms = 2000;           ///< milliseconds that exit waits for bytes that send() took
+  rdma::NodeType device_flavour = rdma::NodeType::ib_ca;  ///< of the software device: ib_ca or rnic
+
+  /// The variable whose wrong value put everything on TCP; nullptr if none did.
+  const char* forced_to_tcp = nullptr;
 };
 
+/// What was wrong with one variable.
+struct OptionProblem {
+  const char* variable = "";
+  Text<384> message;  ///< one line, with the value in printable form and what is accepted
+};
+
+inline constexpr std::size_t kMaxOptionProblems = 24;
+struct OptionProblems {
+  OptionProblem item[kMaxOptionProblems];
+  std::size_t count = 0;
+  std::span<const OptionProblem> all() const noexcept { return {item, count}; }
+};
+
+/// Pure: reads `environment` ("NAME=value" pointers, ended by nullptr; may itself be nullptr) and tells of no mistake but through
+/// `problems`.
+Options parse_options(const char* const* environment, OptionProblems& problems) noexcept;
+
+/// The process's: parses the environment, sets log level and destination, and logs what was wrong. Call once; keep the result.
 Options parse_options() noexcept;
 
-/// One row per variable, for `sdp env` and the README.
-struct OptionText {
-  const char* variable;
-  const char* meaning;
-  const char* unit;
-  const char* fallback;  ///< the default, as one would write it
+/// Sets level and destination of the log. The descriptor of a log file is opened once, high-numbered and CLOEXEC, and kept; it is
+/// returned, -1 when there is none. A file that cannot be opened is said on standard error.
+int apply_log_options(const Options& options) noexcept;
+
+/// One row of the table, as `sdp env` shows it.
+struct OptionRow {
+  const char* variable = "";
+  const char* meaning = "";   ///< one line
+  const char* unit = "";      ///< "" when it has none
+  const char* accepted = "";  ///< what may be written
+  const char* standard = "";  ///< the default, as it would be written
+  Text<1100> in_force;        ///< the value that holds, as it would be written
+  bool set = false;           ///< the environment names it
+  Text<384> wrong;            ///< why its value was not taken; empty when it was
 };
-const OptionText* option_texts(std::size_t* count) noexcept;
+/// Calls `each` for every variable, in the order of the table, with the state that `environment` brings about.
+void describe_options(const char* const* environment, void (*each)(const OptionRow&, void* context), void* context);
+
+/// Copies `pattern` into `out` with %p replaced by `pid` and %% by %. False: it does not fit.
+bool expand_path(std::string_view pattern, std::int64_t pid, PathText& out) noexcept;
 
 }  // namespace sdp
