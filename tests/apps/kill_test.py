@@ -1,107 +1,223 @@
 #!/usr/bin/env python3
-"""Kills either side of a checksummed stream at seeded moments, also in the middle of a switch, and looks at the survivor.
+"""kill -9 of one side at hundreds of seeded moments, also in the middle of a switch between TCP and a lane.
 
-    kill_test.py (--lib LIBRARY | --plain) [--kills N] [--first SEED]
+The survivor must see what TCP would show (the end of the stream, or ECONNRESET or EPIPE) within a second; bytes that the victim's send()
+took must arrive, and be the right ones; and nothing may stay behind: no descriptor, no memfd, no abstract socket.
 
-The writer numbers its 8-byte words, so that the reader can check each byte. Killed writer: the reader sees a clean prefix, at least
-what the writer said send() had taken, then EOF or ECONNRESET within a second or so. Killed reader: the writer gets EPIPE or
-ECONNRESET. Nothing of ours may stay behind: no abstract socket of the dead.
+  kill_test.py --lib FILE | --plain  [--kills N] [--seed S] [--first N]     a failure names its seed; replay: --seed S --kills 1
 """
 import argparse
+import json
 import os
 import random
+import select
 import signal
-import socket
+import struct
 import subprocess
 import sys
+import tempfile
 import time
 
-parser = argparse.ArgumentParser()
-which = parser.add_mutually_exclusive_group(required=True)
-which.add_argument("--lib")
-which.add_argument("--plain", action="store_true", help="kernel TCP alone: the oracle")
-parser.add_argument("--kills", type=int, default=60)
-parser.add_argument("--first", type=int, default=1)
-ARGS = parser.parse_args()
+import harness
+from harness import Failure, Skip
 
-WRITER = """
-import os, random, signal, socket, struct, sys
-s = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
-rng, n = random.Random(int(sys.argv[2])), 0
-signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-try:
-    while True:
-        k = rng.randrange(1, 4000)
-        s.sendall(struct.pack("<%dQ" % k, *range(n, n + k)))
-        n += k
-        os.pwrite(3, struct.pack("<Q", n * 8), 0)
-except (BrokenPipeError, ConnectionResetError):
-    sys.exit(7)
-"""
-READER = """
-import socket, struct, sys
-l = socket.create_server(("127.0.0.1", 0))
-print(l.getsockname()[1], flush=True)
-c, _ = l.accept()
-n, rest, total, how = 0, b"", 0, "eof"
-try:
-    while data := c.recv(65536):
-        total += len(data)
-        data = rest + data
-        k = len(data) // 8
-        if struct.unpack("<%dQ" % k, data[:k * 8]) != tuple(range(n, n + k)):
-            print("corrupt", total); sys.exit(1)
-        n += k
-        rest = data[k * 8:]
-except ConnectionResetError:
-    how = "reset"
-print(how, total)
-"""
+PEER = os.path.join(harness.HERE, "clients", "kill_peer.py")
+WITHIN_S = 1.0
+BATCH = 25  # kills that one survivor lives through; survivors that listen and that connect take turns
 
 
-def one(seed):
-    rng = random.Random(seed)
-    env = {**os.environ, "LD_PRELOAD": os.path.abspath(ARGS.lib) if ARGS.lib else "", "SDP_UPGRADE_MESSAGES": str(rng.choice([1, 2, 8]))}
-    reader = subprocess.Popen([sys.executable, "-c", READER], env=env, stdout=subprocess.PIPE, text=True)
-    port = reader.stdout.readline().strip()
-    progress = os.memfd_create("progress")
-    writer = subprocess.Popen([sys.executable, "-c", WRITER, port, str(seed)], env=env, pass_fds=[], preexec_fn=lambda: os.dup2(progress, 3),
-                              close_fds=False)
-    while os.fstat(progress).st_size == 0 and writer.poll() is None:
-        time.sleep(0.001)
-    time.sleep(rng.uniform(0, 0.1))  # the fault's moment, not a wait for anything
-    victim = rng.choice(["writer", "reader"])
+def plan(seed):
+    """What happens in the kill with this seed."""
+    r = random.Random(seed)
+    shape = r.choice(("victim", "survivor", "both"))
+    # Half of the victims kill themselves, after few calls: that is where connections change from TCP to a lane.
+    die_after = int(2 ** r.uniform(0, 9)) if r.random() < 0.5 else 0
+    return {"seed": seed, "shape": shape, "die_after": die_after, "delay_ms": r.uniform(0, 40), "poll": r.random() < 0.5,
+            "slow": r.random() < 0.3, "upgrade": r.choice((1, 2, 8, 8, 30))}
+
+
+def read_line(process, seconds, what):
+    """A line from a child, or a failure: a hung child must not hang the test."""
+    deadline = time.monotonic() + seconds
+    line = b""
+    while not line.endswith(b"\n"):
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
+            raise Failure(f"{what}: nothing said in {seconds} s")
+        byte = os.read(process.stdout.fileno(), 65536)
+        if not byte:
+            raise Failure(f"{what}: ended with status {process.wait()}")
+        line += byte
+    return line.decode()
+
+
+class Killer:
+    def __init__(self, args, folder):
+        self.args, self.folder = args, folder
+        self.port = 30000
+        self.ends = {}
+        self.slowest = 0.0
+
+    def env(self, upgrade, note=None):
+        env = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+        env["PYTHONUNBUFFERED"] = "1"
+        if self.args.lib:
+            env.update(LD_PRELOAD=self.args.lib, SDP_UPGRADE_MESSAGES=str(upgrade))
+            if note:
+                env["SDP_STATS"] = note
+        return env
+
+    def start(self, *words, upgrade=8, stats=None):
+        return subprocess.Popen([harness.PYTHON, "-S", PEER, *map(str, words)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                stderr=self.log, env=self.env(upgrade, stats), start_new_session=True)
+
+    def batch(self, how, seeds):
+        """One survivor and its victims. Returns how many of the survivor's connections had a lane."""
+        self.port += 1
+        stats = os.path.join(self.folder, f"survivor-{self.port}.json")
+        survivor = self.start("survive", how, self.port, stats=stats)
+        memfds = []
+        fds = []
+        try:
+            read_line(survivor, 20, "survivor")
+            for seed in seeds:
+                try:
+                    answer = self.kill_one(survivor, how, plan(seed))
+                except Failure as failure:
+                    raise Failure(f"seed {seed} (survivor does {how}): {plan(seed)}: {failure}") from None
+                memfds.append(answer["memfds"])
+                fds.append(answer["fds"])
+        finally:
+            survivor.stdin.close()
+            try:
+                status = survivor.wait(10)
+            except subprocess.TimeoutExpired:
+                survivor.kill()
+                status = survivor.wait()
+        if status != 0:
+            raise Failure(f"the survivor of seeds {seeds[0]}..{seeds[-1]} ended with status {status}")
+        # The first few make what a process keeps for good; after that every kill has to leave as much as it found.
+        settled = min(3, len(fds) - 1)
+        if max(fds[settled:]) > fds[settled] + 2 or max(memfds[settled:]) > memfds[settled] + 4:
+            raise Failure(f"descriptors or memfds pile up in the survivor of seeds {seeds[0]}..: descriptors {fds}, memfds {memfds}")
+        self.nothing_left()
+        if not self.args.lib:
+            return 0
+        with open(stats, encoding="utf-8") as report:
+            return sum(json.load(report)["lanes"].values())
+
+    def kill_one(self, survivor, how, order):
+        note = os.path.join(self.folder, "note")
+        with open(note, "wb") as file:
+            file.write(bytes(16))
+        words = ["victim", "connect", self.port] if how == "listen" else ["victim", "listen", self.next_port(order)]
+        victim = self.start(*words, json.dumps(order), note, upgrade=order["upgrade"])
+        try:
+            read_line(victim, 20, "victim")
+            survivor.stdin.write((json.dumps(order) + "\n").encode())
+            survivor.stdin.flush()
+            if order["die_after"]:
+                # A victim that waits for its survivor may not get to so many calls: both are fine, it is killed in the end.
+                try:
+                    victim.wait(3)
+                except subprocess.TimeoutExpired:
+                    pass
+            else:
+                harness.wait_for(lambda: any(self.noted(note)), 10, "the first byte")
+                time.sleep(order["delay_ms"] / 1000)
+            if victim.poll() is None:
+                victim.send_signal(signal.SIGKILL)
+                victim.wait()
+            died = time.monotonic()
+            taken, _ = self.noted(note)
+            answer = json.loads(read_line(survivor, 15, "survivor"))
+        finally:
+            if victim.poll() is None:
+                victim.kill()
+            victim.wait()
+            victim.stdin.close()
+            victim.stdout.close()
+        took = answer["ended"] - died
+        self.slowest = max(self.slowest, took)
+        self.ends[answer["end"]] = self.ends.get(answer["end"], 0) + 1
+        if answer["end"] not in ("EOF", "ECONNRESET", "EPIPE"):
+            raise Failure(f"the survivor's connection ended with {answer['end']}")
+        if order["shape"] == "survivor" and answer["end"] == "EOF":
+            raise Failure("a sender saw the end of a stream that it does not read")
+        # A slow reader has to read what is there first; its second begins then. It reads at least 8 calls a millisecond or so.
+        if took > WITHIN_S + (4 if order["slow"] else 0):
+            raise Failure(f"the survivor noticed after {took:.2f} s")
+        if answer["wrong"]:
+            raise Failure(answer["wrong"])
+        # A victim that leaves bytes unread resets the connection, and TCP then drops what is on its way: only without is all owed.
+        if order["shape"] == "victim" and answer["received"] < taken:
+            raise Failure(f"send() took {taken} bytes, {answer['received']} arrived; the end was {answer['end']}")
+        return answer
+
+    def next_port(self, order):
+        self.port += 1
+        order["port"] = self.port
+        return self.port
+
+    @staticmethod
+    def noted(path):
+        with open(path, "rb") as file:
+            return struct.unpack("=QQ", file.read(16))
+
+    @staticmethod
+    def nothing_left():
+        """This namespace is ours alone: with every process gone no Unix socket may be left in it."""
+        def names():
+            with open("/proc/net/unix", encoding="utf-8", errors="replace") as table:
+                return [line.split()[7] for line in list(table)[1:] if len(line.split()) > 7]
+        try:
+            harness.wait_for(lambda: not names(), 2, "abstract sockets to go")
+        except Failure:
+            raise Failure(f"left behind: Unix sockets {names()}") from None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lib")
+    parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=1, help="of the first kill; the others follow it")
+    parser.add_argument("--how", choices=("listen", "connect"), help="what the survivor does; both in turns, without it")
+    args = parser.parse_args()
+    if not args.plain and not args.lib:
+        parser.error("--lib FILE or --plain is needed")
+    args.lib = None if args.plain else os.path.abspath(args.lib)
     try:
-        if victim == "writer":
-            writer.kill()
-            writer.wait()
-            taken = int.from_bytes(os.pread(progress, 8, 0), "little")
-            begun = time.time()
-            out = reader.communicate(timeout=20)[0].split()
-            assert time.time() - begun < 10, "the reader took too long to see the end"
-            assert out and out[0] in ("eof", "reset"), out
-            if out[0] == "eof":
-                assert int(out[1]) >= taken, f"{taken} bytes were taken by send(), {out[1]} arrived"
-        else:
-            reader.kill()
-            reader.wait()
-            assert writer.wait(20) == 7, writer.returncode
-        return victim
-    finally:
-        for child in (writer, reader):
-            if child.poll() is None:
-                child.kill()
-                child.wait()
-        reader.stdout.close()
-        os.close(progress)
+        harness.enter_private_network()
+    except Skip as skip:
+        print(f"skipped: {skip}")
+        return harness.SKIPPED
+    start = time.monotonic()
+    failures = lanes = 0
+    with tempfile.TemporaryDirectory(prefix="sdp-kill-") as folder, open(os.path.join(folder, "log"), "w+b") as log:
+        killer = Killer(args, folder)
+        killer.log = log
+        seeds = list(range(args.seed, args.seed + args.kills))
+        for number, first in enumerate(range(0, len(seeds), BATCH)):
+            how = args.how or ("listen", "connect")[number % 2]
+            try:
+                lanes += killer.batch(how, seeds[first:first + BATCH])
+            except Failure as failure:
+                failures += 1
+                print(f"FAILED: {failure}\n(replay with --kills 1 --seed SEED --how listen|connect as it says)", flush=True)
+                if failures == 5:
+                    break
+        if args.lib and not failures and lanes < args.kills / 6:
+            failures += 1
+            print(f"FAILED: only {lanes} connections of {args.kills} had a lane: that tests TCP")
+        log.seek(0)
+        said = log.read().decode(errors="replace")
+        if failures and said:
+            print("--- said by the processes\n" + said[-3000:])
+    print(f"{args.kills} kills from seed {args.seed}, {lanes} with a lane at the survivor, ends {killer.ends}, slowest "
+          f"{killer.slowest:.2f} s, {time.monotonic() - start:.0f} s in all: {'FAILED' if failures else 'passed'}")
+    return 1 if failures else 0
 
 
-count = {"writer": 0, "reader": 0}
-for seed in range(ARGS.first, ARGS.first + ARGS.kills):
-    try:
-        count[one(seed)] += 1
-    except Exception as error:
-        sys.exit(f"seed {seed}: {error!r}")
-left = [line for line in open("/proc/net/unix") if "@sdpreload/" in line]
-assert not left, left
-print(f"killed {count['writer']} writers and {count['reader']} readers; every survivor saw the end, nothing was lost")
+if __name__ == "__main__":
+    sys.exit(main())
