@@ -1,144 +1,440 @@
 #include "sdp/options.hpp"
 
+#include <errno.h>
 #include <fcntl.h>
-#include <sys/syscall.h>
+#include <sys/auxv.h>
+#include <unistd.h>
 
-#include <cstdlib>
-#include <cstring>
+#include <atomic>
+#include <cstdio>
 #include <optional>
 
-#include "rdma_core/base/log.hpp"
 #include "rdma_core/base/sys.hpp"
+#include "sdp/high_fd.hpp"
+#include "sdp/stats.hpp"
 
 namespace sdp {
-
 namespace {
 
-constexpr OptionText kTexts[] = {
-    {"SDP_POLICY", "who may have a lane: both (a lane if possible), sdp, tcp (never)", "", "both"},
-    {"SDP_TRANSPORT", "transports in order of preference: auto, or a list of local", "", "auto"},
-    {"SDP_CONFIG", "rules in the libsdp grammar: not read yet, setting it (or LIBSDP_CONFIG_FILE) means TCP", "file", ""},
-    {"SDP_LOG", "off, error, warn, info or debug; LEVEL:FILE writes to a file", "", "warn"},
-    {"SDP_STATS", "JSON report at exit; %p is the process id", "file", ""},
-    {"SDP_SPIN_US", "longest spin before a waiting thread sleeps; 0: never spin", "us", "50"},
-    {"SDP_RECV_BUFFER", "private receive buffer at first", "bytes", "2048"},
-    {"SDP_RECV_BUFFER_MAX", "private receive buffer that bulk traffic grows to", "bytes", "65536"},
-    {"SDP_RECV_BUFFERS", "receive buffers that a busy lane grows to", "buffers", "64"},
-    {"SDP_UPGRADE_MESSAGES", "messages a connection carries by TCP before it gets a lane", "messages", "8"},
-    {"SDP_UPGRADE_BYTES", "bytes after which it gets one sooner", "bytes", "65536"},
-    {"SDP_DEVICE_FLAVOUR", "what the software device plays: ib or rnic", "", "ib"},
+namespace sys = rdma::sys;
+using rdma::log::Level;
+using ValueText = decltype(OptionRow::in_force);
+
+// --- values: each parser takes a value that is not empty and changes the options only when it is right
+
+struct NamedLevel {
+  const char* name;
+  Level level;
 };
+constexpr NamedLevel kLevels[] = {
+    {"off", Level::off}, {"error", Level::error}, {"warn", Level::warn}, {"info", Level::info}, {"debug", Level::debug}};
 
-const char* text_of(const char* name) noexcept {
-  const char* value = std::getenv(name);
-  return value != nullptr && *value != '\0' ? value : nullptr;
-}
-
-/// A copy that outlives the environment: programs such as nginx write over theirs. Parsed once, so the room is bounded.
-std::string_view keep(const char* text) noexcept {
-  static char room[3][4096];
-  static std::size_t used = 0;
-  const std::size_t length = std::strlen(text);
-  if (used == std::size(room) || length >= sizeof room[0]) return {};
-  std::memcpy(room[used], text, length + 1);
-  return {room[used++], length};
-}
-
-std::optional<std::uint32_t> number(std::string_view text) noexcept {
-  if (text.empty() || text.size() > 9) return std::nullopt;
-  std::uint32_t n = 0;
-  for (const char c : text) {
+std::optional<std::uint32_t> parse_number(std::string_view s) noexcept {
+  std::uint64_t value = 0;
+  std::uint64_t unit = 1;
+  if (s.size() > 1 && (s.back() == 'K' || s.back() == 'k')) unit = 1024;
+  if (s.size() > 1 && (s.back() == 'M' || s.back() == 'm')) unit = 1024 * 1024;
+  if (unit != 1) s.remove_suffix(1);
+  if (s.empty()) return std::nullopt;
+  for (const char c : s) {
     if (c < '0' || c > '9') return std::nullopt;
-    n = n * 10 + static_cast<std::uint32_t>(c - '0');
+    value = value * 10 + static_cast<std::uint64_t>(c - '0');
+    if (value > UINT32_MAX) return std::nullopt;
   }
-  return n;
+  value *= unit;
+  if (value > UINT32_MAX) return std::nullopt;
+  return static_cast<std::uint32_t>(value);
 }
 
-struct Parser {
-  bool wrong = false;
+void print_number(std::uint32_t value, ValueText& out) noexcept {
+  char text[16];
+  out.assign({text, static_cast<std::size_t>(std::snprintf(text, sizeof text, "%u", value))});
+}
 
-  void complain(const char* name, const char* value, const char* accepted) noexcept {
-    RDMA_LOG(error, "%s=%s is not understood: give %s. This program runs on TCP.", name, value, accepted);
-    wrong = true;
+template <std::uint32_t Options::*Member, std::uint32_t Min, std::uint32_t Max, bool PowerOfTwo = false>
+struct Number {
+  static bool parse(Options& o, std::string_view s) noexcept {
+    const auto value = parse_number(s);
+    if (!value || *value < Min || *value > Max) return false;
+    if (PowerOfTwo && (*value & (*value - 1)) != 0) return false;
+    o.*Member = *value;
+    return true;
   }
-  void take(const char* name, std::uint32_t low, std::uint32_t high, const char* accepted, std::uint32_t& out) noexcept {
-    const char* value = text_of(name);
-    if (value == nullptr) return;
-    const auto n = number(value);
-    if (!n || *n < low || *n > high) return complain(name, value, accepted);
-    out = *n;
+  static void print(const Options& o, ValueText& out) noexcept { print_number(o.*Member, out); }
+};
+
+template <PathText Options::*Member>
+struct Path {
+  static bool parse(Options& o, std::string_view s) noexcept { return (o.*Member).assign(s); }
+  static void print(const Options& o, ValueText& out) noexcept { out.assign((o.*Member).view()); }
+};
+
+struct Policy {
+  static bool parse(Options& o, std::string_view s) noexcept {
+    for (const Family f : {Family::both, Family::sdp, Family::tcp}) {
+      if (s != to_string(f)) continue;
+      o.policy = f;
+      return true;
+    }
+    return false;
+  }
+  static void print(const Options& o, ValueText& out) noexcept { out.assign(to_string(o.policy)); }
+};
+
+struct Transports {
+  static bool parse(Options& o, std::string_view s) noexcept {
+    if (s == "auto") {
+      o.transports = TransportOrder{};
+      return true;
+    }
+    TransportOrder order;
+    order.count = 0;
+    for (bool more = true; more;) {
+      const std::size_t comma = s.find(',');
+      more = comma != std::string_view::npos;
+      if (!add(order, s.substr(0, comma))) return false;
+      if (more) s.remove_prefix(comma + 1);
+    }
+    o.transports = order;
+    return true;
+  }
+  static bool add(TransportOrder& order, std::string_view name) noexcept {
+    for (const Transport t : TransportOrder{}) {
+      if (name != to_string(t) || order.contains(t)) continue;
+      order.item[order.count++] = t;
+      return true;
+    }
+    return false;
+  }
+  static void print(const Options& o, ValueText& out) noexcept {
+    char text[32];
+    std::size_t n = 0;
+    for (const Transport t : o.transports)
+      n += static_cast<std::size_t>(std::snprintf(text + n, sizeof text - n, "%s%s", n == 0 ? "" : ",", to_string(t)));
+    out.assign({text, n});
   }
 };
 
-void set_log(Parser& parser, const char* value) noexcept {
-  using rdma::log::Level;
-  const std::string_view text(value);
-  const std::size_t colon = text.find(':');
-  const std::string_view level = text.substr(0, colon);
-  constexpr std::string_view kNames[] = {"off", "error", "warn", "info", "debug"};
-  for (std::size_t i = 0; i < 5; ++i) {
-    if (level != kNames[i]) continue;
-    rdma::log::threshold.store(static_cast<Level>(i));
-    if (colon != std::string_view::npos) {
-      const long fd = rdma::sys::call(SYS_openat, AT_FDCWD, rdma::sys::arg(value + colon + 1),
-                                      O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NOCTTY, 0600);
-      if (fd < 0) return parser.complain("SDP_LOG", value, "a level and a file that can be written");
-      rdma::log::set_fd(static_cast<int>(fd));
+struct Log {
+  static bool parse(Options& o, std::string_view s) noexcept {
+    const std::size_t colon = s.find(':');
+    const bool has_file = colon != std::string_view::npos;
+    for (const NamedLevel& l : kLevels) {
+      if (s.substr(0, colon) != l.name) continue;
+      PathText file;
+      if (has_file && (colon + 1 == s.size() || !file.assign(s.substr(colon + 1)))) return false;
+      o.log_level = l.level;
+      o.log_is_set = true;
+      o.log_file = file;
+      return true;
     }
+    return false;
+  }
+  static void print(const Options& o, ValueText& out) noexcept {
+    char text[1100];
+    const char* level = kLevels[static_cast<std::size_t>(o.log_level)].name;
+    const int n = std::snprintf(text, sizeof text, "%s%s%s", level, o.log_file.empty() ? "" : ":", o.log_file.c_str());
+    out.assign({text, static_cast<std::size_t>(n)});
+  }
+};
+
+/// SDP_CONFIG stands before it in the table and wins.
+struct LibsdpConfig {
+  static bool parse(Options& o, std::string_view s) noexcept { return !o.config_file.empty() || o.config_file.assign(s); }
+  static void print(const Options&, ValueText&) noexcept {}
+};
+
+struct Flavour {
+  static bool parse(Options& o, std::string_view s) noexcept {
+    if (s != "ib" && s != "rnic") return false;
+    o.device_flavour = s == "ib" ? rdma::NodeType::ib_ca : rdma::NodeType::rnic;
+    return true;
+  }
+  static void print(const Options& o, ValueText& out) noexcept {
+    out.assign(o.device_flavour == rdma::NodeType::rnic ? "rnic" : "ib");
+  }
+};
+
+/// Any value counts, also an empty one; what they do is in settle().
+struct Flag {
+  static bool parse(Options&, std::string_view) noexcept { return true; }
+  static void print(const Options&, ValueText&) noexcept {}
+};
+
+// --- the table
+
+struct Row {
+  const char* variable;
+  const char* meaning;
+  const char* unit;
+  const char* accepted;
+  bool (*parse)(Options&, std::string_view) noexcept;
+  void (*print)(const Options&, ValueText&) noexcept;
+  bool decides_carrier = false;  ///< a wrong value puts everything on TCP
+};
+
+template <class T>
+constexpr Row row(const char* variable, const char* meaning, const char* unit, const char* accepted, bool decides_carrier = false) {
+  return {variable, meaning, unit, accepted, &T::parse, &T::print, decides_carrier};
+}
+
+enum Index : std::size_t {
+  kPolicy,
+  kTransport,
+  kConfig,
+  kLibsdpConfig,
+  kSimpleLibsdp,
+  kAlwaysUseSdp,
+  kLog,
+  kStats,
+  kPcap,
+  kSpin,
+  kRecvBuffer,
+  kRecvBufferMax,
+  kRecvBuffersInitial,
+  kRecvBuffers,
+  kUpgradeMessages,
+  kUpgradeBytes,
+  kDrain,
+  kFlavour,
+  kRows
+};
+
+constexpr Row kTable[] = {
+    row<Policy>("SDP_POLICY", "how connections are carried when no rule says otherwise; tcp switches the library off", "",
+                "both, sdp or tcp", true),
+    row<Transports>("SDP_TRANSPORT", "which devices may carry them, the preferred one first", "",
+                    "auto, or a list of local, ib and rnic separated by commas", true),
+    row<Path<&Options::config_file>>("SDP_CONFIG", "file of rules by role, program, address and port (libsdp grammar)", "",
+                                     "a path of less than 1024 bytes", true),
+    row<LibsdpConfig>("LIBSDP_CONFIG_FILE", "the same, by libsdp's name; SDP_CONFIG wins", "", "a path of less than 1024 bytes",
+                      true),
+    row<Flag>("SIMPLE_LIBSDP", "set at all: LIBSDP_CONFIG_FILE is not read", "", "anything"),
+    row<Flag>("ALWAYS_USE_SDP", "the same as SIMPLE_LIBSDP", "", "anything"),
+    row<Log>("SDP_LOG", "what is logged, and to which file instead of standard error (%p: process id)", "",
+             "off, error, warn, info or debug, then perhaps :FILE"),
+    row<Path<&Options::stats_file>>("SDP_STATS", "file for a JSON report at exit (%p: process id)", "",
+                                    "a path of less than 1024 bytes"),
+    row<Path<&Options::pcap_file>>("SDP_PCAP", "file for a capture that tshark decodes (%p: process id)", "",
+                                   "a path of less than 1024 bytes"),
+    row<Number<&Options::spin_us, 0, 1'000'000>>("SDP_SPIN_US", "how long a waiting thread looks before it sleeps; 0: not at all",
+                                                 "microseconds", "a number from 0 to 1000000"),
+    row<Number<&Options::recv_buffer_bytes, 512, 1U << 20, true>>("SDP_RECV_BUFFER", "size of a lane's receive buffers at first",
+                                                                  "bytes", "a power of two from 512 to 1M"),
+    row<Number<&Options::recv_buffer_max, 512, 1U << 20, true>>("SDP_RECV_BUFFER_MAX", "size to which they grow with the traffic",
+                                                                "bytes", "a power of two from 512 to 1M"),
+    row<Number<&Options::recv_buffers_initial, 4, 1024>>("SDP_RECV_BUFFERS_INITIAL", "number of a lane's receive buffers at first",
+                                                         "buffers", "a number from 4 to 1024"),
+    row<Number<&Options::recv_buffers, 4, 1024>>("SDP_RECV_BUFFERS", "number to which they grow with the traffic", "buffers",
+                                                 "a number from 4 to 1024"),
+    row<Number<&Options::upgrade_messages, 0, UINT32_MAX>>("SDP_UPGRADE_MESSAGES",
+                                                           "a connection gets a lane after so many sends and receives; 0: at once",
+                                                           "messages", "a number from 0 to 4294967295"),
+    row<Number<&Options::upgrade_bytes, 0, UINT32_MAX>>("SDP_UPGRADE_BYTES", "or after so many bytes; 0: at once", "bytes",
+                                                        "a number from 0 to 4294967295, also as 64K or 1M"),
+    row<Number<&Options::drain_ms, 0, 600'000>>("SDP_DRAIN_MS", "how long exit waits for data that send() took to reach the peer",
+                                                "milliseconds", "a number from 0 to 600000"),
+    row<Flavour>("SDP_DEVICE_FLAVOUR", "what the software device looks like", "", "ib or rnic"),
+};
+static_assert(std::size(kTable) == kRows && kRows + 2 <= kMaxOptionProblems, "Index and kTable go together");
+static_assert(std::string_view(kTable[kConfig].variable) == "SDP_CONFIG" &&
+              std::string_view(kTable[kFlavour].variable) == "SDP_DEVICE_FLAVOUR");
+
+std::optional<std::string_view> look_up(const char* const* environment, std::string_view name) noexcept {
+  for (; environment != nullptr && *environment != nullptr; ++environment) {
+    const std::string_view entry(*environment);
+    if (entry.size() > name.size() && entry[name.size()] == '=' && entry.starts_with(name)) return entry.substr(name.size() + 1);
+  }
+  return std::nullopt;
+}
+
+/// What the environment says: a flag counts when it is there, every other variable when it is not empty.
+struct Settings {
+  std::string_view value[kRows];
+  bool set[kRows] = {};
+
+  explicit Settings(const char* const* environment) noexcept {
+    for (std::size_t i = 0; i < kRows; ++i) {
+      const auto found = look_up(environment, kTable[i].variable);
+      const bool is_flag = i == kSimpleLibsdp || i == kAlwaysUseSdp;
+      set[i] = found.has_value() && (is_flag || !found->empty());
+      if (set[i]) value[i] = *found;
+    }
+  }
+};
+
+/// A value as it may stand in a line of the log: cut, and without anything that a terminal would obey.
+struct Printable {
+  char text[81];
+  explicit Printable(std::string_view s) noexcept {
+    std::size_t n = 0;
+    for (const char c : s.substr(0, 77)) text[n++] = c >= ' ' && c <= '~' ? c : '?';
+    if (s.size() > 77)
+      for (int i = 0; i < 3; ++i) text[n++] = '.';
+    text[n] = '\0';
+  }
+};
+
+template <class... Args>
+void complain(OptionProblems& problems, Index index, const char* format, Args... args) noexcept {
+  if (problems.count == kMaxOptionProblems) return;
+  OptionProblem& p = problems.item[problems.count++];
+  char line[384];
+  const int n = std::snprintf(line, sizeof line, format, args...);
+  p.variable = kTable[index].variable;
+  p.message.assign({line, std::min(static_cast<std::size_t>(n), sizeof line - 1)});
+}
+
+void parse_row(std::size_t i, const Settings& settings, Options& o, OptionProblems& problems) noexcept {
+  const Row& r = kTable[i];
+  if (!settings.set[i] || r.parse(o, settings.value[i])) return;
+  const Printable shown(settings.value[i]);
+  if (r.decides_carrier) {
+    complain(problems, static_cast<Index>(i), "%s=%s: must be %s; everything stays on TCP", r.variable, shown.text, r.accepted);
+    if (o.forced_to_tcp == nullptr) o.forced_to_tcp = r.variable;
     return;
   }
-  parser.complain("SDP_LOG", value, "off, error, warn, info or debug, and after a colon a file");
+  ValueText standard;
+  r.print(Options{}, standard);
+  complain(problems, static_cast<Index>(i), "%s=%s: must be %s; %s is used", r.variable, shown.text, r.accepted,
+           standard.empty() ? "nothing" : standard.c_str());
 }
+
+/// `low` may not be above `high`. When the environment sets one of them only, the other follows it; when both, both are wrong.
+template <std::uint32_t Options::*Low, std::uint32_t Options::*High>
+void keep_in_order(Index low, Index high, const Settings& settings, Options& o, OptionProblems& problems) noexcept {
+  if (o.*Low <= o.*High) return;
+  if (!settings.set[low]) {
+    o.*Low = o.*High;
+  } else if (!settings.set[high]) {
+    o.*High = o.*Low;
+  } else {
+    const Options standard;
+    complain(problems, low, "%s=%u: must not be above %s=%u; %u and %u are used", kTable[low].variable, o.*Low,
+             kTable[high].variable, o.*High, standard.*Low, standard.*High);
+    o.*Low = standard.*Low;
+    o.*High = standard.*High;
+  }
+}
+
+/// Where variables depend on each other.
+void settle(const Settings& settings, Options& o, OptionProblems& problems) noexcept {
+  const bool simple = settings.set[kSimpleLibsdp] || settings.set[kAlwaysUseSdp];
+  if (simple && !settings.set[kConfig]) o.config_file = PathText{};
+  keep_in_order<&Options::recv_buffer_bytes, &Options::recv_buffer_max>(kRecvBuffer, kRecvBufferMax, settings, o, problems);
+  keep_in_order<&Options::recv_buffers_initial, &Options::recv_buffers>(kRecvBuffersInitial, kRecvBuffers, settings, o, problems);
+  if (o.forced_to_tcp != nullptr) o.policy = Family::tcp;
+}
+
+constinit std::atomic<int> log_fd{-1};
 
 }  // namespace
 
-const OptionText* option_texts(std::size_t* count) noexcept {
-  *count = std::size(kTexts);
-  return kTexts;
+const char* to_string(Family f) noexcept {
+  switch (f) {
+    case Family::tcp:
+      return "tcp";
+    case Family::sdp:
+      return "sdp";
+    case Family::both:
+      return "both";
+  }
+  return "?";
+}
+
+const char* to_string(Transport t) noexcept {
+  switch (t) {
+    case Transport::local:
+      return "local";
+    case Transport::ib:
+      return "ib";
+    case Transport::rnic:
+      return "rnic";
+  }
+  return "?";
+}
+
+Options parse_options(const char* const* environment, OptionProblems& problems) noexcept {
+  const Settings settings(environment);
+  Options o;
+  for (std::size_t i = 0; i < kRows; ++i) parse_row(i, settings, o, problems);
+  settle(settings, o, problems);
+  return o;
 }
 
 Options parse_options() noexcept {
-  Options o;
-  Parser parser;
-  if (const char* value = text_of("SDP_LOG")) set_log(parser, value);
-  if (const char* value = text_of("SDP_POLICY")) {
-    const std::string_view text(value);
-    if (text == "both")
-      o.policy = Family::both;
-    else if (text == "sdp")
-      o.policy = Family::sdp;
-    else if (text == "tcp")
-      o.policy = Family::tcp;
-    else
-      parser.complain("SDP_POLICY", value, "both, sdp or tcp");
-  }
-  if (const char* value = text_of("SDP_TRANSPORT")) {
-    const std::string_view text(value);
-    if (text != "auto" && text != "local") parser.complain("SDP_TRANSPORT", value, "auto or local");
-  }
-  if (const char* value = text_of("SDP_DEVICE_FLAVOUR")) {
-    const std::string_view text(value);
-    if (text != "ib" && text != "rnic") parser.complain("SDP_DEVICE_FLAVOUR", value, "ib or rnic");
-    o.rnic_flavour = text == "rnic";
-  }
-  parser.take("SDP_SPIN_US", 0, 1000000, "microseconds, 0 to 1000000", o.spin_us);
-  parser.take("SDP_RECV_BUFFER", 256, 65536, "bytes, 256 to 65536", o.recv_buffer_bytes);
-  parser.take("SDP_RECV_BUFFER_MAX", 2048, 1048576, "bytes, 2048 to 1048576", o.recv_buffer_max);
-  parser.take("SDP_RECV_BUFFERS", 16, 128, "buffers, 16 to 128", o.recv_buffers);
-  parser.take("SDP_UPGRADE_MESSAGES", 1, 1000000000, "messages, from 1", o.upgrade_messages);
-  parser.take("SDP_UPGRADE_BYTES", 1, 999999999, "bytes, from 1", o.upgrade_bytes);
-  if (o.recv_buffer_max < o.recv_buffer_bytes) o.recv_buffer_max = o.recv_buffer_bytes;
-  if (const char* value = text_of("SDP_STATS")) o.stats_file = keep(value);
-  if (const char* value = text_of("SDP_PCAP")) o.pcap_file = keep(value);
-  if (const char* value = text_of("SDP_CONFIG"))
-    o.config_file = keep(value);
-  else if (const char* libsdp = text_of("LIBSDP_CONFIG_FILE"))
-    o.config_file = keep(libsdp);
-  if (!o.config_file.empty())
-    parser.complain("SDP_CONFIG or LIBSDP_CONFIG_FILE", o.config_file.data(), "SDP_POLICY: rule files are not read yet");
-  if (!o.pcap_file.empty()) RDMA_LOG(warn, "SDP_PCAP: captures are not written yet; the setting does nothing");
-  if (parser.wrong) o.policy = Family::tcp;
+  // The environment of a set-user-id program is its caller's, and ours can name files to write.
+  const char* const* environment = getauxval(AT_SECURE) != 0 ? nullptr : ::environ;
+  OptionProblems problems;
+  Options o = parse_options(environment, problems);
+  apply_log_options(o);
+  for (const OptionProblem& p : problems.all()) RDMA_LOG(warn, "%s", p.message.c_str());
+  keep_closed_connections(!o.stats_file.empty());
   return o;
+}
+
+void apply_log_options(const Options& options) noexcept {
+  rdma::log::threshold.store(options.log_level, std::memory_order_relaxed);
+  if (options.log_file.empty() || options.log_level == Level::off || log_fd.load(std::memory_order_relaxed) >= 0) return;
+  PathText path;
+  long fd = -ENAMETOOLONG;
+  if (expand_path(options.log_file.view(), sys::call(SYS_getpid), path)) {
+    // Without O_NONBLOCK a FIFO without a reader would hold the program up here for good.
+    const int flags = O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NOCTTY | O_NONBLOCK;
+    fd = sys::call(SYS_openat, AT_FDCWD, sys::arg(path.c_str()), flags, 0644);
+  }
+  if (fd < 0) {
+    const int saved_errno = errno;
+    errno = static_cast<int>(-fd);  // for %m
+    RDMA_LOG(warn, "SDP_LOG: %s cannot be opened: %m; logging to standard error", Printable(path.view()).text);
+    errno = saved_errno;
+    return;
+  }
+  log_fd.store(move_fd_high(static_cast<int>(fd)), std::memory_order_relaxed);
+  rdma::log::set_fd(log_file_fd());
+}
+
+int log_file_fd() noexcept { return log_fd.load(std::memory_order_relaxed); }
+
+void describe_options(const char* const* environment, void (*each)(const OptionRow&, void* context), void* context) {
+  const Settings settings(environment);
+  OptionProblems problems;
+  const Options in_force = parse_options(environment, problems);
+  for (std::size_t i = 0; i < kRows; ++i) {
+    const Row& r = kTable[i];
+    OptionRow out;
+    out.variable = r.variable;
+    out.meaning = r.meaning;
+    out.unit = r.unit;
+    out.accepted = r.accepted;
+    ValueText standard;
+    r.print(Options{}, standard);
+    out.standard = standard.c_str();
+    out.set = settings.set[i];
+    r.print(in_force, out.in_force);
+    const bool has_no_option = i == kLibsdpConfig || i == kSimpleLibsdp || i == kAlwaysUseSdp;
+    if (has_no_option) out.in_force.assign(settings.value[i].substr(0, 1024));
+    for (const OptionProblem& p : problems.all())
+      if (p.variable == r.variable) out.wrong = p.message;
+    each(out, context);
+  }
+}
+
+bool expand_path(std::string_view pattern, std::int64_t pid, PathText& out) noexcept {
+  char text[1024];
+  std::size_t n = 0;
+  for (std::size_t i = 0; i < pattern.size(); ++i) {
+    char piece[24] = {pattern[i], '\0'};
+    std::size_t length = 1;
+    if (pattern[i] == '%' && i + 1 < pattern.size() && (pattern[i + 1] == 'p' || pattern[i + 1] == '%')) {
+      if (pattern[++i] == 'p')
+        length = static_cast<std::size_t>(std::snprintf(piece, sizeof piece, "%lld", static_cast<long long>(pid)));
+    }
+    if (n + length >= sizeof text) return out.assign({}), false;
+    std::memcpy(text + n, piece, length);
+    n += length;
+  }
+  return out.assign({text, n});
 }
 
 }  // namespace sdp

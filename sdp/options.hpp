@@ -72,6 +72,7 @@ struct Options {
   TransportOrder transports;     ///< SDP_TRANSPORT
   PathText config_file;          ///< SDP_CONFIG, else LIBSDP_CONFIG_FILE; empty: no rules
   rdma::log::Level log_level = rdma::log::Level::warn;
+  bool log_is_set = false;                 ///< by SDP_LOG: log statements among the rules are then ignored
   PathText log_file;                       ///< empty: standard error
   PathText stats_file;                     ///< SDP_STATS; %p is the process id; empty: no report
   PathText pcap_file;                      ///< SDP_PCAP, likewise
@@ -109,9 +110,11 @@ Options parse_options(const char* const* environment, OptionProblems& problems) 
 /// The process's: parses the environment, sets log level and destination, and logs what was wrong. Call once; keep the result.
 Options parse_options() noexcept;
 
-/// Sets level and destination of the log. The descriptor of a log file is opened once, high-numbered and CLOEXEC, and kept; it is
-/// returned, -1 when there is none. A file that cannot be opened is said on standard error.
-int apply_log_options(const Options& options) noexcept;
+/// Sets level and destination of the log. A file that cannot be opened is said on standard error.
+void apply_log_options(const Options& options) noexcept;
+
+/// The descriptor of the log file, high-numbered and CLOEXEC, kept for good; -1 when there is none. The program must not close it.
+int log_file_fd() noexcept;
 
 /// One row of the table, as `sdp env` shows it.
 struct OptionRow {
