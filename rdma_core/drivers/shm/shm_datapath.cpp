@@ -50,7 +50,7 @@ inline void copy_bytes(std::byte* to, const std::byte* from, std::size_t n) noex
 inline void compiler_barrier() noexcept { std::atomic_signal_fence(std::memory_order_seq_cst); }
 
 inline std::atomic<std::uint64_t>* flag_of(std::byte* buffer) noexcept {
-  return reinterpret_cast<std::atomic<std::uint64_t>*>(buffer - sizeof(std::uint64_t));
+  return at<std::atomic<std::uint64_t>>(buffer - sizeof(std::uint64_t));
 }
 
 const std::atomic<std::uint64_t> kNothingPosted{0};
@@ -122,7 +122,7 @@ bool ShmQp::local_sges_ok(const SendWr& wr, Access need) const noexcept {
 /// Where remote_addr lies in our mapping, or nullptr. Everything in the entry can change while we look: each field is read once.
 std::byte* ShmQp::remote_range(const SendWr& wr, std::uint64_t bytes, Access need) noexcept {
   const auto rkey = static_cast<std::uint32_t>(wr.rkey);
-  const MrEntry& entry = reinterpret_cast<const MrEntry*>(peer_base_ + kMrOffset)[rkey & (kMrCapacity - 1)];
+  const MrEntry& entry = at<const MrEntry>(peer_base_ + kMrOffset)[rkey & (kMrCapacity - 1)];
   const std::uint32_t key = entry.key.load(std::memory_order_acquire);
   const std::uint64_t base = entry.base.load(std::memory_order_relaxed);
   const std::uint64_t offset = entry.offset.load(std::memory_order_relaxed);
@@ -160,7 +160,7 @@ Post ShmQp::post_rdma(const SendWr& wr) noexcept {
     for (std::uint64_t i = 0; i < total; i += 8) {
       std::uint64_t word;
       std::memcpy(&word, wr.sges[0].addr + i, sizeof word);
-      reinterpret_cast<std::atomic<std::uint64_t>*>(remote + i)->store(word, std::memory_order_release);
+      at<std::atomic<std::uint64_t>>(remote + i)->store(word, std::memory_order_release);
     }
   } else {
     for (unsigned i = 0; i < wr.sge_count; ++i) {

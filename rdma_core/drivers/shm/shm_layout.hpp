@@ -102,6 +102,12 @@ constexpr std::size_t qp_page_bytes(std::uint32_t depth) noexcept {
   return (offsetof(ShmQpPage, rq) + depth * sizeof(RqEntry) + kPageBytes - 1) & ~(kPageBytes - 1);
 }
 
+/// A T at `p`, which the layout says is there and aligned.
+template <class T>
+T* at(std::byte* p) noexcept {
+  return static_cast<T*>(static_cast<void*>(p));
+}
+
 /// Upper half of the flag word of message `number`.
 constexpr std::uint32_t flag_sequence(std::uint64_t number) noexcept {
   return 0x8000'0000u | static_cast<std::uint32_t>(number & 0x7fff'ffffu);

@@ -133,7 +133,7 @@ void ShmCq::announce_armed() noexcept {
 // ---- the Qp ----
 
 ShmQp::ShmQp(ShmPd& pd, const QpInit& init, std::size_t page_offset, std::uint32_t recv_depth)
-    : page_(reinterpret_cast<ShmQpPage*>(pd.link().own->base() + page_offset)),
+    : page_(at<ShmQpPage>(pd.link().own->base() + page_offset)),
       send_depth_(init.send_depth),
       send_mask_(std::bit_ceil(init.send_depth + 1) - 1),
       send_ring_(std::make_unique<Wc[]>(send_mask_ + 1)),
@@ -155,7 +155,7 @@ ShmQp::~ShmQp() {
   recv_cq_->detach(*this);
   send_cq_->detach(*this);
   if (pd_.inherited()) return;
-  shut_out_peer();
+  if (state_ != QpState::error) shut_out_peer();
   pd_.link().own->release(page_offset_, qp_page_bytes(recv_mask_ + 1));
 }
 
@@ -186,10 +186,10 @@ std::span<const std::byte> ShmQp::sent_message(std::uint64_t number) const noexc
   const RqEntry& entry = peer_page_->rq[number & peer_mask_];
   const std::uint64_t offset = entry.offset.load(std::memory_order_relaxed);
   if (offset < sizeof(std::uint64_t) || (offset & 7) != 0 || offset > peer_bytes_) return {};
-  const std::byte* buffer = peer_base_ + offset;
-  const std::uint64_t word = reinterpret_cast<const std::atomic<std::uint64_t>*>(buffer - sizeof word)->load(std::memory_order_acquire);
+  std::byte* buffer = peer_base_ + offset;
+  const std::uint64_t word = at<std::atomic<std::uint64_t>>(buffer - sizeof word)->load(std::memory_order_acquire);
   const auto bytes = static_cast<std::uint32_t>(word);
-  if (static_cast<std::uint32_t>(word >> 32) != static_cast<std::uint32_t>(number + 1) || bytes > peer_bytes_ - offset) return {};
+  if (static_cast<std::uint32_t>(word >> 32) != flag_sequence(number + 1) || bytes > peer_bytes_ - offset) return {};
   return {buffer, bytes};
 }
 
@@ -199,7 +199,7 @@ Result<Unit> ShmQp::connect_to(std::uint32_t peer_qpn) {
   const std::uint64_t offset = std::uint64_t{peer_qpn} * kPageBytes;
   if (offset < kFirstPage || offset > bytes || bytes - offset < kPageBytes)
     return fail(EINVAL, "shm: the peer's QP is out of bounds");
-  auto* page = reinterpret_cast<ShmQpPage*>(link.peer_base() + offset);
+  auto* page = at<ShmQpPage>(link.peer_base() + offset);
   const std::uint32_t magic = *static_cast<volatile std::uint32_t*>(&page->magic);
   const std::uint32_t depth = *static_cast<volatile std::uint32_t*>(&page->depth);
   if (magic != kQpMagic || !std::has_single_bit(depth) || depth > kMaxDepth || qp_page_bytes(depth) > bytes - offset)
@@ -240,6 +240,7 @@ void ShmQp::shut_out_peer() noexcept {
 void ShmQp::enter_error() noexcept {
   if (state_ == QpState::error) return;
   state_ = QpState::error;
+  if (pd_.inherited()) return;  // the parent's QP goes on
   shut_out_peer();
   if (consumed_ != posted_) {
     flushing_.store(true, std::memory_order_release);

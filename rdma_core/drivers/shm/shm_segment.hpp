@@ -40,7 +40,7 @@ class OwnSegment {
 
  private:
   OwnSegment() = default;
-  MrEntry* mr_table() const noexcept { return reinterpret_cast<MrEntry*>(base_ + kMrOffset); }
+  MrEntry* mr_table() const noexcept { return at<MrEntry>(base_ + kMrOffset); }
 
   std::byte* base_ = nullptr;
   std::size_t bytes_ = 0;
