@@ -34,8 +34,12 @@ using shm::ShmLink;
 
 constexpr Nanos kMillisecond = 1'000'000;
 constexpr Nanos kHandshake = 2000 * kMillisecond;  ///< a peer that falls silent costs a descriptor for so long
-constexpr std::size_t kMaxChannels = 256;          ///< handshakes at once
-constexpr std::size_t kMaxLinksPerUid = 256;
+constexpr std::size_t kMaxHandshakes = 256;        ///< at once
+constexpr std::size_t kMaxHandshakesOfOther = 32;  ///< at once with one other user
+constexpr std::size_t kMaxLinks = 1024;            ///< with one's own user
+constexpr std::size_t kMaxLinksOfOther = 64;       ///< with one other user
+constexpr std::size_t kMaxUnsent = 4096;
+constexpr Nanos kIdleCheck = 5000 * kMillisecond;
 constexpr std::uint32_t kOverflowUid = 65534;
 constexpr int kBackoffMs[] = {1, 2, 5, 10, 25, 50, 100};
 constexpr wire::Plain kRing = wire::make_plain(wire::Type::ring, 0);
@@ -196,7 +200,15 @@ Result<Unit> bring_up(Qp& qp, NodeType node, std::uint32_t peer_qpn) {
 }  // namespace
 
 struct LocalCm::State {
-  enum class Step : std::uint8_t { hello, link, request, reply, established, linked };
+  enum class Step : std::uint8_t {
+    hello,
+    parked,  ///< active: another handshake is just making the link to the same process
+    link,
+    request,
+    reply,
+    established,
+    linked
+  };
   struct Offer {
     Anchor anchor;
     int fd = -1;
@@ -230,6 +242,12 @@ struct LocalCm::State {
     ProcessId nonce;
     ConnId conn = ConnId::none;
     Nanos deadline = 0;
+    Nanos idle_since = 0;  ///< linked: nobody uses the link since then; 0: used
+  };
+  /// A disconnect that did not fit into the link's socket.
+  struct Unsent {
+    std::shared_ptr<ShmLink> link;
+    std::uint64_t lane;
   };
 
   shm::ShmDevice& device;
@@ -243,6 +261,9 @@ struct LocalCm::State {
   std::unordered_map<int, std::uint64_t> listeners;  ///< descriptor -> cookie
   std::map<ConnId, Conn> conns;
   std::uint64_t next_conn = 1;
+  std::vector<Unsent> unsent;
+  Nanos idle_limit = 30'000 * kMillisecond;
+  Nanos next_idle_check = 0;  ///< 0: no link is idle
 
   explicit State(shm::ShmDevice& d, Device* r) : device(d), reported(r != nullptr ? r : &d) {}
 
@@ -280,15 +301,14 @@ struct LocalCm::State {
     Channel channel = std::move(it->second);
     channels.erase(it);
     if (channel.step == Step::linked) return link_died(fd, channel);
-    if (channel.link != nullptr && channel.link->socket == fd) {
-      channel.link->alive.store(false);
-      channel.link->socket = -1;
-      channel.link->bell.forget_socket();
-      device.links().drop(channel.link->id);
-    }
-    close_fd(fd);
-    if (channel.conn != ConnId::none) {
-      conns.erase(channel.conn);
+    const bool was_known = channel.conn != ConnId::none && conns.erase(channel.conn) != 0;
+    // Others may use the link already that this handshake made.
+    if (channel.link != nullptr && channel.link->socket == fd)
+      link_died(fd, channel);
+    else
+      close_fd(fd);
+    if (channel.active && channel.own != nullptr) wake_parked(channel.peer);
+    if (was_known) {
       Event e;
       e.kind = EventKind::disconnected;
       e.conn = channel.conn;
@@ -353,6 +373,23 @@ struct LocalCm::State {
     return Reason::none;
   }
 
+  /// Is the peer this very process? A process id is no secret, so the kernel's word counts.
+  bool is_myself(const PeerIdentity& peer) const noexcept {
+    return peer.process == device.process_id() && peer.pid == static_cast<std::int32_t>(sys::call(SYS_getpid)) &&
+           peer.uid == peer.own_euid;
+  }
+
+  std::size_t handshakes() const noexcept {
+    std::size_t n = 0;
+    for (const auto& [fd, channel] : channels) n += channel.step != Step::linked;
+    return n;
+  }
+  std::size_t handshakes_of(std::uint32_t uid) const noexcept {
+    std::size_t n = 0;
+    for (const auto& [fd, channel] : channels) n += channel.step != Step::linked && channel.peer.uid == uid;
+    return n;
+  }
+
   std::shared_ptr<ShmLink> known_link(const PeerIdentity& peer) {
     for (const auto& link : device.links().all())
       if (!link->self && link->alive.load() && link->socket >= 0 && link->peer == peer) return link;
@@ -371,7 +408,8 @@ struct LocalCm::State {
   /// Both segments are there: the link exists and `fd` is its connection.
   Reason make_link(int fd, Channel& channel, Frame& frame) {
     if (frame.fd_count < 2) return Reason::bad_message;
-    if (device.links().count_uid(channel.peer.uid) >= kMaxLinksPerUid) return Reason::no_resources;
+    const std::size_t limit = channel.peer.uid == channel.peer.own_euid ? kMaxLinks : kMaxLinksOfOther;
+    if (device.links().count_uid(channel.peer.uid) >= limit) return Reason::no_resources;
     auto theirs = PeerSegment::adopt(frame.fds[0], channel.peer.process);
     if (!theirs) {
       RDMA_LOG(warn, "local peer %d: %s", channel.peer.pid, theirs.error().what);
@@ -422,7 +460,7 @@ struct LocalCm::State {
     dial.next_try = now() + kBackoffMs[std::min(dial.tries, std::size(kBackoffMs) - 1)] * kMillisecond;
     ++dial.tries;
     if (!owner.value().held || !proves_identity(owner.value().uid)) return;
-    if (channels.size() >= kMaxChannels) return;
+    if (handshakes() >= kMaxHandshakes) return;
     const int fd = new_socket();
     if (fd < 0) return;
     sockaddr_un address;
@@ -449,7 +487,7 @@ struct LocalCm::State {
 
   Reason offer_link(int fd, Channel& channel, bool may_reuse) {
     channel.step = Step::link;
-    if (channel.peer.process == device.process_id()) {
+    if (is_myself(channel.peer)) {
       auto self = device.self_path();
       if (!self) return Reason::no_resources;
       channel.link = device.links().find(self.value().id);
@@ -460,6 +498,11 @@ struct LocalCm::State {
         channel.link = known;
         return send_link(fd, wire::LinkKind::reuse, known->nonce, nullptr) ? Reason::none : Reason::peer_died;
       }
+    // Many first contacts at once make one link: all but one wait for it.
+    if (may_reuse && link_in_the_making(channel.peer)) {
+      channel.step = Step::parked;
+      return Reason::none;
+    }
     channel.link = nullptr;
     auto own = OwnSegment::create(device.segment_bytes(), device.process_id());
     if (!own) return Reason::no_resources;
@@ -468,11 +511,29 @@ struct LocalCm::State {
     return send_link(fd, wire::LinkKind::fresh, channel.nonce, channel.own.get()) ? Reason::none : Reason::peer_died;
   }
 
+  bool link_in_the_making(const PeerIdentity& peer) const noexcept {
+    return std::any_of(channels.begin(), channels.end(), [&peer](const auto& entry) {
+      return entry.second.active && entry.second.step == Step::link && entry.second.own != nullptr && entry.second.peer == peer;
+    });
+  }
+
+  void wake_parked(const PeerIdentity& peer) {
+    std::vector<int> parked;
+    for (const auto& [fd, channel] : channels)
+      if (channel.step == Step::parked && channel.peer == peer) parked.push_back(fd);
+    for (const int fd : parked) {
+      const auto it = channels.find(fd);
+      if (it == channels.end() || it->second.step != Step::parked) continue;
+      if (const Reason r = offer_link(fd, it->second, true); r != Reason::none) drop_channel(fd, r);
+    }
+  }
+
   Reason send_request(int fd, Channel& channel) {
     const auto dial = dials.find(channel.cookie);
     if (dial == dials.end()) return Reason::refused;
     const auto id = static_cast<ConnId>(next_conn++);
-    const Proposal proposal = dial->second.make_qp(*reported, Path{channel.link->id}, id);
+    const MakeQp make_qp = std::move(dial->second.make_qp);  // it may call us back and end the dial
+    const Proposal proposal = make_qp(*reported, Path{channel.link->id}, id);
     if (proposal.qp == nullptr || proposal.private_data.size() > wire::kRequestPrivate) return Reason::no_resources;
     wire::Request request{};
     request.head = wire::make_head(wire::Type::request, sizeof request);
@@ -510,6 +571,10 @@ struct LocalCm::State {
         if (kind == wire::LinkKind::fresh && channel.own != nullptr) {
           if (!(link.nonce == channel.nonce)) return Reason::bad_message;
           if (const Reason r = make_link(fd, channel, frame); r != Reason::none) return r;
+          const PeerIdentity peer = channel.peer;
+          const Reason r = send_request(fd, channel);
+          wake_parked(peer);
+          return r;
         } else if (kind != wire::LinkKind::reuse || channel.link == nullptr) {
           return Reason::bad_message;
         }
@@ -560,13 +625,16 @@ struct LocalCm::State {
     const auto offer = offers.find(cookie);
     ucred cred{};
     const auto owner = offer != offers.end() ? find_other_end(offer->second.anchor) : Result<SocketOwner>(fail(ENOENT, ""));
-    if (!owner || channels.size() >= kMaxChannels || !peer_credentials(fd, cred) || cred.uid != owner.value().uid ||
-        !proves_identity(cred.uid)) {
+    const auto euid = static_cast<std::uint32_t>(sys::call(SYS_geteuid));
+    if (!owner || !owner.value().held || !peer_credentials(fd, cred) || cred.uid != owner.value().uid ||
+        !proves_identity(cred.uid) || handshakes() >= kMaxHandshakes ||
+        (cred.uid != euid && handshakes_of(cred.uid) >= kMaxHandshakesOfOther)) {
       sys::call(SYS_close, fd);
       return;
     }
     Channel channel;
     channel.cookie = cookie;
+    channel.peer.uid = cred.uid;
     channel.deadline = now() + kHandshake;
     channels.emplace(fd, std::move(channel));
     watch(fd);
@@ -588,10 +656,11 @@ struct LocalCm::State {
         if (!frame.as(wire::Type::link, link)) return Reason::bad_message;
         const auto kind = static_cast<wire::LinkKind>(link.kind);
         if (kind == wire::LinkKind::reuse) {
-          if (channel.peer.process == device.process_id()) {
+          if (is_myself(channel.peer)) {
             auto self = device.self_path();
             if (!self) return Reason::no_resources;
             channel.link = device.links().find(self.value().id);
+            if (!(channel.link->nonce == link.nonce)) return Reason::bad_message;
           } else {
             for (const auto& known : device.links().all())
               if (!known->self && known->alive.load() && known->nonce == link.nonce && known->peer == channel.peer)
@@ -615,6 +684,7 @@ struct LocalCm::State {
       case Step::request: {
         wire::Request request;
         if (!frame.as(wire::Type::request, request) || request.private_bytes > wire::kRequestPrivate) return Reason::bad_message;
+        if (offers.find(channel.cookie) == offers.end()) return Reason::refused;  // answered already, or withdrawn
         const auto id = static_cast<ConnId>(next_conn++);
         Conn conn;
         conn.cookie = channel.cookie;
@@ -639,12 +709,16 @@ struct LocalCm::State {
       case Step::established: {
         wire::Plain plain;
         if (!frame.as(wire::Type::established, plain)) return Reason::bad_message;
+        const auto conn = conns.find(channel.conn);
+        // Not before accept(). And a disconnect on the link may have overtaken it.
+        if (conn != conns.end() && conn->second.qp == nullptr) return Reason::bad_message;
+        const bool still_there = conn != conns.end();
         Event e;
         e.kind = EventKind::established;
         e.conn = channel.conn;
         e.anchor_cookie = channel.cookie;
         finish_channel(fd);
-        emit(e);
+        if (still_there) emit(e);
         return Reason::none;
       }
       default:
@@ -668,6 +742,38 @@ struct LocalCm::State {
     conns.erase(it);
     emit(e);
     return Reason::none;
+  }
+
+  void send_unsent() {
+    std::erase_if(unsent, [](const Unsent& u) {
+      return u.link->socket < 0 || send_frame(u.link->socket, wire::make_plain(wire::Type::disconnect, u.lane));
+    });
+  }
+
+  /// A link that nobody uses costs descriptors and address space on both sides.
+  void close_idle_links(Nanos t) {
+    if (next_idle_check == 0) {
+      const bool any = std::any_of(channels.begin(), channels.end(), [](const auto& e) { return e.second.step == Step::linked; });
+      if (any) next_idle_check = t + std::min(kIdleCheck, idle_limit);
+      return;
+    }
+    if (t < next_idle_check) return;
+    next_idle_check = 0;
+    std::vector<int> idle;
+    for (auto& [fd, channel] : channels) {
+      if (channel.step != Step::linked) continue;
+      const auto uses = [link = channel.link](const auto& e) { return e.second.link == link; };
+      const bool used = std::any_of(conns.begin(), conns.end(), uses) ||
+                        std::count_if(channels.begin(), channels.end(), uses) > 1;  // itself, and handshakes that reuse it
+      if (used) {
+        channel.idle_since = 0;
+        continue;
+      }
+      if (channel.idle_since == 0) channel.idle_since = t;
+      if (t - channel.idle_since >= idle_limit) idle.push_back(fd);
+      next_idle_check = t + std::min(kIdleCheck, idle_limit);
+    }
+    for (const int fd : idle) drop_channel(fd, Reason::none);
   }
 
   void on_readable(int fd) {
@@ -716,10 +822,9 @@ const Caps& LocalCm::caps() const noexcept { return state_->caps; }
 void LocalCm::on_event(std::function<void(const Event&)> handler) { state_->handler = std::move(handler); }
 
 Result<Unit> LocalCm::offer(const Anchor& anchor, unsigned ttl_ms) {
-  const auto owner = find_other_end(anchor);
-  if (!owner) {
+  if (!in_our_namespace(anchor.fd) || !find_other_end(anchor)) {
     // Known at once, but told like any other end: an event, not a result.
-    state_->offers.erase(anchor.cookie);
+    state_->end_offer(anchor.cookie);
     state_->emit_unreachable(anchor.cookie, Reason::no_peer);
     return Unit{};
   }
@@ -748,6 +853,11 @@ void LocalCm::withdraw(std::uint64_t anchor_cookie) noexcept {
 Result<Unit> LocalCm::dial(const Anchor& anchor, unsigned timeout_ms, MakeQp make_qp) {
   State::Dial& dial = state_->dials[anchor.cookie];
   dial = State::Dial{};
+  if (!in_our_namespace(anchor.fd)) {
+    state_->dials.erase(anchor.cookie);
+    state_->emit_unreachable(anchor.cookie, Reason::no_peer);
+    return Unit{};
+  }
   dial.anchor = anchor;
   dial.make_qp = std::move(make_qp);
   dial.deadline = now() + static_cast<Nanos>(timeout_ms) * kMillisecond;
@@ -813,12 +923,15 @@ void LocalCm::disconnect(ConnId id) noexcept {
   const State::Conn conn = std::move(it->second);
   state_->conns.erase(it);
   if (conn.channel >= 0) {
+    state_->dials.erase(conn.cookie);
     if (const auto channel = state_->channels.find(conn.channel); channel != state_->channels.end()) {
       channel->second.conn = ConnId::none;
       state_->drop_channel(conn.channel, Reason::refused);
     }
   } else if (conn.link->socket >= 0) {
-    (void)send_frame(conn.link->socket, wire::make_plain(wire::Type::disconnect, conn.peer_lane));
+    if (!send_frame(conn.link->socket, wire::make_plain(wire::Type::disconnect, conn.peer_lane)) &&
+        state_->unsent.size() < kMaxUnsent)
+      state_->unsent.push_back({conn.link, conn.peer_lane});
   } else if (conn.link->self) {
     const auto other = state_->conns.find(static_cast<ConnId>(conn.peer_lane));
     if (other == state_->conns.end()) return;
@@ -844,10 +957,14 @@ int LocalCm::next_timeout_ms() const noexcept {
     if (!dial.connected) consider(dial.next_try);
   }
   for (const auto& [fd, channel] : state_->channels) consider(channel.deadline);
+  if (!state_->unsent.empty()) consider(now() + 20 * kMillisecond);
+  consider(state_->next_idle_check);
   if (next < 0) return -1;
   const Nanos left = next - now();
   return left <= 0 ? 0 : static_cast<int>(left / kMillisecond) + 1;
 }
+
+void LocalCm::close_idle_links_after(unsigned ms) noexcept { state_->idle_limit = static_cast<Nanos>(ms) * kMillisecond; }
 
 void LocalCm::progress() {
   epoll_event events[32];
@@ -884,6 +1001,8 @@ void LocalCm::progress() {
   for (const auto& [fd, channel] : state_->channels)
     if (channel.deadline != 0 && t >= channel.deadline) silent.push_back(fd);
   for (const int fd : silent) state_->drop_channel(fd, Reason::timed_out);
+  state_->send_unsent();
+  state_->close_idle_links(t);
 }
 
 void LocalCm::abandon_in_child() noexcept {

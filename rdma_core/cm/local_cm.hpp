@@ -44,8 +44,10 @@ class LocalCm final : public ConnectionManager {
   int next_timeout_ms() const noexcept override;
   void progress() override;
 
-  /// In the child of a fork: closes the child's copies of every descriptor (so that the parent's death shows at its peers), forgets
-  /// every connection without an event, and abandons the device's links. The CM works on as that of a new process.
+  void close_idle_links_after(unsigned ms) noexcept;  ///< 30 s unless told
+
+  /// In the child of a fork: closes the child's copies of every descriptor (so that the parent's death shows at its peers) and
+  /// abandons the device's links. The CM is inert afterwards and is not destroyed: the child makes a new one, with a new device.
   void abandon_in_child() noexcept;
 
  private:

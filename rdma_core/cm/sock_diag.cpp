@@ -4,6 +4,7 @@
 #include <linux/netlink.h>
 #include <linux/sock_diag.h>
 #include <netinet/in.h>
+#include <netinet/tcp.h>
 
 #include <cerrno>
 #include <cstring>
@@ -46,6 +47,19 @@ bool read_address(const sockaddr_storage& from, Address& to) noexcept {
 
 }  // namespace
 
+bool in_our_namespace(int anchor_fd) noexcept {
+  std::uint64_t theirs = 0, ours = 0;
+  socklen_t length = sizeof theirs;
+  if (anchor_fd < 0 || sys::call(SYS_getsockopt, anchor_fd, SOL_SOCKET, SO_NETNS_COOKIE, sys::arg(&theirs), sys::arg(&length)) != 0)
+    return true;  // an older kernel: sock_diag finds nothing, or what the cookies then contradict
+  const long probe = sys::call(SYS_socket, AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+  if (probe < 0) return false;
+  length = sizeof ours;
+  const long rc = sys::call(SYS_getsockopt, probe, SOL_SOCKET, SO_NETNS_COOKIE, sys::arg(&ours), sys::arg(&length));
+  sys::call(SYS_close, probe);
+  return rc != 0 || ours == theirs;
+}
+
 Result<SocketOwner> find_other_end(const Anchor& anchor) noexcept {
   Address mine, theirs;
   if (!read_address(anchor.local, mine) || !read_address(anchor.remote, theirs) || mine.family != theirs.family)
@@ -85,6 +99,9 @@ Result<SocketOwner> find_other_end(const Anchor& anchor) noexcept {
   if (head.nlmsg_type != SOCK_DIAG_BY_FAMILY || static_cast<std::size_t>(got) < NLMSG_HDRLEN + sizeof msg)
     return fail(EBADMSG, "sock_diag: unexpected answer");
   std::memcpy(&msg, answer + NLMSG_HDRLEN, sizeof msg);
+  // Where there is no such connection the kernel looks for a listener on the port: that is somebody else.
+  if (msg.idiag_state == TCP_LISTEN || msg.id.idiag_sport != theirs.port || msg.id.idiag_dport != mine.port)
+    return fail(ENOENT, "sock_diag: no such connection on this host");
   SocketOwner owner;
   owner.uid = msg.idiag_uid;
   owner.cookie = msg.id.idiag_cookie[0] | static_cast<std::uint64_t>(msg.id.idiag_cookie[1]) << 32;

@@ -14,6 +14,9 @@ struct SocketOwner {
   bool held = false;         ///< false: no process has it (not yet accepted, or orphaned)
 };
 
+/// Is the connection in the network namespace of this thread's new sockets? sock_diag and abstract names know it only there.
+bool in_our_namespace(int anchor_fd) noexcept;
+
 /// Looks for the socket with the anchor's addresses reversed, in this network namespace. Does not block.
 /// Errors: ENOENT, it is not on this host; EAFNOSUPPORT; or why sock_diag cannot be asked (EPERM, EMFILE…).
 Result<SocketOwner> find_other_end(const Anchor& anchor) noexcept;
