@@ -31,7 +31,8 @@ def run(r):
     if made.returncode:
         raise Failure(f"initdb: {made.stderr}")
     r.server([bin_dir + "/postgres", "-D", data, "-p", str(port), "-h", "127.0.0.1", "-k", "", "-c", "fsync=off",
-              "-c", "synchronous_commit=off", "-c", "shared_buffers=32MB"], port, user="postgres", stop=signal.SIGINT)
+              "-c", "synchronous_commit=off", "-c", "shared_buffers=32MB"], port, user="postgres", stop=signal.SIGINT,
+             ready=lambda: "ready to accept connections" in r.logs())  # it listens before it is
     where = ["-h", "127.0.0.1", "-p", str(port), "-U", "postgres"]
     pgbench = bin_dir + "/pgbench"
     r.client([pgbench, *where, "-i", "-q", "-s", "1", "postgres"])
