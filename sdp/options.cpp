@@ -63,9 +63,16 @@ struct Number {
   static void print(const Options& o, ValueText& out) noexcept { print_number(o.*Member, out); }
 };
 
+/// A path stands in lines of the log, so it may not hold what a terminal would obey.
+bool assign_path(PathText& path, std::string_view s) noexcept {
+  for (const char c : s)
+    if ((c >= 0 && c < ' ') || c == 0x7f) return false;
+  return path.assign(s);
+}
+
 template <PathText Options::*Member>
 struct Path {
-  static bool parse(Options& o, std::string_view s) noexcept { return (o.*Member).assign(s); }
+  static bool parse(Options& o, std::string_view s) noexcept { return assign_path(o.*Member, s); }
   static void print(const Options& o, ValueText& out) noexcept { out.assign((o.*Member).view()); }
 };
 
@@ -122,7 +129,7 @@ struct Log {
     for (const NamedLevel& l : kLevels) {
       if (s.substr(0, colon) != l.name) continue;
       PathText file;
-      if (has_file && (colon + 1 == s.size() || !file.assign(s.substr(colon + 1)))) return false;
+      if (has_file && (colon + 1 == s.size() || !assign_path(file, s.substr(colon + 1)))) return false;
       o.log_level = l.level;
       o.log_is_set = true;
       o.log_file = file;
@@ -140,7 +147,7 @@ struct Log {
 
 /// SDP_CONFIG stands before it in the table and wins.
 struct LibsdpConfig {
-  static bool parse(Options& o, std::string_view s) noexcept { return !o.config_file.empty() || o.config_file.assign(s); }
+  static bool parse(Options& o, std::string_view s) noexcept { return !o.config_file.empty() || assign_path(o.config_file, s); }
   static void print(const Options&, ValueText&) noexcept {}
 };
 
@@ -206,17 +213,17 @@ constexpr Row kTable[] = {
     row<Transports>("SDP_TRANSPORT", "which devices may carry them, the preferred one first", "",
                     "auto, or a list of local, ib and rnic separated by commas", true),
     row<Path<&Options::config_file>>("SDP_CONFIG", "file of rules by role, program, address and port (libsdp grammar)", "",
-                                     "a path of less than 1024 bytes", true),
-    row<LibsdpConfig>("LIBSDP_CONFIG_FILE", "the same, by libsdp's name; SDP_CONFIG wins", "", "a path of less than 1024 bytes",
-                      true),
+                                     "a path of less than 1024 bytes without control characters", true),
+    row<LibsdpConfig>("LIBSDP_CONFIG_FILE", "the same, by libsdp's name; SDP_CONFIG wins", "",
+                      "a path of less than 1024 bytes without control characters", true),
     row<Flag>("SIMPLE_LIBSDP", "set at all: LIBSDP_CONFIG_FILE is not read", "", "anything"),
     row<Flag>("ALWAYS_USE_SDP", "the same as SIMPLE_LIBSDP", "", "anything"),
     row<Log>("SDP_LOG", "what is logged, and to which file instead of standard error (%p: process id)", "",
              "off, error, warn, info or debug, then perhaps :FILE"),
     row<Path<&Options::stats_file>>("SDP_STATS", "file for a JSON report at exit (%p: process id)", "",
-                                    "a path of less than 1024 bytes"),
+                                    "a path of less than 1024 bytes without control characters"),
     row<Path<&Options::pcap_file>>("SDP_PCAP", "file for a capture that tshark decodes (%p: process id)", "",
-                                   "a path of less than 1024 bytes"),
+                                   "a path of less than 1024 bytes without control characters"),
     row<Number<&Options::spin_us, 0, 1'000'000>>("SDP_SPIN_US", "how long a waiting thread looks before it sleeps; 0: not at all",
                                                  "microseconds", "a number from 0 to 1000000"),
     row<Number<&Options::recv_buffer_bytes, 512, 1U << 20, true>>("SDP_RECV_BUFFER", "size of a lane's receive buffers at first",
@@ -390,8 +397,12 @@ void apply_log_options(const Options& options) noexcept {
     errno = saved_errno;
     return;
   }
-  log_fd.store(move_fd_high(static_cast<int>(fd)), std::memory_order_relaxed);
-  rdma::log::set_fd(log_file_fd());
+  keep_log_file(move_fd_high(static_cast<int>(fd)));
+}
+
+void keep_log_file(int fd) noexcept {
+  log_fd.store(fd, std::memory_order_relaxed);
+  rdma::log::set_fd(fd);
 }
 
 int log_file_fd() noexcept { return log_fd.load(std::memory_order_relaxed); }

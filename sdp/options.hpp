@@ -115,6 +115,8 @@ void apply_log_options(const Options& options) noexcept;
 
 /// The descriptor of the log file, high-numbered and CLOEXEC, kept for good; -1 when there is none. The program must not close it.
 int log_file_fd() noexcept;
+/// Makes `fd`, which is high-numbered and CLOEXEC, that descriptor.
+void keep_log_file(int fd) noexcept;
 
 /// One row of the table, as `sdp env` shows it.
 struct OptionRow {

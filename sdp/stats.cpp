@@ -1,271 +1,398 @@
 #include "sdp/stats.hpp"
 
 #include <arpa/inet.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <netinet/in.h>
-#include <sys/syscall.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
 
-#include <cstdarg>
+#include <bit>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <new>
-#include <string>
 
-#include "rdma_core/base/log.hpp"
-#include "rdma_core/base/shared_lock.hpp"
 #include "rdma_core/base/sys.hpp"
+#include "sdp/high_fd.hpp"
+#include "sdp/stats_process.hpp"
 
 namespace sdp {
-
 namespace {
 
-constexpr int kListed = 256;  ///< closed connections that the report names; the totals hold all
+namespace sys = rdma::sys;
 
-struct Sum {
-  std::uint64_t lane[4] = {}, tcp[4] = {}, up = 0, down = 0, sockets = 0, lanes[4] = {}, reasons[kLaneReasons] = {};
-
-  void take(const ConnStats& s) noexcept {
-    const auto add = [](std::uint64_t(&to)[4], const Traffic& t) noexcept {
-      to[0] += t.bytes_sent.get();
-      to[1] += t.bytes_received.get();
-      to[2] += t.messages_sent.get();
-      to[3] += t.messages_received.get();
-    };
-    add(lane, s.lane);
-    add(tcp, s.tcp);
-    up += s.switches_up.get();
-    down += s.switches_down.get();
-    ++sockets;
-    ++lanes[static_cast<int>(s.transport.load(std::memory_order_relaxed))];
-    const auto reason = static_cast<int>(s.reason.load(std::memory_order_relaxed));
-    if (reason != 0 && reason < kLaneReasons) ++reasons[reason];
-  }
+struct ReasonRow {
+  LaneReason reason;
+  const char* name;
+  const char* text;
+  const char* hint;
 };
 
-struct Registry {
-  rdma::SharedLock lock;
-  ConnStats* live = nullptr;
-  ConnStats* closed = nullptr;  ///< newest first
-  int closed_count = 0;
-  Sum total;  ///< of closed connections
+constexpr ReasonRow kReasons[] = {
+    {LaneReason::none, "none", "has a lane", ""},
+    {LaneReason::below_threshold, "below_threshold", "has not carried enough yet to be worth a lane",
+     "SDP_UPGRADE_MESSAGES and SDP_UPGRADE_BYTES set the threshold"},
+    {LaneReason::pursued, "pursued", "a lane is being set up", ""},
+    {LaneReason::policy_tcp, "policy_tcp", "the policy says TCP", "see SDP_POLICY and the rules in SDP_CONFIG"},
+    {LaneReason::bad_settings, "bad_settings", "settings could not be read, so everything stays on TCP",
+     "`sdp env` shows what is wrong"},
+    {LaneReason::disabled, "disabled", "lanes are switched off here", ""},
+    {LaneReason::not_tcp, "not_tcp", "no connected TCP socket", ""},
+    {LaneReason::other_host, "other_host", "the peer is on another host and no RDMA device reaches it", ""},
+    {LaneReason::no_peer, "no_peer", "the peer did not answer: it does not run the library, or is on another host",
+     "start the peer with `sdp run` too"},
+    {LaneReason::wrong_owner, "wrong_owner", "who answered does not own the other end",
+     "another user may be squatting the name: look for him"},
+    {LaneReason::version, "version", "the peer's library speaks another version", "install the same version on both sides"},
+    {LaneReason::refused, "refused", "the peer refused", "`sdp stat` there says why"},
+    {LaneReason::no_resources, "no_resources", "memory or descriptors were short, or too many lanes", "look at ulimit -n and -l"},
+    {LaneReason::foreign_use, "foreign_use", "bytes went past the library (io_uring, a raw system call, another program)", ""},
+    {LaneReason::second_process, "second_process", "a second process used the connection", ""},
+    {LaneReason::fork, "fork", "the connection was inherited by fork", ""},
+    {LaneReason::exec, "exec", "the connection was handed on through exec", ""},
+    {LaneReason::mode, "mode", "the socket is in a mode or made a call that no lane can have (MSG_OOB, SO_RCVLOWAT, O_ASYNC…)", ""},
+    {LaneReason::peer_gone, "peer_gone", "the peer closed or died", ""},
+    {LaneReason::device_lost, "device_lost", "the device failed or was removed", ""},
+    {LaneReason::protocol_error, "protocol_error", "the peer broke the protocol", "SDP_LOG=info names the rule that it broke"},
+    {LaneReason::not_connected, "not_connected", "never got connected", ""},
+    {LaneReason::closed, "closed", "this side closed or shut it down", ""},
+};
+constexpr bool in_order() noexcept {
+  for (std::size_t i = 0; i < kLaneReasons; ++i)
+    if (static_cast<std::size_t>(kReasons[i].reason) != i) return false;
+  return true;
+}
+static_assert(std::size(kReasons) == kLaneReasons && in_order(), "one row per enumerator");
+
+const ReasonRow& row_of(LaneReason r) noexcept {
+  static constexpr ReasonRow kUnknown{LaneReason::none, "unknown", "unknown", ""};
+  const auto i = static_cast<std::size_t>(r);
+  return i < kLaneReasons ? kReasons[i] : kUnknown;
+}
+
+// --- tables
+
+/// Overflow tables are not shown by `sdp stat`; with 64 of them 65,536 connections are still counted right.
+constexpr std::size_t kMaxTables = 64;
+
+struct Process {
+  std::atomic<std::uint32_t> pid{0};       ///< whose this is; another process (a fork's child) starts anew
+  std::atomic<std::uint32_t> renewing{0};  ///< pid of the process that is starting anew
+  std::atomic<StatsHeader*> tables[kMaxTables]{};
+  std::atomic<std::uint32_t> table_lock{0};  ///< pid of the process that adds a table
+  std::atomic<int> fd{-1};
+  std::uint64_t inode = 0;
+  std::atomic<bool> keep_closed{false};
+  std::atomic<std::uint32_t> history_lock{0};
+  ProcessTotals totals;
+  ClosedConnections* closed = nullptr;
+};
+constinit Process process;
+constinit std::atomic<int (*)(int)> fd_mover{&move_fd_high};
+
+/// Where connections are counted when nothing else can be had: shared by all of them, read by nobody.
+constinit ConnStats sink;
+
+std::uint32_t own_pid() noexcept { return static_cast<std::uint32_t>(sys::call(SYS_getpid)); }
+
+/// A lock for rare moments that a fork's child finds open: a holder of another process does not count.
+class PidLock {
+ public:
+  explicit PidLock(std::atomic<std::uint32_t>& word, std::uint32_t pid) noexcept : word_(word) {
+    std::uint32_t seen = 0;
+    while (!word_.compare_exchange_weak(seen, pid, std::memory_order_acquire, std::memory_order_relaxed)) {
+      if (seen == pid) {  // another thread of ours
+        sys::call(SYS_sched_yield);
+        seen = 0;
+      }  // else: free it is not, and the process that held it is not this one: take it from there
+    }
+  }
+  ~PidLock() { word_.store(0, std::memory_order_release); }
+  PidLock(const PidLock&) = delete;
+  PidLock& operator=(const PidLock&) = delete;
+
+ private:
+  std::atomic<std::uint32_t>& word_;
 };
 
-Registry& registry() noexcept {
-  alignas(Registry) static std::byte storage[sizeof(Registry)];
-  static Registry* const r = new (storage) Registry;
-  return *r;
+ConnStats* slots_of(StatsHeader* table) noexcept {
+  return reinterpret_cast<ConnStats*>(reinterpret_cast<std::byte*>(table) + kStatsHeaderBytes);
 }
 
-void unlink(ConnStats*& head, ConnStats* s) noexcept {
-  for (ConnStats** p = &head; *p != nullptr; p = &(*p)->next)
-    if (*p == s) {
-      *p = s->next;
-      return;
+void fill_header(StatsHeader* h, std::uint32_t pid) noexcept {
+  new (h) StatsHeader{};
+  h->version = kStatsVersion;
+  h->slot_bytes = sizeof(ConnStats);
+  h->slot_count = kStatsSlots;
+  h->pid = pid;
+  std::strncpy(h->program, program_invocation_short_name, sizeof h->program - 1);
+  std::atomic_thread_fence(std::memory_order_release);
+  h->magic = kStatsMagic;
+}
+
+/// The memfd may be gone and its number be somebody else's by now: the program can close what it likes.
+bool still_ours(int fd) noexcept {
+  struct stat st {};
+  return fd >= 0 && sys::call(SYS_fstat, fd, sys::arg(&st)) == 0 && st.st_ino == process.inode && S_ISREG(st.st_mode);
+}
+
+int make_memfd() noexcept {
+  const long fd = sys::call(SYS_memfd_create, sys::arg(kStatsName), MFD_CLOEXEC | MFD_ALLOW_SEALING);
+  if (fd < 0) return -1;
+  const bool good = sys::call(SYS_ftruncate, fd, kStatsBytes) == 0 && sys::call(SYS_fchmod, fd, 0600) == 0 &&
+                    sys::call(SYS_fcntl, fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0;
+  if (good) return fd_mover.load(std::memory_order_relaxed)(static_cast<int>(fd));
+  sys::call(SYS_close, fd);
+  return -1;
+}
+
+/// nullptr: no memory. The first table of a process is the one that `sdp stat` can find, if a memfd can be had.
+StatsHeader* make_table(bool first, std::uint32_t pid) noexcept {
+  const int fd = first ? make_memfd() : -1;
+  const int flags = fd >= 0 ? MAP_SHARED : MAP_SHARED | MAP_ANONYMOUS;
+  void* p = mmap(nullptr, kStatsBytes, PROT_READ | PROT_WRITE, flags, fd, 0);
+  if (p == MAP_FAILED) {
+    if (fd >= 0) sys::call(SYS_close, fd);
+    return nullptr;
+  }
+  if (fd >= 0) {
+    struct stat st {};
+    sys::call(SYS_fstat, fd, sys::arg(&st));
+    process.inode = st.st_ino;
+    process.fd.store(fd, std::memory_order_relaxed);
+  }
+  auto* table = static_cast<StatsHeader*>(p);
+  fill_header(table, pid);
+  return table;
+}
+
+/// After fork the tables are the parent's: the child lets go of them (they stay mapped, for whoever still holds a pointer).
+void start_anew(std::uint32_t pid) noexcept {
+  const PidLock lock(process.renewing, pid);
+  if (process.pid.load(std::memory_order_relaxed) == pid) return;
+  const int fd = process.fd.exchange(-1, std::memory_order_relaxed);
+  if (still_ours(fd)) sys::call(SYS_close, fd);
+  for (auto& table : process.tables) table.store(nullptr, std::memory_order_relaxed);
+  process.totals.reset();
+  if (process.closed != nullptr) process.closed->count = 0;
+  process.pid.store(pid, std::memory_order_release);
+}
+
+/// A free slot of `table`, the lowest: few connections touch few pages. nullptr: full.
+ConnStats* take_slot(StatsHeader* table) noexcept {
+  for (std::size_t w = 0; w < std::size(table->used); ++w) {
+    std::uint64_t used = table->used[w].load(std::memory_order_relaxed);
+    while (used != ~std::uint64_t{0}) {
+      const int bit = std::countr_one(used);
+      if (table->used[w].compare_exchange_weak(used, used | std::uint64_t{1} << bit, std::memory_order_acquire,
+                                               std::memory_order_relaxed))
+        return slots_of(table) + w * 64 + static_cast<std::size_t>(bit);
     }
-}
-
-void print(std::string& out, const char* format, ...) __attribute__((format(printf, 2, 3)));
-void print(std::string& out, const char* format, ...) {
-  char text[512];
-  va_list args;
-  va_start(args, format);
-  std::vsnprintf(text, sizeof text, format, args);
-  va_end(args);
-  out += text;
-}
-
-std::string address_text(const sockaddr_storage& a) {
-  char ip[INET6_ADDRSTRLEN] = "?";
-  unsigned port = 0;
-  if (a.ss_family == AF_INET) {
-    const auto& v4 = reinterpret_cast<const sockaddr_in&>(a);
-    inet_ntop(AF_INET, &v4.sin_addr, ip, sizeof ip);
-    port = ntohs(v4.sin_port);
-    return std::string(ip) + ":" + std::to_string(port);
   }
-  if (a.ss_family == AF_INET6) {
-    const auto& v6 = reinterpret_cast<const sockaddr_in6&>(a);
-    inet_ntop(AF_INET6, &v6.sin6_addr, ip, sizeof ip);
-    port = ntohs(v6.sin6_port);
-    return "[" + std::string(ip) + "]:" + std::to_string(port);
+  return nullptr;
+}
+
+/// `change` goes on counting over the slot's users, so that a reader sees that it is another connection's now.
+void begin(ConnStats* s, int fd) noexcept {
+  const std::uint32_t change = s->change.load(std::memory_order_relaxed);
+  s->change.store(change | 1, std::memory_order_relaxed);
+  std::atomic_thread_fence(std::memory_order_release);
+  s->fd.store(fd, std::memory_order_relaxed);
+  s->cookie.store(0, std::memory_order_relaxed);
+  for (EndpointWords* e : {&s->local, &s->remote}) {
+    e->family_port.store(0, std::memory_order_relaxed);
+    for (auto& word : e->address) word.store(0, std::memory_order_relaxed);
   }
-  return "";
+  for (Traffic* t : {&s->lane, &s->tcp})
+    for (Counter* c : {&t->bytes_sent, &t->messages_sent, &t->bytes_received, &t->messages_received}) c->reset();
+  s->switches_up.reset();
+  s->switches_down.reset();
+  s->credits_send.store(0, std::memory_order_relaxed);
+  s->credits_recv.store(0, std::memory_order_relaxed);
+  s->reason.store(LaneReason::below_threshold, std::memory_order_relaxed);
+  s->transport.store(0, std::memory_order_relaxed);
+  s->had_lanes.store(0, std::memory_order_relaxed);
+  s->change.store((change | 1) + 1, std::memory_order_release);
 }
 
-void print_traffic(std::string& out, const char* name, std::uint64_t sent, std::uint64_t received) {
-  print(out, "\"%s\":{\"sent\":%llu,\"received\":%llu}", name, static_cast<unsigned long long>(sent),
-        static_cast<unsigned long long>(received));
-}
-
-const char* transport_text(Transport t) noexcept {
-  constexpr const char* kNames[] = {"tcp", "local", "ib", "rnic"};
-  return kNames[static_cast<int>(t)];
-}
-
-void print_connection(std::string& out, const ConnStats& s) {
-  print(out, "{\"fd\":%d,\"local\":\"%s\",\"remote\":\"%s\",\"transport\":\"%s\",\"reason\":\"%s\",\"open\":%s,", s.fd,
-        address_text(s.local).c_str(), address_text(s.remote).c_str(), transport_text(s.transport.load()),
-        to_string(s.reason.load()), s.live ? "true" : "false");
-  print_traffic(out, "lane", s.lane.bytes_sent.get(), s.lane.bytes_received.get());
-  out += ",";
-  print_traffic(out, "tcp", s.tcp.bytes_sent.get(), s.tcp.bytes_received.get());
-  out += "}";
-}
-
-std::string expand(std::string_view pattern) {
-  std::string path;
-  for (std::size_t i = 0; i < pattern.size(); ++i) {
-    if (pattern[i] == '%' && i + 1 < pattern.size() && pattern[i + 1] == 'p') {
-      path += std::to_string(rdma::sys::call(SYS_getpid));
-      ++i;
-    } else {
-      path += pattern[i];
-    }
+/// The table of this process that `s` lies in; nullptr: none (the sink, or a parent's slot).
+StatsHeader* table_of(const ConnStats* s) noexcept {
+  const auto at = reinterpret_cast<std::uintptr_t>(s);
+  for (auto& entry : process.tables) {
+    StatsHeader* table = entry.load(std::memory_order_acquire);
+    if (table == nullptr) return nullptr;
+    const auto base = reinterpret_cast<std::uintptr_t>(table);
+    if (at >= base && at < base + kStatsBytes) return table;
   }
-  return path;
+  return nullptr;
+}
+
+void store_endpoint(EndpointWords& out, const sockaddr_storage& address) noexcept {
+  std::uint64_t words[2] = {0, 0};
+  std::uint64_t port = 0;
+  if (address.ss_family == AF_INET) {
+    sockaddr_in in;
+    std::memcpy(&in, &address, sizeof in);
+    std::memcpy(words, &in.sin_addr, 4);
+    port = ntohs(in.sin_port);
+  } else if (address.ss_family == AF_INET6) {
+    sockaddr_in6 in6;
+    std::memcpy(&in6, &address, sizeof in6);
+    std::memcpy(words, &in6.sin6_addr, 16);
+    port = ntohs(in6.sin6_port);
+  }
+  out.address[0].store(words[0], std::memory_order_relaxed);
+  out.address[1].store(words[1], std::memory_order_relaxed);
+  out.family_port.store(static_cast<std::uint64_t>(address.ss_family) << 16 | port, std::memory_order_relaxed);
 }
 
 }  // namespace
 
-const char* to_string(LaneReason r) noexcept {
-  switch (r) {
-    case LaneReason::none:
-      return "none";
-    case LaneReason::below_threshold:
-      return "below_threshold";
-    case LaneReason::policy_tcp:
-      return "policy_tcp";
-    case LaneReason::no_peer:
-      return "no_peer";
-    case LaneReason::wrong_owner:
-      return "wrong_owner";
-    case LaneReason::version:
-      return "version";
-    case LaneReason::refused:
-      return "refused";
-    case LaneReason::no_resources:
-      return "no_resources";
-    case LaneReason::foreign_use:
-      return "foreign_use";
-    case LaneReason::second_process:
-      return "second_process";
-    case LaneReason::mode:
-      return "mode";
-    case LaneReason::exec:
-      return "exec";
-    case LaneReason::peer_gone:
-      return "peer_gone";
-    case LaneReason::protocol_error:
-      return "protocol_error";
-    case LaneReason::not_tcp:
-      return "not_tcp";
-  }
-  return "?";
+const char* to_string(LaneReason r) noexcept { return row_of(r).name; }
+const char* explain(LaneReason r) noexcept { return row_of(r).text; }
+const char* hint(LaneReason r) noexcept { return row_of(r).hint; }
+
+EndpointText format_endpoint(std::uint64_t family_port, const std::uint64_t address[2]) noexcept {
+  EndpointText out;
+  const auto family = static_cast<int>(family_port >> 16 & 0xffff);
+  char ip[INET6_ADDRSTRLEN];
+  if ((family != AF_INET && family != AF_INET6) || inet_ntop(family, address, ip, sizeof ip) == nullptr) return out;
+  char text[64];
+  const char* format = family == AF_INET ? "%s:%u" : "[%s]:%u";
+  const int n = std::snprintf(text, sizeof text, format, ip, static_cast<unsigned>(family_port & 0xffff));
+  out.assign({text, static_cast<std::size_t>(n)});
+  return out;
+}
+
+void ConnStats::set_addresses(const sockaddr_storage& from, const sockaddr_storage& to) noexcept {
+  const std::uint32_t before = change.load(std::memory_order_relaxed);
+  change.store(before | 1, std::memory_order_relaxed);
+  std::atomic_thread_fence(std::memory_order_release);
+  store_endpoint(local, from);
+  store_endpoint(remote, to);
+  change.store((before | 1) + 1, std::memory_order_release);
 }
 
 ConnStats* acquire_stats(int fd) noexcept {
-  Registry& r = registry();
-  (void)r.lock.lock();
-  ConnStats* s = nullptr;
-  if (r.closed_count >= kListed) {
-    ConnStats** last = &r.closed;
-    while ((*last)->next != nullptr) last = &(*last)->next;
-    s = *last;
-    *last = nullptr;
-    --r.closed_count;
-  } else {
-    s = static_cast<ConnStats*>(std::aligned_alloc(64, sizeof(ConnStats)));
+  const std::uint32_t pid = own_pid();
+  if (process.pid.load(std::memory_order_acquire) != pid) start_anew(pid);
+  process.totals.sockets.fetch_add(1, std::memory_order_relaxed);
+  for (std::size_t i = 0; i < kMaxTables; ++i) {
+    StatsHeader* table = process.tables[i].load(std::memory_order_acquire);
+    if (table == nullptr) {
+      const PidLock lock(process.table_lock, pid);
+      table = process.tables[i].load(std::memory_order_acquire);
+      if (table == nullptr) table = make_table(i == 0, pid);
+      process.tables[i].store(table, std::memory_order_release);
+      if (table == nullptr) break;
+    }
+    if (ConnStats* s = take_slot(table)) {
+      begin(s, fd);
+      table->connections.fetch_add(1, std::memory_order_relaxed);
+      return s;
+    }
   }
-  if (s != nullptr) {
-    new (s) ConnStats;
-    s->fd = fd;
-    s->live = true;
-    s->next = r.live;
-    r.live = s;
-  }
-  r.lock.unlock();
-  return s;
+  return &sink;
 }
 
 void release_stats(ConnStats* s) noexcept {
-  Registry& r = registry();
-  (void)r.lock.lock();
-  unlink(r.live, s);
-  r.total.take(*s);
-  s->live = false;
-  s->next = r.closed;
-  r.closed = s;
-  ++r.closed_count;
-  r.lock.unlock();
+  const std::uint32_t pid = own_pid();
+  if (process.pid.load(std::memory_order_acquire) != pid) return;
+  StatsHeader* table = table_of(s);
+  if (table == nullptr) return;
+  process.totals.add(*s);
+  if (process.closed != nullptr && process.keep_closed.load(std::memory_order_relaxed)) {
+    const PidLock lock(process.history_lock, pid);
+    process.closed->push(*s);
+  }
+  const auto slot = static_cast<std::size_t>(s - slots_of(table));
+  table->used[slot / 64].fetch_and(~(std::uint64_t{1} << (slot % 64)), std::memory_order_release);
 }
 
-void forget_stats_in_child() noexcept { new (&registry()) Registry; }
+int stats_fd() noexcept {
+  const int fd = process.fd.load(std::memory_order_relaxed);
+  return process.pid.load(std::memory_order_acquire) == own_pid() ? fd : -1;
+}
 
-void write_stats_report(const Options& options) noexcept {
-  try {
-    Registry& r = registry();
-    std::string out;
-    (void)r.lock.lock();
-    Sum sum = r.total;
-    for (const ConnStats* s = r.live; s != nullptr; s = s->next) sum.take(*s);
-    char program[64] = "?";
-    const long fd = rdma::sys::call(SYS_openat, AT_FDCWD, rdma::sys::arg("/proc/self/comm"), O_RDONLY | O_CLOEXEC);
-    if (fd >= 0) {
-      const long n = rdma::sys::call(SYS_read, fd, rdma::sys::arg(program), sizeof program - 1);
-      program[n > 0 ? n - 1 : 0] = '\0';
-      rdma::sys::call(SYS_close, fd);
-    }
-    for (char* c = program; *c != '\0'; ++c)
-      if (*c < ' ' || *c == '"' || *c == '\\' || *c > '~') *c = '?';
-    print(out, "{\"pid\":%ld,\"program\":\"%s\",\"sockets\":%llu,", rdma::sys::call(SYS_getpid), program,
-          static_cast<unsigned long long>(sum.sockets));
-    print(out, "\"lanes\":{\"local\":%llu,\"ib\":%llu,\"rnic\":%llu},\"bytes\":{", static_cast<unsigned long long>(sum.lanes[1]),
-          static_cast<unsigned long long>(sum.lanes[2]), static_cast<unsigned long long>(sum.lanes[3]));
-    print_traffic(out, "lane", sum.lane[0], sum.lane[1]);
-    out += ",";
-    print_traffic(out, "tcp", sum.tcp[0], sum.tcp[1]);
-    out += "},\"messages\":{";
-    print_traffic(out, "lane", sum.lane[2], sum.lane[3]);
-    out += ",";
-    print_traffic(out, "tcp", sum.tcp[2], sum.tcp[3]);
-    print(out, "},\"switches\":{\"up\":%llu,\"down\":%llu},\"reasons\":{", static_cast<unsigned long long>(sum.up),
-          static_cast<unsigned long long>(sum.down));
-    bool first = true;
-    for (int i = 1; i < kLaneReasons; ++i) {
-      if (sum.reasons[i] == 0) continue;
-      print(out, "%s\"%s\":%llu", first ? "" : ",", to_string(static_cast<LaneReason>(i)),
-            static_cast<unsigned long long>(sum.reasons[i]));
-      first = false;
-    }
-    out += "},\"connections\":[";
-    first = true;
-    for (const ConnStats* list : {static_cast<const ConnStats*>(r.live), static_cast<const ConnStats*>(r.closed)}) {
-      for (const ConnStats* s = list; s != nullptr; s = s->next) {
-        if (!first) out += ",";
-        print_connection(out, *s);
-        first = false;
-      }
-    }
-    out += "]}\n";
-    r.lock.unlock();
-    const std::string path = expand(options.stats_file);
-    const long file =
-        rdma::sys::call(SYS_openat, AT_FDCWD, rdma::sys::arg(path.c_str()), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-    if (file < 0) {
-      RDMA_LOG(error, "SDP_STATS: %s cannot be written: %s", path.c_str(), std::strerror(static_cast<int>(-file)));
-      return;
-    }
-    std::size_t done = 0;
-    while (done < out.size()) {
-      const long n = rdma::sys::call(SYS_write, file, rdma::sys::arg(out.data() + done), static_cast<long>(out.size() - done));
-      if (n <= 0) break;
-      done += static_cast<std::size_t>(n);
-    }
-    rdma::sys::call(SYS_close, file);
-  } catch (...) {
-    RDMA_LOG(error, "SDP_STATS: no memory for the report");
+void set_stats_fd_mover(int (*mover)(int fd)) noexcept { fd_mover.store(mover, std::memory_order_relaxed); }
+
+void keep_closed_connections(bool keep) noexcept {
+  if (keep && process.closed == nullptr) {
+    void* p = mmap(nullptr, sizeof(ClosedConnections), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) return;
+    process.closed = new (p) ClosedConnections;
+  }
+  process.keep_closed.store(keep, std::memory_order_relaxed);
+}
+
+ConnView view_of(const ConnStats& s) noexcept {
+  ConnView v;
+  v.fd = s.fd.load(std::memory_order_relaxed);
+  v.cookie = s.cookie.load(std::memory_order_relaxed);
+  const auto endpoint = [](const EndpointWords& e) noexcept {
+    const std::uint64_t address[2] = {e.address[0].load(std::memory_order_relaxed), e.address[1].load(std::memory_order_relaxed)};
+    return format_endpoint(e.family_port.load(std::memory_order_relaxed), address);
+  };
+  v.local = endpoint(s.local);
+  v.remote = endpoint(s.remote);
+  const auto traffic = [](const Traffic& t) noexcept {
+    return TrafficView{t.bytes_sent.get(), t.messages_sent.get(), t.bytes_received.get(), t.messages_received.get()};
+  };
+  v.lane = traffic(s.lane);
+  v.tcp = traffic(s.tcp);
+  v.switches_up = s.switches_up.get();
+  v.switches_down = s.switches_down.get();
+  v.credits_send = s.credits_send.load(std::memory_order_relaxed);
+  v.credits_recv = s.credits_recv.load(std::memory_order_relaxed);
+  v.reason = s.reason.load(std::memory_order_relaxed);
+  v.transport = s.transport.load(std::memory_order_relaxed);
+  v.had_lanes = s.had_lanes.load(std::memory_order_relaxed);
+  return v;
+}
+
+void ProcessTotals::reset() noexcept {
+  for (auto* counter : {&sockets, &lane[0], &lane[1], &lane[2], &lane[3], &tcp[0], &tcp[1], &tcp[2], &tcp[3], &up, &down})
+    counter->store(0, std::memory_order_relaxed);
+  for (auto& lanes_of : lanes) lanes_of.store(0, std::memory_order_relaxed);
+  for (auto& count : reasons) count.store(0, std::memory_order_relaxed);
+}
+
+void ProcessTotals::add(const ConnStats& s) noexcept {
+  const auto bump = [](std::atomic<std::uint64_t>& a, std::uint64_t n) noexcept {
+    if (n != 0) a.fetch_add(n, std::memory_order_relaxed);
+  };
+  const ConnView v = view_of(s);
+  const auto traffic = [&](std::atomic<std::uint64_t>(&sum)[4], const TrafficView& t) noexcept {
+    bump(sum[0], t.bytes_sent);
+    bump(sum[1], t.messages_sent);
+    bump(sum[2], t.bytes_received);
+    bump(sum[3], t.messages_received);
+  };
+  traffic(lane, v.lane);
+  traffic(tcp, v.tcp);
+  bump(up, v.switches_up);
+  bump(down, v.switches_down);
+  for (std::size_t t = 0; t < kTransports; ++t) bump(lanes[t], v.had_lanes >> t & 1);
+  if (v.reason != LaneReason::none && static_cast<std::size_t>(v.reason) < kLaneReasons)
+    bump(reasons[static_cast<std::size_t>(v.reason)], 1);
+}
+
+void ClosedConnections::push(const ConnStats& s) noexcept { item[count++ % kMaxReported] = view_of(s); }
+
+bool is_own_process() noexcept { return process.pid.load(std::memory_order_acquire) == own_pid(); }
+const ProcessTotals& process_totals() noexcept { return process.totals; }
+const ClosedConnections* closed_connections() noexcept { return process.closed; }
+
+void for_each_open(void (*each)(const ConnStats&, void* context), void* context) noexcept {
+  if (!is_own_process()) return;
+  for (auto& entry : process.tables) {
+    StatsHeader* table = entry.load(std::memory_order_acquire);
+    if (table == nullptr) return;
+    for (std::size_t i = 0; i < kStatsSlots; ++i)
+      if ((table->used[i / 64].load(std::memory_order_acquire) >> (i % 64) & 1) != 0) each(slots_of(table)[i], context);
   }
 }
+
+const char* library_version() noexcept { return SDPRELOAD_VERSION; }
 
 }  // namespace sdp
