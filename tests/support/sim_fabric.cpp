@@ -9,10 +9,10 @@
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <cassert>
 #include <climits>
 #include <cstdarg>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <map>
@@ -291,6 +291,7 @@ struct State {
   void on_ack(const RequestPtr& r, WcStatus status);
   void cut_wire(QpCore& qp);
   void enter_error(QpCore& qp);
+  void ignore_inbound(QpCore& qp);
   void drop_all(QpCore& qp);
   void tell_peer_of_end(const QpCore& qp);
 
@@ -435,7 +436,12 @@ class SimPd final : public Pd {
   Result<std::unique_ptr<Mr>> register_memory(std::span<std::byte> memory, Access access) override {
     if (!state_.usable(side_)) return fail(ENODEV, "sim: device is gone");
     if (memory.empty()) return fail(EINVAL, "sim: empty memory");
-    return add(memory, access, false);
+    const auto& mrs = state_.at(side_).mrs;
+    const bool in_extent = std::any_of(mrs.begin(), mrs.end(), [&](const auto& entry) {
+      const MrCore& mr = entry.second;
+      return mr.extent && mr.pd == number_ && memory.data() >= mr.addr && memory.data() + memory.size() <= mr.addr + mr.length;
+    });
+    return add(memory, access, in_extent, false);
   }
   Result<std::unique_ptr<Mr>> map_extent(std::size_t bytes) override {
     if (!state_.usable(side_)) return fail(ENODEV, "sim: device is gone");
@@ -444,7 +450,7 @@ class SimPd final : public Pd {
     bytes = (bytes + page - 1) & ~(page - 1);
     void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p == MAP_FAILED) return fail(ENOMEM, "sim: extent");
-    return add({static_cast<std::byte*>(p), bytes}, Access::local_write | Access::remote_write | Access::remote_read, true);
+    return add({static_cast<std::byte*>(p), bytes}, Access::local_write | Access::remote_write | Access::remote_read, true, true);
   }
   Result<std::unique_ptr<Qp>> create_qp(const QpInit& init) override {
     if (!state_.usable(side_)) return fail(ENODEV, "sim: device is gone");
@@ -470,10 +476,10 @@ class SimPd final : public Pd {
   }
 
  private:
-  Result<std::unique_ptr<Mr>> add(std::span<std::byte> memory, Access access, bool extent) {
+  Result<std::unique_ptr<Mr>> add(std::span<std::byte> memory, Access access, bool extent, bool owned) {
     const std::uint32_t key = state_.next_key;
     state_.next_key += static_cast<std::uint32_t>(state_.pick(1, 0x1000));
-    auto mr = std::make_unique<SimMr>(state_, side_, key, extent);
+    auto mr = std::make_unique<SimMr>(state_, side_, key, owned);
     mr->addr = memory.data();
     mr->length = memory.size();
     mr->lkey = Lkey{key};
@@ -694,8 +700,7 @@ void State::pump(QpCore& qp) {
 
 void State::acknowledge(const RequestPtr& r, WcStatus status, Nanos extra, Nanos not_before) {
   Nanos when = std::max(not_before, clock.now() + extra + delay());
-  if (QpCore* sender = find(r->from); sender != nullptr && r->opcode != WrOpcode::rdma_read)
-    when = sender->last_ack = std::max(sender->last_ack, when);
+  if (QpCore* sender = find(r->from); sender != nullptr) when = sender->last_ack = std::max(sender->last_ack, when);
   at_time(when, [this, r, status] { on_ack(r, status); });
 }
 
@@ -739,6 +744,13 @@ void State::cut_wire(QpCore& qp) {
   }
 }
 
+/// Requests that arrived and wait for a receive get no answer any more. On an RNIC the end of the stream tells the sender.
+void State::ignore_inbound(QpCore& qp) {
+  if (!rnic())
+    for (const RequestPtr& r : qp.inbound) acknowledge(r, WcStatus::retry_exceeded, options.retry_timeout);
+  qp.inbound.clear();
+}
+
 void State::enter_error(QpCore& qp) {
   if (qp.state == QpState::error) return;
   const bool connected = qp.state == QpState::rtr || qp.state == QpState::rts || qp.state == QpState::sqd;
@@ -751,8 +763,7 @@ void State::enter_error(QpCore& qp) {
     complete_send(qp, *r, r->done && r->status == WcStatus::success ? WcStatus::success : WcStatus::flushed);
   }
   while (!qp.recvs.empty()) complete_recv(qp, WcStatus::flushed, 0, true);
-  for (const RequestPtr& r : qp.inbound) acknowledge(r, WcStatus::retry_exceeded, options.retry_timeout);
-  qp.inbound.clear();
+  ignore_inbound(qp);
   qp.reads_outstanding = 0;
   if (connected) tell_peer_of_end(qp);
 }
@@ -767,8 +778,7 @@ void State::drop_all(QpCore& qp) {
   for (const RecvWr& wr : qp.recvs) unpost(qp, wr);
   side.returned_recvs += qp.recvs.size();
   qp.recvs.clear();
-  for (const RequestPtr& r : qp.inbound) acknowledge(r, WcStatus::retry_exceeded, options.retry_timeout);
-  qp.inbound.clear();
+  ignore_inbound(qp);
   qp.slots_used = qp.slots_silent = qp.signalled_unpolled = qp.reads_outstanding = 0;
   qp.state = QpState::error;
 }
@@ -776,7 +786,9 @@ void State::drop_all(QpCore& qp) {
 /// An RNIC's connection is a TCP stream: its end is seen at the other side, after what was sent before. InfiniBand says nothing.
 void State::tell_peer_of_end(const QpCore& qp) {
   if (!rnic() || qp.dest == 0) return;
-  at_time(std::max(qp.last_arrival, clock.now() + delay()), [this, from = qp.qpn, dest = qp.dest] {
+  const QpCore* other = find(qp.dest);
+  const Nanos sent_before = std::max(qp.last_arrival, other != nullptr ? other->last_ack : 0);
+  at_time(std::max(sent_before, clock.now() + delay()), [this, from = qp.qpn, dest = qp.dest] {
     QpCore* peer = find(dest);
     if (peer != nullptr && peer->dest == from && at(peer->side).alive) enter_error(*peer);
   });
@@ -938,7 +950,11 @@ SimFabric::SimFabric(const SimOptions& options) : state_(std::make_unique<detail
   for (Side side : {Side::a, Side::b}) state_->at(side).device = std::make_unique<SimDevice>(*state_, side);
 }
 
-SimFabric::~SimFabric() { assert(state_->qps.empty() && "a Qp outlives its fabric"); }
+SimFabric::~SimFabric() {
+  if (state_->qps.empty()) return;
+  std::fprintf(stderr, "sim: a Qp outlives its fabric\n");
+  std::abort();
+}
 
 const SimOptions& SimFabric::options() const noexcept { return state_->options; }
 Device& SimFabric::device(Side side) noexcept { return *state_->at(side).device; }
@@ -957,6 +973,15 @@ void SimFabric::connect(Qp& active, Qp& passive) {
   move_to_rts(active, state_->options.flavour, passive.qpn(), true, state_->options.max_read_outstanding);
 }
 
+namespace {
+void must_move(Qp& qp, const QpAttributes& attr) {
+  const auto moved = qp.modify(attr);
+  if (moved) return;
+  std::fprintf(stderr, "sim: a move to %s failed: %s\n", to_string(attr.state), moved.error().what);
+  std::abort();
+}
+}  // namespace
+
 void move_to_init(Qp& qp, NodeType flavour) {
   QpAttributes attr;
   attr.state = QpState::init;
@@ -973,8 +998,7 @@ void move_to_init(Qp& qp, NodeType flavour) {
     ib.port = 1;
     attr.transport = ib;
   }
-  [[maybe_unused]] auto moved = qp.modify(attr);
-  assert(moved);
+  must_move(qp, attr);
 }
 
 void move_to_rts(Qp& qp, NodeType flavour, Qpn peer, bool active, std::uint32_t max_read_outstanding) {
@@ -1004,12 +1028,10 @@ void move_to_rts(Qp& qp, NodeType flavour, Qpn peer, bool active, std::uint32_t 
   }
   if (legal_move(flavour, qp.state(), QpState::rtr)) {
     attr.state = QpState::rtr;
-    [[maybe_unused]] auto moved = qp.modify(attr);
-    assert(moved);
+    must_move(qp, attr);
   }
   attr.state = QpState::rts;
-  [[maybe_unused]] auto moved = qp.modify(attr);
-  assert(moved);
+  must_move(qp, attr);
 }
 
 bool SimFabric::step() {

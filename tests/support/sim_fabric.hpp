@@ -75,7 +75,7 @@ namespace detail {
 struct State;
 }  // namespace detail
 
-/// The moves a CM makes on this fabric. The Qp may be wrapped. What fails is a mistake of the test's and asserts.
+/// The moves a CM makes on this fabric. The Qp may be wrapped. What fails is a mistake of the test and aborts.
 void move_to_init(Qp& qp, NodeType flavour);
 void move_to_rts(Qp& qp, NodeType flavour, Qpn peer, bool active, std::uint32_t max_read_outstanding = 1);
 
