@@ -30,7 +30,7 @@ std::vector<std::byte> pattern(std::size_t bytes, unsigned seed) {
   return out;
 }
 
-bool same(const std::byte* a, const std::vector<std::byte>& b) { return std::memcmp(a, b.data(), b.size()) == 0; }
+bool same(const std::byte* a, const std::vector<std::byte>& b) { return b.empty() || std::memcmp(a, b.data(), b.size()) == 0; }
 
 Post send(End& end, const std::vector<std::byte>& bytes, std::uint8_t flags = kInline, std::uint64_t id = 0) {
   const Sge sge = sge_of(bytes.data(), bytes.size());
