@@ -367,11 +367,11 @@ BOOST_AUTO_TEST_CASE(threads_write_whole_packets) {
   auto capture = Capture::open(file.c_str());
   BOOST_REQUIRE(capture);
   constexpr std::uint32_t kThreads = 4, kMessagesEach = 500;
+  const auto client = address("127.0.0.1", 1000), server = address("127.0.0.1", 2000);  // Boost's checks are for one thread
   std::vector<std::thread> threads;
   for (std::uint32_t t = 0; t < kThreads; ++t) {
     threads.emplace_back([&, t] {
-      const std::uint32_t conn =
-          capture->add_connection({address("127.0.0.1", 1000), address("127.0.0.1", 2000), 100 + t, 200 + t, true});
+      const std::uint32_t conn = capture->add_connection({client, server, 100 + t, 200 + t, true});
       std::array<std::byte, 16> header;
       const std::vector<std::byte> payload(t * 1000 + 1);
       for (std::uint32_t i = 1; i <= kMessagesEach; ++i) {
