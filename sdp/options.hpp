@@ -53,7 +53,7 @@ class Text {
   bool assign(std::string_view s) noexcept {
     const bool fits = s.size() < N;
     size_ = fits ? s.size() : 0;
-    std::memcpy(data_, s.data(), size_);
+    if (size_ != 0) std::memcpy(data_, s.data(), size_);
     data_[size_] = '\0';
     return fits;
   }
