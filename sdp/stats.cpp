@@ -309,6 +309,10 @@ void release_stats(ConnStats* s) noexcept {
   table->used[slot / 64].fetch_and(~(std::uint64_t{1} << (slot % 64)), std::memory_order_release);
 }
 
+void forget_stats_in_child() noexcept {
+  if (process.pid.load(std::memory_order_acquire) != 0) start_anew(own_pid());
+}
+
 int stats_fd() noexcept {
   const int fd = process.fd.load(std::memory_order_relaxed);
   return process.pid.load(std::memory_order_acquire) == own_pid() ? fd : -1;

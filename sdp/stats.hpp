@@ -140,6 +140,9 @@ ConnStats* acquire_stats(int fd) noexcept;
 /// The connection is gone: its counters go into the process's totals. The slot is used for another one at once. Ignored for slots
 /// of the parent.
 void release_stats(ConnStats* stats) noexcept;
+/// In a fork's child: lets go of the parent's table at once. Not needed for the counts, which the first acquire_stats() sets right,
+/// but until then the child keeps the parent's memfd open.
+void forget_stats_in_child() noexcept;
 /// The table's descriptor (-1: none), which the program must not close.
 int stats_fd() noexcept;
 /// How the table's descriptor is moved out of the program's way; the function takes a descriptor and returns the one to keep.
