@@ -1,82 +1,85 @@
-// sdp: runs programs under the library and tells what its settings are.
-#include <unistd.h>
-
+// `sdp`: runs programs over SDP and shows what the library does.
 #include <CLI/CLI.hpp>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <filesystem>
-#include <string>
-#include <vector>
+#include <string_view>
 
-#include "sdp/options.hpp"
+#include "cli/commands.hpp"
+#include "sdp/stats.hpp"
 
 namespace {
 
-/// libsdpreload.so beside the command: ../lib of the build tree and of an installation alike.
-std::string library_path() {
-  std::error_code error;
-  const auto self = std::filesystem::read_symlink("/proc/self/exe", error);
-  const auto lib = self.parent_path().parent_path() / "lib" / "libsdpreload.so";
-  return std::filesystem::exists(lib, error) ? lib.string() : std::string();
-}
+struct RunOption {
+  const char* flag;
+  const char* variable;
+  const char* help;
+};
+constexpr RunOption kRunOptions[] = {
+    {"--policy", "SDP_POLICY", "both (a lane if one can be had), sdp or tcp"},
+    {"--transport", "SDP_TRANSPORT", "auto, or a list of local, ib and rnic"},
+    {"--config", "SDP_CONFIG", "file of rules in libsdp's grammar"},
+    {"--stats", "SDP_STATS", "write a JSON report to this file at exit; %p is the process id"},
+    {"--log", "SDP_LOG", "off, error, warn, info or debug, then perhaps :FILE"},
+    {"--pcap", "SDP_PCAP", "write a capture for tshark to this file; %p is the process id"},
+};
 
-int run(const std::vector<std::string>& words) {
-  const std::string lib = library_path();
-  if (lib.empty()) {
-    std::fprintf(stderr, "sdp: libsdpreload.so is not in ../lib beside this command; install or build it there\n");
-    return 127;
+/// Where the program begins among the arguments of `sdp run`: behind our options. Everything from there on belongs to the program,
+/// so the parser of our own options never sees it, however much it looks like them.
+int program_index(int argc, char** argv) {
+  int i = 2;
+  while (i < argc) {
+    const std::string_view arg = argv[i];
+    if (arg == "--") return i + 1;
+    if (arg.size() < 2 || arg[0] != '-') return i;
+    bool takes_next = false;
+    for (const RunOption& o : kRunOptions) takes_next = takes_next || arg == o.flag;
+    i += takes_next ? 2 : 1;
   }
-  const char* before = std::getenv("LD_PRELOAD");
-  const std::string preload = before != nullptr && *before != '\0' ? lib + ":" + before : lib;
-  setenv("LD_PRELOAD", preload.c_str(), 1);
-  std::vector<char*> argv;
-  for (const std::string& word : words) argv.push_back(const_cast<char*>(word.c_str()));
-  argv.push_back(nullptr);
-  execvp(argv[0], argv.data());
-  std::fprintf(stderr, "sdp: %s: %s\n", argv[0], std::strerror(errno));
-  return errno == ENOENT ? 127 : 126;
-}
-
-void show_settings() {
-  std::size_t count = 0;
-  const sdp::OptionText* texts = sdp::option_texts(&count);
-  for (std::size_t i = 0; i < count; ++i) {
-    const char* value = std::getenv(texts[i].variable);
-    const bool set = value != nullptr && *value != '\0';
-    std::printf("%-22s %s\n%22s default: %s%s%s, in force: %s%s\n", texts[i].variable, texts[i].meaning, "",
-                *texts[i].fallback != '\0' ? texts[i].fallback : "none", *texts[i].unit != '\0' ? " " : "", texts[i].unit,
-                set ? value : (*texts[i].fallback != '\0' ? texts[i].fallback : "none"), set ? "" : " (default)");
-  }
-  const sdp::Options options = sdp::parse_options();  // complains about what is wrong
-  if (options.policy == sdp::Family::tcp) std::printf("With these settings every connection stays on TCP.\n");
+  return argc;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app{"sdp: unmodified TCP programs over the Sockets Direct Protocol"};
+  CLI::App app{"Carries the TCP connections of unmodified programs over SDP.", "sdp"};
+  app.set_version_flag("--version", std::string("sdp ") + sdp::library_version());
   app.require_subcommand(1);
-  app.set_version_flag("--version", "sdp 0.1.0");
+  app.footer("Try: sdp run --stats report.json PROGRAM ARGS\n     sdp stat");
 
-  std::string policy, stats, log;
-  std::vector<std::string> words;
-  CLI::App* run_command = app.add_subcommand("run", "run a program under the library");
-  run_command->add_option("--policy", policy, "SDP_POLICY for this run");
-  run_command->add_option("--stats", stats, "SDP_STATS for this run: a JSON report at exit");
-  run_command->add_option("--log", log, "SDP_LOG for this run");
-  run_command->add_option("program", words, "program and its arguments")->required();
-  run_command->positionals_at_end();
-  run_command->prefix_command(false);
-  CLI::App* env_command = app.add_subcommand("env", "every setting: meaning, default, value in force");
+  CLI::App* run = app.add_subcommand("run", "Run a program with the library: sdp run [OPTIONS] [--] PROGRAM ARGS");
+  std::string values[std::size(kRunOptions)];
+  for (std::size_t i = 0; i < std::size(kRunOptions); ++i)
+    run->add_option(kRunOptions[i].flag, values[i], std::string(kRunOptions[i].help) + " (" + kRunOptions[i].variable + ")");
+  run->footer("Every other setting is an environment variable: see sdp env.");
 
-  CLI11_PARSE(app, argc, argv);
-  if (env_command->parsed()) {
-    show_settings();
-    return 0;
+  bool as_json = false;
+  CLI::App* env = app.add_subcommand("env", "Show every variable: meaning, default, value in force, and what is wrong with it");
+  env->add_flag("--json", as_json, "as JSON");
+
+  std::vector<pid_t> pids;
+  CLI::App* stat = app.add_subcommand("stat", "Show the TCP connections of running programs, and what carries them");
+  stat->add_flag("--json", as_json, "as JSON");
+  stat->add_option("PID", pids, "processes to look at; all when none is named")->check(CLI::PositiveNumber);
+
+  CLI::App* devices = app.add_subcommand("devices", "Show the devices that can carry lanes");
+
+  const bool is_run = argc > 1 && std::strcmp(argv[1], "run") == 0;
+  const int program = is_run ? program_index(argc, argv) : argc;
+  const int ours =
+      is_run && program <= argc && program > 2 && std::strcmp(argv[program - 1], "--") == 0 ? program - 1 : std::min(program, argc);
+  CLI11_PARSE(app, ours, argv);
+
+  if (run->parsed()) {
+    if (program >= argc) {
+      std::fprintf(stderr, "sdp run: name a program: sdp run [OPTIONS] [--] PROGRAM ARGS\n");
+      return 2;
+    }
+    std::vector<cli::Setting> settings;
+    for (std::size_t i = 0; i < std::size(kRunOptions); ++i)
+      if (run->count(kRunOptions[i].flag) != 0) settings.push_back({kRunOptions[i].variable, values[i]});
+    return cli::run(settings, argv + program);
   }
-  if (!policy.empty()) setenv("SDP_POLICY", policy.c_str(), 1);
-  if (!stats.empty()) setenv("SDP_STATS", stats.c_str(), 1);
-  if (!log.empty()) setenv("SDP_LOG", log.c_str(), 1);
-  return run(words);
+  if (env->parsed()) return cli::env(as_json);
+  if (stat->parsed()) return cli::stat(as_json, pids);
+  return devices->parsed() ? cli::devices() : 2;
 }

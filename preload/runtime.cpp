@@ -21,7 +21,7 @@ class SoftwareOnly final : public sdp::engine::Composition {
  public:
   static std::unique_ptr<sdp::engine::Composition> make(const sdp::Options& options) {
     auto mine = std::make_unique<SoftwareOnly>();
-    auto built = rdma::make_software_device(mine->registry_, options.rnic_flavour ? rdma::NodeType::rnic : rdma::NodeType::ib_ca);
+    auto built = rdma::make_software_device(mine->registry_, options.device_flavour);
     if (!built) {
       RDMA_LOG(warn, "the software device cannot be made: %s", built.error().what);
       return nullptr;

@@ -230,10 +230,10 @@ constexpr Row kTable[] = {
                                                                   "bytes", "a power of two from 512 to 1M"),
     row<Number<&Options::recv_buffer_max, 512, 1U << 20, true>>("SDP_RECV_BUFFER_MAX", "size to which they grow with the traffic",
                                                                 "bytes", "a power of two from 512 to 1M"),
-    row<Number<&Options::recv_buffers_initial, 4, 1024>>("SDP_RECV_BUFFERS_INITIAL", "number of a lane's receive buffers at first",
-                                                         "buffers", "a number from 4 to 1024"),
-    row<Number<&Options::recv_buffers, 4, 1024>>("SDP_RECV_BUFFERS", "number to which they grow with the traffic", "buffers",
-                                                 "a number from 4 to 1024"),
+    row<Number<&Options::recv_buffers_initial, 4, 128>>("SDP_RECV_BUFFERS_INITIAL", "number of a lane's receive buffers at first",
+                                                        "buffers", "a number from 4 to 128"),
+    row<Number<&Options::recv_buffers, 4, 128>>("SDP_RECV_BUFFERS", "number to which they grow with the traffic", "buffers",
+                                                "a number from 4 to 128"),
     row<Number<&Options::upgrade_messages, 0, UINT32_MAX>>("SDP_UPGRADE_MESSAGES",
                                                            "a connection gets a lane after so many sends and receives; 0: at once",
                                                            "messages", "a number from 0 to 4294967295"),
@@ -375,7 +375,7 @@ Options parse_options() noexcept {
   OptionProblems problems;
   Options o = parse_options(environment, problems);
   apply_log_options(o);
-  for (const OptionProblem& p : problems.all()) RDMA_LOG(warn, "%s", p.message.c_str());
+  for (const OptionProblem& p : problems.all()) RDMA_LOG(error, "%s", p.message.c_str());
   keep_closed_connections(!o.stats_file.empty());
   return o;
 }

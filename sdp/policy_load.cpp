@@ -119,7 +119,7 @@ void load() {
       made->rules = std::move(*result);
     } else {
       made->broken = true;
-      RDMA_LOG(warn, "%s; everything stays on TCP", to_string(result.error()).c_str());
+      RDMA_LOG(error, "%s; everything stays on TCP", to_string(result.error()).c_str());
     }
     for (const auto* list : {&made->rules.server, &made->rules.client})
       for (const PolicyRule& rule : *list)

@@ -81,7 +81,7 @@ struct Process {
   std::atomic<StatsHeader*> tables[kMaxTables]{};
   std::atomic<std::uint32_t> table_lock{0};  ///< pid of the process that adds a table
   std::atomic<int> fd{-1};
-  std::uint64_t inode = 0;
+  std::uint64_t device = 0, inode = 0;  ///< which file it is
   std::atomic<bool> keep_closed{false};
   std::atomic<std::uint32_t> history_lock{0};
   ProcessTotals totals;
@@ -116,7 +116,7 @@ class PidLock {
 };
 
 ConnStats* slots_of(StatsHeader* table) noexcept {
-  return reinterpret_cast<ConnStats*>(reinterpret_cast<std::byte*>(table) + kStatsHeaderBytes);
+  return static_cast<ConnStats*>(static_cast<void*>(reinterpret_cast<std::byte*>(table) + kStatsHeaderBytes));
 }
 
 void fill_header(StatsHeader* h, std::uint32_t pid) noexcept {
@@ -133,7 +133,7 @@ void fill_header(StatsHeader* h, std::uint32_t pid) noexcept {
 /// The memfd may be gone and its number be somebody else's by now: the program can close what it likes.
 bool still_ours(int fd) noexcept {
   struct stat st {};
-  return fd >= 0 && sys::call(SYS_fstat, fd, sys::arg(&st)) == 0 && st.st_ino == process.inode && S_ISREG(st.st_mode);
+  return fd >= 0 && sys::call(SYS_fstat, fd, sys::arg(&st)) == 0 && st.st_ino == process.inode && st.st_dev == process.device;
 }
 
 int make_memfd() noexcept {
@@ -158,6 +158,7 @@ StatsHeader* make_table(bool first, std::uint32_t pid) noexcept {
   if (fd >= 0) {
     struct stat st {};
     sys::call(SYS_fstat, fd, sys::arg(&st));
+    process.device = st.st_dev;
     process.inode = st.st_ino;
     process.fd.store(fd, std::memory_order_relaxed);
   }

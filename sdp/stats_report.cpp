@@ -115,6 +115,21 @@ void emit_traffic(Json& out, const char* key, const TrafficView& t) noexcept {
   out.end_object();
 }
 
+/// Connections that have not been worth a lane are tracked without their addresses; an open one can still tell them.
+void complete(ConnView& c) noexcept {
+  if (!c.local.empty() || c.fd < 0) return;
+  ConnStats asked;
+  sockaddr_storage local{}, remote{};
+  socklen_t size = sizeof local;
+  if (sys::call(SYS_getsockname, c.fd, sys::arg(&local), sys::arg(&size)) != 0) return;
+  size = sizeof remote;
+  if (sys::call(SYS_getpeername, c.fd, sys::arg(&remote), sys::arg(&size)) != 0) remote = {};
+  asked.set_addresses(local, remote);
+  const ConnView view = view_of(asked);
+  c.local = view.local;
+  c.remote = view.remote;
+}
+
 void emit_connection(Json& out, const ConnView& c, bool open) noexcept {
   out.object();
   out.integer("fd", c.fd)
@@ -190,7 +205,9 @@ bool emit_report(int fd) noexcept {
         auto& r = *static_cast<Rest*>(context);
         if (r.left == 0) return;
         --r.left;
-        emit_connection(r.out, view_of(s), true);
+        ConnView view = view_of(s);
+        complete(view);
+        emit_connection(r.out, view, true);
       },
       &rest);
   const ClosedConnections* closed = own ? closed_connections() : nullptr;

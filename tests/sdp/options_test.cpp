@@ -59,7 +59,7 @@ BOOST_AUTO_TEST_CASE(an_empty_environment_gives_the_defaults) {
 BOOST_AUTO_TEST_CASE(every_right_value_is_taken) {
   const Parsed p({"SDP_POLICY=sdp", "SDP_TRANSPORT=rnic,local", "SDP_CONFIG=/etc/a.conf", "SDP_LOG=debug:/tmp/x:%p",
                   "SDP_STATS=s.%p.json", "SDP_PCAP=c.pcapng", "SDP_SPIN_US=0", "SDP_RECV_BUFFER=4K", "SDP_RECV_BUFFER_MAX=1M",
-                  "SDP_RECV_BUFFERS_INITIAL=4", "SDP_RECV_BUFFERS=1024", "SDP_UPGRADE_MESSAGES=0", "SDP_UPGRADE_BYTES=128k",
+                  "SDP_RECV_BUFFERS_INITIAL=4", "SDP_RECV_BUFFERS=128", "SDP_UPGRADE_MESSAGES=0", "SDP_UPGRADE_BYTES=128k",
                   "SDP_DRAIN_MS=600000", "SDP_DEVICE_FLAVOUR=rnic"});
   BOOST_TEST(p.message() == "");
   BOOST_TEST((p.options.policy == Family::sdp));
@@ -74,7 +74,7 @@ BOOST_AUTO_TEST_CASE(every_right_value_is_taken) {
   BOOST_TEST(p.options.recv_buffer_bytes == 4096);
   BOOST_TEST(p.options.recv_buffer_max == 1048576);
   BOOST_TEST(p.options.recv_buffers_initial == 4);
-  BOOST_TEST(p.options.recv_buffers == 1024);
+  BOOST_TEST(p.options.recv_buffers == 128);
   BOOST_TEST(p.options.upgrade_messages == 0);
   BOOST_TEST(p.options.upgrade_bytes == 131072);
   BOOST_TEST(p.options.drain_ms == 600000);
@@ -95,7 +95,7 @@ BOOST_AUTO_TEST_CASE(a_wrong_value_is_named_with_what_is_accepted_and_the_defaul
       {"SDP_RECV_BUFFER=K", "a power of two"},
       {"SDP_RECV_BUFFER=99999999999999999999999", "a power of two"},
       {"SDP_RECV_BUFFER_MAX=2M", "a power of two"},
-      {"SDP_RECV_BUFFERS=3", "a number from 4 to 1024; 64 is used"},
+      {"SDP_RECV_BUFFERS=3", "a number from 4 to 128; 64 is used"},
       {"SDP_UPGRADE_BYTES=4096M", "a number from 0 to 4294967295"},
       {"SDP_LOG=loud", "off, error, warn, info or debug"},
       {"SDP_LOG=info:", "perhaps :FILE"},

@@ -248,11 +248,11 @@ BOOST_AUTO_TEST_CASE(the_table_can_be_found_among_the_descriptors_and_cannot_be_
 
     std::vector<std::byte> bytes(kStatsBytes);
     EXPECT(pread(fd, bytes.data(), bytes.size(), 0) == static_cast<ssize_t>(bytes.size()));
-    const auto* header = reinterpret_cast<const StatsHeader*>(bytes.data());
+    const auto* header = static_cast<const StatsHeader*>(static_cast<const void*>(bytes.data()));
     EXPECT(header->magic == kStatsMagic && header->version == kStatsVersion && header->pid == static_cast<std::uint32_t>(getpid()));
     EXPECT(std::memcmp(&header->magic, "SDPSTATS", 8) == 0);
     EXPECT(header->used[0].load() == 1);
-    const auto* slot = reinterpret_cast<const ConnStats*>(bytes.data() + kStatsHeaderBytes);
+    const auto* slot = static_cast<const ConnStats*>(static_cast<const void*>(bytes.data() + kStatsHeaderBytes));
     EXPECT(slot->fd.load() == 42 && slot->lane.bytes_sent.get() == 77 && slot->change.load() % 2 == 0);
     return true;
   });
