@@ -3,6 +3,8 @@
 
 #include <tuple>
 
+#include "tests/conformance/wrapped.hpp"
+
 namespace rdma::conformance {
 
 struct SimIb : SimDevices {
@@ -29,6 +31,19 @@ using SimWrapped = Wrapped<SimIb, TracedFaults>;
 
 using DeviceFixtures = std::tuple<SimIb, SimRnic, SimShared, SimBare, SimWrapped>;
 
+struct SimCmIb : SimManagers {
+  SimCmIb() : SimManagers({.seed = 5}, {}) {}
+};
+struct SimCmLossy : SimManagers {
+  SimCmLossy() : SimManagers({.seed = 6}, {.lose_percent = 40}) {}
+};
+struct SimCmRnic : SimManagers {
+  SimCmRnic() : SimManagers({.seed = 7, .flavour = NodeType::rnic}, {}) {}
+};
+
+using CmFixtures = std::tuple<SimCmIb, SimCmLossy, SimCmRnic>;
+
 }  // namespace rdma::conformance
 
+#include "tests/conformance/cm_conformance.hpp"
 #include "tests/conformance/device_conformance.hpp"

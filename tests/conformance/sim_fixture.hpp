@@ -1,8 +1,10 @@
 // Fixtures of the conformance suites on the simulated fabric.
 #pragma once
 
-#include "rdma_core/drivers/wrap/fault_device.hpp"
-#include "rdma_core/drivers/wrap/trace_device.hpp"
+#include <poll.h>
+
+#include <array>
+
 #include "tests/conformance/ends.hpp"
 #include "tests/support/sim_cm.hpp"
 #include "tests/support/sim_fabric.hpp"
@@ -32,45 +34,39 @@ class SimDevices {
   sim::SimFabric fabric_;
 };
 
-/// Any Fixture with its devices wrapped. Wrapper(Device&) makes one.
-template <class Inner, class Wrapper>
-class Wrapped {
+/// Both connection managers on a fabric; progress() is called only when the descriptor asks for it.
+class SimManagers {
  public:
-  Device& device(Side side) { return side == Side::a ? static_cast<Device&>(a_) : static_cast<Device&>(b_); }
-  void connect(const MakeQp& make) {
-    inner_.connect([&](Side side, Device&, const Path& path) -> Qp& { return make(side, device(side), path); });
+  SimManagers(const sim::SimOptions& options, sim::SimCmOptions cm_options)
+      : fabric_(options), cms_(fabric_, by_hand(cm_options)) {}
+  cm::ConnectionManager& cm(Side side) { return cms_.at(to_sim(side)); }
+  Device& device(Side side) { return fabric_.device(to_sim(side)); }
+  std::array<cm::Anchor, 2> anchors() { return sim::SimCmPair::anchors(++anchors_); }
+  bool pump() {
+    bool more = fabric_.step();
+    for (Side side : {Side::a, Side::b}) {
+      pollfd wanted{cm(side).fd(), POLLIN, 0};
+      if (poll(&wanted, 1, 0) != 1) continue;
+      cm(side).progress();
+      more = true;
+    }
+    return more;
   }
-  bool pump() { return inner_.pump(); }
-  void remove_device(Side side) requires requires(Inner& inner) { inner.remove_device(Side::a); }
-  { inner_.remove_device(side); }
-  void finish() { inner_.finish(); }
+  void kill(Side side) { fabric_.kill(to_sim(side)); }
+  void finish() {
+    fabric_.run_until_idle();
+    BOOST_TEST(fabric_.check() == "");
+  }
+  sim::SimFabric& fabric() { return fabric_; }
 
  private:
-  Inner inner_;
-  Wrapper a_{inner_.device(Side::a)};
-  Wrapper b_{inner_.device(Side::b)};
-};
-
-struct Transparent : wrap::Injector {
-  static Transparent& instance() {
-    static Transparent injector;
-    return injector;
+  static sim::SimCmOptions by_hand(sim::SimCmOptions options) {
+    options.auto_progress = false;
+    return options;
   }
-};
-struct Silent : wrap::TraceSink {
-  static Silent& instance() {
-    static Silent sink;
-    return sink;
-  }
-};
-/// Both wrappers, one round the other.
-struct TracedFaults {
-  explicit TracedFaults(Device& inner) : fault_(inner, Transparent::instance()), trace_(fault_, Silent::instance()) {}
-  operator Device&() { return trace_; }
-
- private:
-  wrap::FaultDevice fault_;
-  wrap::TraceDevice trace_;
+  sim::SimFabric fabric_;
+  sim::SimCmPair cms_;
+  std::uint16_t anchors_ = 0;
 };
 
 }  // namespace rdma::conformance
