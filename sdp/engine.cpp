@@ -17,6 +17,7 @@
 #include "rdma_core/base/clock.hpp"
 #include "rdma_core/base/log.hpp"
 #include "rdma_core/base/sys.hpp"
+#include "sdp/high_fd.hpp"
 #include "sdp/policy.hpp"
 #include "sdp/service.hpp"
 #include "sdp/stream_impl.hpp"
@@ -99,6 +100,8 @@ thread_local ThreadBell thread_bell;
 const Options& options() noexcept { return engine().options; }
 
 void configure(Compose compose, LaneListener listener) noexcept {
+  set_fd_keeper(&high_fd, &forget_helper_fd);
+  if (log_file_fd() >= 0) remember_helper_fd(log_file_fd());
   engine().compose = compose;
   engine().listener = listener;
 }
@@ -181,6 +184,7 @@ void free_lane_cell(void* cell) noexcept { engine().lanes.deallocate(cell); }
 
 Stream track(int fd, Role role) noexcept {
   Engine& e = engine();
+  report_option_problems();
   if (e.compose == nullptr || e.options.policy == Family::tcp) return {};
   StreamImpl* s = new_stream();
   if (s == nullptr) return {};

@@ -334,6 +334,23 @@ void settle(const Settings& settings, Options& o, OptionProblems& problems) noex
 }
 
 constinit std::atomic<int> log_fd{-1};
+constinit OptionProblems found_problems;  // by parse_options() of the process
+constinit std::atomic<bool> unreported{false};
+
+/// A relative path stays one when the whole would be too long.
+void make_absolute(PathText& path) noexcept {
+  if (path.empty() || path.view().front() == '/') return;
+  char whole[1024];
+  const long size = sys::call(SYS_getcwd, sys::arg(whole), sizeof whole);  // the NUL included
+  if (size <= 1 || whole[0] != '/') return;
+  std::size_t n = static_cast<std::size_t>(size) - 1;
+  if (n + 1 + path.view().size() >= sizeof whole) return;
+  // In the pattern of a report or a log a percent sign of the directory must stay one; rare enough to leave such a path alone.
+  if (std::memchr(whole, '%', n) != nullptr) return;
+  if (n > 1) whole[n++] = '/';
+  std::memcpy(whole + n, path.view().data(), path.view().size());
+  path.assign({whole, n + path.view().size()});
+}
 
 }  // namespace
 
@@ -372,12 +389,17 @@ Options parse_options(const char* const* environment, OptionProblems& problems) 
 Options parse_options() noexcept {
   // The environment of a set-user-id program is its caller's, and ours can name files to write.
   const char* const* environment = getauxval(AT_SECURE) != 0 ? nullptr : ::environ;
-  OptionProblems problems;
-  Options o = parse_options(environment, problems);
+  Options o = parse_options(environment, found_problems);
+  unreported.store(found_problems.count != 0, std::memory_order_release);
+  for (PathText* path : {&o.config_file, &o.log_file, &o.stats_file, &o.pcap_file}) make_absolute(*path);
   apply_log_options(o);
-  for (const OptionProblem& p : problems.all()) RDMA_LOG(error, "%s", p.message.c_str());
   keep_closed_connections(!o.stats_file.empty());
   return o;
+}
+
+void report_option_problems() noexcept {
+  if (!unreported.load(std::memory_order_relaxed) || !unreported.exchange(false, std::memory_order_acquire)) return;
+  for (const OptionProblem& p : found_problems.all()) RDMA_LOG(error, "%s", p.message.c_str());
 }
 
 void apply_log_options(const Options& options) noexcept {
@@ -397,7 +419,7 @@ void apply_log_options(const Options& options) noexcept {
     errno = saved_errno;
     return;
   }
-  keep_log_file(move_fd_high(static_cast<int>(fd)));
+  keep_log_file(keep_fd(static_cast<int>(fd)));
 }
 
 void keep_log_file(int fd) noexcept {

@@ -107,15 +107,20 @@ struct OptionProblems {
 /// `problems`.
 Options parse_options(const char* const* environment, OptionProblems& problems) noexcept;
 
-/// The process's: parses the environment, sets log level and destination, and logs what was wrong. Call once; keep the result.
+/// The process's: parses the environment and sets log level and destination. Call it once, at load, for programs overwrite their
+/// environment; keep the result. Paths become absolute, for daemons change their directory before they open a socket.
 Options parse_options() noexcept;
+
+/// Logs what parse_options() found wrong; once. Called when the program makes its first TCP connection: before, it is nobody's
+/// business, and a shell script would say it from every process that it starts. Cheap when there is nothing to say.
+void report_option_problems() noexcept;
 
 /// Sets level and destination of the log. A file that cannot be opened is said on standard error.
 void apply_log_options(const Options& options) noexcept;
 
-/// The descriptor of the log file, high-numbered and CLOEXEC, kept for good; -1 when there is none. The program must not close it.
+/// The descriptor of the log file, kept for good; -1 when there is none. keep_fd() gave it, perhaps before there was a keeper.
 int log_file_fd() noexcept;
-/// Makes `fd`, which is high-numbered and CLOEXEC, that descriptor.
+/// Makes `fd`, which keep_fd() gave, that descriptor.
 void keep_log_file(int fd) noexcept;
 
 /// One row of the table, as `sdp env` shows it.

@@ -79,7 +79,7 @@ int open_libsdp_log(const std::string& name) {
   struct stat st {};
   if (sys::call(SYS_fstat, fd, sys::arg(&st)) == 0 && S_ISREG(st.st_mode) && st.st_nlink == 1 &&
       static_cast<long>(st.st_uid) == uid)
-    return move_fd_high(static_cast<int>(fd));
+    return keep_fd(static_cast<int>(fd));
   sys::call(SYS_close, fd);
   return -1;
 }
@@ -151,7 +151,7 @@ rdma::Result<PolicyRules, PolicyError> load_policy(const char* filename) {
 }
 
 Family decide(const Options& options, Role role, const sockaddr_storage& local, const sockaddr_storage& remote) noexcept {
-  if (options.policy == Family::tcp) return Family::tcp;
+  if (options.policy == Family::tcp) return Family::tcp;  // SDP_POLICY=tcp switches everything off, rules or not
   const Loaded& l = rules_of(options);
   if (l.broken) return Family::tcp;
   return l.rules.decide(role, program_invocation_short_name, local, remote, options.policy);

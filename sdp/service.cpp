@@ -16,6 +16,7 @@
 #include "rdma_core/base/log.hpp"
 #include "rdma_core/base/sys.hpp"
 #include "sdp/anchor_address.hpp"
+#include "sdp/policy.hpp"
 
 namespace sdp {
 
@@ -211,7 +212,7 @@ void Service::begin(StreamImpl* stream, std::uint16_t generation) noexcept {
     if (sys::call(SYS_getpeername, stream->fd, sys::arg(&h.anchor.remote), sys::arg(&len)) != 0) refused = LaneReason::not_tcp;
     stream->cookie = h.anchor.cookie;
     if (stream->stats != nullptr) stream->stats->set_addresses(h.anchor.local, h.anchor.remote);
-    if (refused == LaneReason::none && !engine::policy_allows(stream->role, h.anchor)) refused = LaneReason::policy_tcp;
+    if (refused == LaneReason::none && !engine::policy_allows(stream->role, h.anchor)) refused = tcp_reason(options_);
     if (refused != LaneReason::none) stream->take_down_locked(refused);
   }
   stream->lock.unlock();

@@ -88,7 +88,6 @@ struct Process {
   ClosedConnections* closed = nullptr;
 };
 constinit Process process;
-constinit std::atomic<int (*)(int)> fd_mover{&move_fd_high};
 
 /// Where connections are counted when nothing else can be had: shared by all of them, read by nobody.
 constinit ConnStats sink;
@@ -141,7 +140,7 @@ int make_memfd() noexcept {
   if (fd < 0) return -1;
   const bool good = sys::call(SYS_ftruncate, fd, kStatsBytes) == 0 && sys::call(SYS_fchmod, fd, 0600) == 0 &&
                     sys::call(SYS_fcntl, fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0;
-  if (good) return fd_mover.load(std::memory_order_relaxed)(static_cast<int>(fd));
+  if (good) return keep_fd(static_cast<int>(fd));
   sys::call(SYS_close, fd);
   return -1;
 }
@@ -152,7 +151,7 @@ StatsHeader* make_table(bool first, std::uint32_t pid) noexcept {
   const int flags = fd >= 0 ? MAP_SHARED : MAP_SHARED | MAP_ANONYMOUS;
   void* p = mmap(nullptr, kStatsBytes, PROT_READ | PROT_WRITE, flags, fd, 0);
   if (p == MAP_FAILED) {
-    if (fd >= 0) sys::call(SYS_close, fd);
+    if (fd >= 0) forget_fd(fd), sys::call(SYS_close, fd);
     return nullptr;
   }
   if (fd >= 0) {
@@ -172,6 +171,7 @@ void start_anew(std::uint32_t pid) noexcept {
   const PidLock lock(process.renewing, pid);
   if (process.pid.load(std::memory_order_relaxed) == pid) return;
   const int fd = process.fd.exchange(-1, std::memory_order_relaxed);
+  if (fd >= 0) forget_fd(fd);
   if (still_ours(fd)) sys::call(SYS_close, fd);
   for (auto& table : process.tables) table.store(nullptr, std::memory_order_relaxed);
   process.totals.reset();
@@ -277,6 +277,7 @@ void ConnStats::set_addresses(const sockaddr_storage& from, const sockaddr_stora
 ConnStats* acquire_stats(int fd) noexcept {
   const std::uint32_t pid = own_pid();
   if (process.pid.load(std::memory_order_acquire) != pid) start_anew(pid);
+  report_option_problems();
   process.totals.sockets.fetch_add(1, std::memory_order_relaxed);
   for (std::size_t i = 0; i < kMaxTables; ++i) {
     StatsHeader* table = process.tables[i].load(std::memory_order_acquire);
@@ -318,8 +319,6 @@ int stats_fd() noexcept {
   const int fd = process.fd.load(std::memory_order_relaxed);
   return process.pid.load(std::memory_order_acquire) == own_pid() ? fd : -1;
 }
-
-void set_stats_fd_mover(int (*mover)(int fd)) noexcept { fd_mover.store(mover, std::memory_order_relaxed); }
 
 void keep_closed_connections(bool keep) noexcept {
   if (keep && process.closed == nullptr) {

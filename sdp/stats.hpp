@@ -143,11 +143,8 @@ void release_stats(ConnStats* stats) noexcept;
 /// In a fork's child: lets go of the parent's table at once. Not needed for the counts, which the first acquire_stats() sets right,
 /// but until then the child keeps the parent's memfd open.
 void forget_stats_in_child() noexcept;
-/// The table's descriptor (-1: none), which the program must not close.
+/// The table's descriptor, -1: none. keep_fd() gave it.
 int stats_fd() noexcept;
-/// How the table's descriptor is moved out of the program's way; the function takes a descriptor and returns the one to keep.
-/// Default: to a high number. Set it before the first acquire_stats().
-void set_stats_fd_mover(int (*mover)(int fd)) noexcept;
 /// Keeps the last 256 closed connections for the report. Set by parse_options() when there will be one.
 void keep_closed_connections(bool keep) noexcept;
 

@@ -184,7 +184,7 @@ void copy(const ProcessTotals& from, ProcessTotals& to) noexcept {
   for (std::size_t i = 0; i < kLaneReasons; ++i) one(from.reasons[i], to.reasons[i]);
 }
 
-bool emit_report(int fd) noexcept {
+bool emit_report(int fd, const Options& options) noexcept {
   const bool own = is_own_process();
   ProcessTotals totals;
   if (own) copy(process_totals(), totals);
@@ -193,6 +193,8 @@ bool emit_report(int fd) noexcept {
   Json out(fd);
   out.object();
   out.integer("pid", sys::call(SYS_getpid)).string("program", program_invocation_short_name).string("version", library_version());
+  out.string("policy", to_string(options.policy));
+  if (options.forced_to_tcp != nullptr) out.string("forced_to_tcp", options.forced_to_tcp);
   emit_totals(out, totals);
   out.array("connections");
   // Open ones are the newest; closed ones fill up what they leave of the limit.
@@ -219,12 +221,12 @@ bool emit_report(int fd) noexcept {
 
 /// A new file beside the final name, then renamed: a reader finds the old report or the whole new one. What is there already and is
 /// no regular file (/dev/stderr, a FIFO) is written to instead.
-bool write_to(const char* path, long& error) noexcept {
+bool write_to(const char* path, const Options& options, long& error) noexcept {
   struct stat st {};
   if (sys::call(SYS_newfstatat, AT_FDCWD, sys::arg(path), sys::arg(&st), 0) == 0 && !S_ISREG(st.st_mode)) {
     const long fd = error = sys::call(SYS_openat, AT_FDCWD, sys::arg(path), O_WRONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
     if (fd < 0) return false;
-    const bool good = emit_report(static_cast<int>(fd));
+    const bool good = emit_report(static_cast<int>(fd), options);
     sys::call(SYS_close, fd);
     error = -EIO;
     return good;
@@ -235,7 +237,7 @@ bool write_to(const char* path, long& error) noexcept {
   const int flags = O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW;
   const long fd = error = sys::call(SYS_openat, AT_FDCWD, sys::arg(temporary), flags, 0644);
   if (fd < 0) return false;
-  const bool good = emit_report(static_cast<int>(fd));
+  const bool good = emit_report(static_cast<int>(fd), options);
   sys::call(SYS_close, fd);
   error = good ? sys::call(SYS_renameat, AT_FDCWD, sys::arg(temporary), AT_FDCWD, sys::arg(path)) : -EIO;
   if (error < 0) sys::call(SYS_unlinkat, AT_FDCWD, sys::arg(temporary), 0);
@@ -247,7 +249,7 @@ bool write_to(const char* path, long& error) noexcept {
 bool write_stats_report(const Options& options) noexcept {
   PathText path;
   long error = -ENAMETOOLONG;
-  if (expand_path(options.stats_file.view(), sys::call(SYS_getpid), path) && write_to(path.c_str(), error)) return true;
+  if (expand_path(options.stats_file.view(), sys::call(SYS_getpid), path) && write_to(path.c_str(), options, error)) return true;
   const int saved_errno = errno;
   errno = static_cast<int>(-error);  // for %m
   RDMA_LOG(warn, "SDP_STATS: the report %s cannot be written: %m", path.c_str());

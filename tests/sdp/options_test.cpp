@@ -4,7 +4,9 @@
 #include <unistd.h>
 #include <boost/test/unit_test.hpp>
 
+#include <algorithm>
 #include <cstdlib>
+#include <filesystem>
 #include <fstream>
 #include <map>
 #include <sstream>
@@ -182,9 +184,15 @@ BOOST_AUTO_TEST_CASE(a_process_logs_what_is_wrong_into_the_file_that_it_names) {
   setenv("SDP_DRAIN_MS", "forever", 1);
   const Options o = parse_options();
   BOOST_TEST(o.drain_ms == 2000);
+  BOOST_TEST(o.log_file.view().starts_with("/"));
+  BOOST_TEST(std::filesystem::file_size(path) == 0U);  // nothing is said before there is a connection
+  report_option_problems();
+  report_option_problems();
   std::stringstream text;
   text << std::ifstream(path).rdbuf();
   BOOST_TEST(has(text.str(), "SDP_DRAIN_MS=forever: must be a number from 0 to 600000; 2000 is used\n"), text.str());
+  const std::string lines = text.str();
+  BOOST_TEST(std::count(lines.begin(), lines.end(), '\n') == 1);
   BOOST_REQUIRE(log_file_fd() > 100);
   BOOST_TEST((fcntl(log_file_fd(), F_GETFD) & FD_CLOEXEC) != 0);
   unlink(path.c_str());

@@ -110,6 +110,7 @@ BOOST_AUTO_TEST_CASE(a_report_without_connections_is_complete) {
     EXPECT(j["pid"] == getpid());
     EXPECT(j["program"] == program_invocation_short_name);
     EXPECT(j["version"] == library_version());
+    EXPECT(j["policy"] == "both" && !j.contains("forced_to_tcp"));
     EXPECT(j["sockets"] == 0);
     EXPECT(j["lanes"] == json({{"local", 0}, {"ib", 0}, {"rnic", 0}}));
     EXPECT(j["bytes"]["tcp"] == json({{"sent", 0}, {"received", 0}}));
