@@ -95,7 +95,7 @@ class Lane {
   void send_due_control() noexcept { send_control(); }  ///< after something became due outside drain()
   bool maybe_ready() const noexcept { return cq_->maybe_ready(); }
   bool may_send() const noexcept {
-    return conn.may_send_payload() && conn.credit().sent() - conn.credit().acked() < kMaxInFlight && !dead_;
+    return conn.may_send_payload() && conn.credit().sent() - conn.credit().acked() < kMaxInFlight && !dead();
   }
   std::uint64_t unread() const noexcept { return rx_bytes_queued_; }
 
@@ -104,7 +104,9 @@ class Lane {
   std::uint64_t rx_arrivals() const noexcept { return rx_arrivals_; }
   std::uint64_t tx_messages() const noexcept { return tx_messages_; }
   std::uint64_t rx_messages() const noexcept { return rx_arrivals_; }
-  bool dead() const noexcept { return dead_; }  ///< protocol or transport failure: conn.error() says what
+  bool dead() const noexcept {
+    return dead_.load(std::memory_order_relaxed);
+  }  ///< protocol or transport failure: conn.error() says what
   bool peer_disconn() const noexcept { return peer_disconn_; }
 
   // --- switch words
@@ -153,7 +155,7 @@ class Lane {
   void on_completion(const rdma::Wc& wc) noexcept;
 
   LaneLimits limits_;
-  bool dead_ = false;
+  std::atomic<bool> dead_{false};
   bool peer_disconn_ = false;
   std::uint16_t buffer_count_ = 0;
   std::uint16_t small_left_ = 0;  ///< buffers still below wanted_recv_size

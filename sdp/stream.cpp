@@ -227,7 +227,7 @@ std::uint32_t Stream::poll(std::uint32_t events) const noexcept {
     }
     if (s->stash != nullptr || s->reset_by_peer) ready |= POLLIN | POLLRDNORM;
     if (s->tx.load(std::memory_order_relaxed) == TxState::lane) {
-      const bool gone = s->peer_gone || s->lane->dead() || s->lane->said(kGone);
+      const bool gone = s->lane_is_over();
       if (gone) s->tx.store(TxState::ended, std::memory_order_release);  // how a write ends is the kernel's to say
       if (gone || writable(*s)) {
         if (s->tx_blocked) s->tx_edge_count.fetch_add(1, std::memory_order_relaxed);
@@ -257,12 +257,13 @@ bool Stream::maybe_ready(std::uint32_t events) const noexcept {
   if (s->lane->maybe_ready()) return true;
   if ((events & POLLOUT) != 0 && s->tx.load(std::memory_order_relaxed) == TxState::lane && s->tx_blocked && writable(*s))
     return true;
-  if (s->tx.load(std::memory_order_relaxed) == TxState::lane && (s->lane->said(kAbandon) || s->lane->said(kGone))) return true;
+  if (s->tx.load(std::memory_order_relaxed) == TxState::lane && (s->lane->said(kAbandon) || s->lane_is_over())) return true;
   switch (s->rx.load(std::memory_order_relaxed)) {
     case RxState::ready:
-      return s->lane->said(kSwitch) || s->lane->said(kEnd);
+      return s->lane->said(kSwitch) || s->lane->said(kEnd) || s->peer_gone.load(std::memory_order_relaxed);
     case RxState::lane:
-      return s->lane->unread() == 0 && (s->end_reached() || s->anchor_event.load(std::memory_order_acquire));
+      return s->lane->unread() == 0 && (s->end_reached() || s->peer_gone.load(std::memory_order_relaxed) || s->lane->dead() ||
+                                        s->anchor_event.load(std::memory_order_acquire));
     default:
       return false;
   }

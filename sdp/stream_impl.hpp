@@ -40,10 +40,10 @@ class alignas(64) StreamImpl {
   Lane* lane = nullptr;
   ConnStats* stats = nullptr;
   std::atomic<bool> anchor_event{false};  ///< the service thread saw something on the anchor
-  bool tx_blocked = false;                ///< the program was told that it cannot write
+  std::atomic<bool> tx_blocked{false};    ///< the program was told that it cannot write
   bool rx_shut = false;                   ///< SHUT_RD
   bool reset_by_peer = false;             ///< the peer closed with lane bytes unread: one ECONNRESET is due
-  bool peer_gone = false;                 ///< the peer's process or its lane is gone; what has come is still to be read
+  std::atomic<bool> peer_gone{false};     ///< the peer's process or its lane is gone; what has come is still to be read
   bool watched = false;                   ///< the anchor is in the service thread's epoll
   std::uint8_t doubts = 0;                ///< how often our counts differed from the kernel's
 
@@ -96,6 +96,8 @@ class alignas(64) StreamImpl {
     std::uint64_t end = 0;
     return lane->said(kEnd, &end) && lane->rx_bytes() == end;
   }
+  /// The peer writes no more and reads no more: what is left to do is the kernel's to say.
+  bool lane_is_over() const noexcept { return peer_gone.load(std::memory_order_relaxed) || lane->dead() || lane->said(kGone); }
   /// Something that a thread waiting to send (or to receive) can act on; no lock needed.
   bool changed(bool for_send) const noexcept;
 

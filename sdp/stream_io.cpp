@@ -126,7 +126,7 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
       handle_abandon(at);
       continue;
     }
-    if (peer_gone || lane->dead() || lane->said(kGone)) {
+    if (lane_is_over()) {
       tx.store(TxState::ended, std::memory_order_release);  // the kernel says how a write to a closed connection ends
       continue;
     }
@@ -339,8 +339,10 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
     result = wait(false, deadline, rcv_timeout_ns != 0);
     if (result != 0) break;
   }
-  // The read that reached P changes the carrier: a waiter must see that now, for the lane's messages may have been taken in already.
-  if (phase.load(std::memory_order_relaxed) == Phase::laned && rx.load(std::memory_order_relaxed) == RxState::draining) advance_rx(at);
+  // The read that reached P changes the carrier: a waiter must see that now, for the lane's messages may have been taken in
+  // already.
+  if (phase.load(std::memory_order_relaxed) == Phase::laned && rx.load(std::memory_order_relaxed) == RxState::draining)
+    advance_rx(at);
   lock.unlock();
   return total > 0 ? total : result;
 }
@@ -349,13 +351,13 @@ bool StreamImpl::changed(bool for_send) const noexcept {
   if (lane->maybe_ready()) return true;
   if (tx.load(std::memory_order_relaxed) == TxState::lane && lane->said(kAbandon)) return true;
   // Another thread may have taken the message in: what it brought counts, not only what is still in the CQ.
-  if (for_send) return lane->said(kGone) || lane->may_send();
+  if (for_send) return lane_is_over() || lane->may_send();
   if (anchor_event.load(std::memory_order_acquire)) return true;
   switch (rx.load(std::memory_order_relaxed)) {
     case RxState::ready:
-      return lane->said(kSwitch) || lane->said(kEnd);
+      return lane->said(kSwitch) || lane->said(kEnd) || peer_gone.load(std::memory_order_relaxed);
     case RxState::lane:
-      return lane->unread() != 0 || end_reached();
+      return lane->unread() != 0 || end_reached() || peer_gone.load(std::memory_order_relaxed) || lane->dead();
     default:
       return false;
   }
