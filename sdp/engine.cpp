@@ -39,6 +39,8 @@ struct Engine {
   StreamImpl* free_streams = nullptr;
   std::atomic<Service*> service{nullptr};
   bool service_failed = false;
+  std::unique_ptr<Capture> capture;  ///< made by the service thread
+  bool capture_tried = false;
   std::atomic<int> parents_wake_fd{-1};
   std::atomic<std::uint64_t> helper_fds[64] = {};  ///< bit set of descriptors kHelperBase..+4095
   std::atomic<std::uint32_t> spin_success{128};    ///< 0..255: how often spinning paid lately
@@ -262,6 +264,13 @@ void notify(Stream stream) noexcept {
   if (engine().listener != nullptr) engine().listener(stream);
 }
 
+Capture* capture() noexcept {
+  Engine& e = engine();
+  if (!e.capture_tried && !e.options.pcap_file.empty()) e.capture = Capture::open(e.options.pcap_file.c_str(), &high_fd);
+  e.capture_tried = true;
+  return e.capture.get();
+}
+
 bool policy_allows(Role role, const rdma::cm::Anchor& anchor) noexcept {
   return decide(engine().options, role, anchor.local, anchor.remote) != Family::tcp;
 }
@@ -342,6 +351,11 @@ void after_fork_child() noexcept {
   e->service.store(nullptr);
   e->service_failed = false;
   e->free_streams = nullptr;  // the parent's cells
+  if (e->capture != nullptr) {
+    e->capture->abandon_in_child();
+    (void)e->capture.release();  // the parent's lanes, which the child may still end, point to it
+  }
+  e->capture_tried = false;
   thread_bell.fd = -1;
   forget_stats_in_child();
 }
@@ -350,6 +364,7 @@ void at_exit() noexcept {
   Engine* e = engine_pointer.load(std::memory_order_acquire);
   if (e == nullptr) return;
   if (Service* running = e->service.load(std::memory_order_acquire)) running->stop_at_exit();
+  if (e->capture != nullptr) e->capture->flush();
   if (!e->options.stats_file.empty()) write_stats_report(e->options);
 }
 

@@ -1,5 +1,6 @@
 #include "sdp/lane.hpp"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <new>
@@ -56,6 +57,7 @@ Result<Unit> Lane::open(rdma::CompletionChannel* channel) noexcept {
 }
 
 void Lane::close() noexcept {
+  if (capture_ != nullptr) capture_->remove_connection(capture_conn_);
   delete qp_;
   delete cq_;
   qp_ = nullptr;
@@ -74,12 +76,23 @@ LaneProposal Lane::proposal() const noexcept {
   p.words_addr =
       words_mr_view_.remote_base + static_cast<std::uint64_t>(reinterpret_cast<std::byte*>(words_) - words_mr_view_.addr);
   p.words_rkey = static_cast<std::uint32_t>(words_mr_view_.rkey);
+  p.qpn = static_cast<std::uint32_t>(qp_->qpn());
   return p;
 }
 
 void Lane::set_peer(const LaneProposal& proposal) noexcept {
   peer_words_addr_ = proposal.words_addr;
   peer_words_rkey_ = static_cast<rdma::Rkey>(proposal.words_rkey);
+  peer_qpn_ = proposal.qpn;
+}
+
+void Lane::capture_to(Capture* capture, const Capture::Endpoint& endpoint) noexcept {
+  Capture::Endpoint full = endpoint;
+  full.local_qpn = static_cast<std::uint32_t>(qp_->qpn());
+  full.remote_qpn = peer_qpn_;
+  capture_ = capture;
+  capture_conn_ = capture->add_connection(full);
+  max_sge_ = std::min(max_sge_, 2U);  // header and one piece of payload: what a capture takes
 }
 
 void Lane::send_hello(const wire::HelloHeader& addresses) noexcept {

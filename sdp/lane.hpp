@@ -18,6 +18,7 @@
 
 #include "rdma_core/device.hpp"
 #include "rdma_core/registered_heap.hpp"
+#include "sdp/capture/capture.hpp"
 #include "sdp/connection.hpp"
 #include "sdp/iov_cursor.hpp"
 
@@ -54,7 +55,7 @@ struct LaneProposal {
   std::uint32_t version = kVersion;
   std::uint64_t words_addr = 0;
   std::uint32_t words_rkey = 0;
-  std::uint32_t reserved = 0;
+  std::uint32_t qpn = 0;           ///< of this side's QP: for captures
   std::uint64_t tcp_sent = 0;      ///< bytes that this side's stream had given to TCP
   std::uint64_t tcp_received = 0;  ///< bytes that it had taken from TCP
 };
@@ -82,6 +83,10 @@ class Lane {
   LaneProposal proposal() const noexcept;
   void set_peer(const LaneProposal& proposal) noexcept;  ///< the caller has checked magic and version
   void send_hello(const wire::HelloHeader& addresses) noexcept;
+
+  /// From here on `capture` sees every message; it outlives the lane.
+  void capture_to(Capture* capture, const Capture::Endpoint& endpoint) noexcept;
+  std::uint32_t peer_qpn() const noexcept { return peer_qpn_; }
 
   // --- datapath (lane_datapath.cpp)
   /// Takes what credits allow; returns the bytes taken. `from` advances.
@@ -151,6 +156,7 @@ class Lane {
   void send_control() noexcept;
   void home(std::uint32_t buffer) noexcept;
   void flush_posts() noexcept;
+  void show(bool outgoing, std::span<const std::byte> header, std::span<const std::byte> payload) noexcept;
   void grow_count() noexcept;
   void on_completion(const rdma::Wc& wc) noexcept;
 
@@ -167,6 +173,10 @@ class Lane {
   std::uint64_t rx_bytes_queued_ = 0, rx_bytes_ = 0, rx_arrivals_ = 0;
   std::uint64_t tx_bytes_ = 0, tx_messages_ = 0;
   std::uint64_t sends_ = 0;  ///< Sends posted since the QP was made, of every kind
+
+  Capture* capture_ = nullptr;
+  std::uint32_t capture_conn_ = Capture::kNoConnection;
+  std::uint32_t peer_qpn_ = 0;
 
   rdma::Device* device_ = nullptr;
   rdma::Cq* cq_ = nullptr;

@@ -13,6 +13,10 @@ using rdma::SendWr;
 using rdma::Sge;
 using rdma::Wc;
 
+void Lane::show(bool outgoing, std::span<const std::byte> header, std::span<const std::byte> payload) noexcept {
+  capture_->message(capture_conn_, outgoing, header, payload);
+}
+
 bool Lane::post_message(const Sge* sges, std::uint8_t count) noexcept {
   SendWr wr;
   wr.flags = rdma::kInline;
@@ -25,6 +29,8 @@ bool Lane::post_message(const Sge* sges, std::uint8_t count) noexcept {
     return false;
   }
   ++sends_;
+  if (capture_ != nullptr) [[unlikely]]
+    show(true, {sges[0].addr, sges[0].length}, count > 1 ? std::span(sges[1].addr, sges[1].length) : std::span<const std::byte>{});
   return true;
 }
 
@@ -122,6 +128,11 @@ void Lane::on_completion(const Wc& wc) noexcept {
   if (wc.opcode != rdma::WcOpcode::recv) return;
   const auto index = static_cast<std::uint32_t>(wc.wr_id);
   const Buffer& b = buffers_[index];
+  if (capture_ != nullptr) [[unlikely]] {
+    const std::span<const std::byte> msg(b.addr, wc.byte_len);
+    const std::size_t head = std::min(msg.size(), wire::kBsdhBytes);
+    show(false, msg.first(head), msg.subspan(head));
+  }
   const Rx rx = conn.on_message({b.addr, wc.byte_len});
   if (rx == Rx::payload) [[likely]] {
     constexpr auto head = static_cast<std::uint32_t>(wire::kBsdhBytes);

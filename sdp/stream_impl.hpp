@@ -133,6 +133,7 @@ void pursue(StreamImpl*) noexcept;          ///< ask the service thread to make 
 Stream handle_of(const StreamImpl*) noexcept;
 void* lane_cell() noexcept;
 void free_lane_cell(void*) noexcept;
+Capture* capture() noexcept;  ///< SDP_PCAP; nullptr: none. Opened at the first call
 bool policy_allows(Role, const rdma::cm::Anchor&) noexcept;
 int high_fd(int fd) noexcept;  ///< moves a helper descriptor out of the program's way and remembers it; closes the low one
 void remember_helper_fd(int fd) noexcept;
