@@ -26,11 +26,11 @@ namespace rdma {
 struct DeviceAttr {
   NodeType node_type = NodeType::ib_ca;
   LinkLayer link_layer = LinkLayer::memory;
-  std::uint32_t max_send_wr = 0;        ///< deepest send queue, in requests
-  std::uint32_t max_recv_wr = 0;        ///< deepest receive queue, in requests; a power of two
-  std::uint32_t max_inline = 0;         ///< bytes; on the software device as large as any receive buffer
-  std::uint32_t max_sge = 1;            ///< of a Send
-  std::uint32_t max_sge_read = 1;       ///< of an RDMA Read: 1 on RNICs
+  std::uint32_t max_send_wr = 0;   ///< deepest send queue, in requests
+  std::uint32_t max_recv_wr = 0;   ///< deepest receive queue, in requests; a power of two
+  std::uint32_t max_inline = 0;    ///< bytes; on the software device as large as any receive buffer
+  std::uint32_t max_sge = 1;       ///< of a Send
+  std::uint32_t max_sge_read = 1;  ///< of an RDMA Read: 1 on RNICs
   std::uint32_t max_read_outstanding = 1;
   std::uint32_t recv_prefix_bytes = 0;  ///< bytes in front of RecvWr::addr that belong to the device while posted
   bool recv_needs_extent = false;       ///< receive buffers and RDMA targets must lie in memory from Pd::map_extent
@@ -39,11 +39,14 @@ struct DeviceAttr {
   bool remembers_sent_data = false;     ///< bytes in flight survive the sender's death (they lie in the receiver's memory)
 };
 
+// clang-format 14 takes an enum with an attribute for a function.
+// clang-format off
 enum class [[nodiscard]] Post : std::uint8_t {
   ok,
   queue_full,  ///< back-pressure, not an error: reap the CQ, then repost
   qp_error,    ///< QP left RTS; everything posted completes flushed
 };
+// clang-format on
 
 /// A registered memory region. `remote_base` is what the peer's RDMA requests name as address of the first byte.
 class Mr {
@@ -73,7 +76,8 @@ class CompletionChannel {
   virtual void ring() noexcept = 0;
 };
 
-/// A completion queue. Threading: externally serialised, except maybe_ready(), wake_word() and wake_sleepers(), which any thread may call.
+/// A completion queue. Threading: externally serialised, except maybe_ready(), wake_word() and wake_sleepers(), which any thread
+/// may call.
 class Cq {
  public:
   virtual ~Cq() = default;
@@ -109,8 +113,9 @@ class Qp {
   // Datapath, per message: no allocation, no lock, no system call beyond the driver's doorbell, no throw.
   virtual Post post_send(const SendWr&) noexcept = 0;
   virtual Post post_recv(std::span<const RecvWr>) noexcept = 0;
-  /// The bytes of the `number`th Send of this QP (counted from 0), as they lie at the peer; only if DeviceAttr::remembers_sent_data, and
-  /// only until the peer posts that buffer again, which the caller must know from the protocol. Peer-writable: untrusted. Empty: not there.
+  /// The bytes of the `number`th Send of this QP (counted from 0), as they lie at the peer; only if
+  /// DeviceAttr::remembers_sent_data, and only until the peer posts that buffer again, which the caller must know from the
+  /// protocol. Peer-writable: untrusted. Empty: not there.
   virtual std::span<const std::byte> sent_message(std::uint64_t number) const noexcept {
     (void)number;
     return {};

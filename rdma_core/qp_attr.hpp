@@ -34,16 +34,16 @@ struct IbQpAttributes {
 struct RnicQpAttributes {
   std::optional<bool> mpa_markers;
   std::optional<bool> mpa_crc;
-  std::optional<bool> stream_mode;  ///< true while the TCP stream is not yet in RDMA mode
-  std::optional<bool> terminate;    ///< send a Terminate on the move to error
+  std::optional<bool> stream_mode;    ///< true while the TCP stream is not yet in RDMA mode
+  std::optional<bool> terminate;      ///< send a Terminate on the move to error
   std::optional<std::uint32_t> peer;  ///< which established stream: the CM's number for it
 };
 
 struct QpAttributes {
   QpState state = QpState::reset;
-  std::optional<Access> access;                     ///< what the peer may do in this QP's Pd
-  std::optional<std::uint8_t> max_read_outstanding; ///< ORD
-  std::optional<std::uint8_t> max_read_incoming;    ///< IRD
+  std::optional<Access> access;                      ///< what the peer may do in this QP's Pd
+  std::optional<std::uint8_t> max_read_outstanding;  ///< ORD
+  std::optional<std::uint8_t> max_read_incoming;     ///< IRD
   std::variant<std::monostate, IbQpAttributes, RnicQpAttributes> transport;
 };
 

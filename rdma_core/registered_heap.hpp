@@ -1,10 +1,12 @@
-// A heap whose memory is registered: a jemalloc arena of its own whose extents come from Pd::map_extent. jemalloc is linked into the
-// library under names of its own (see cmake/jemalloc.cmake); the program's malloc is not touched, whatever it is.
+// A heap whose memory is registered: a jemalloc arena of its own whose extents come from Pd::map_extent. jemalloc is linked into
+// the library under names of its own (see cmake/jemalloc.cmake); the program's malloc is not touched, whatever it is.
 //
 // The arena's own metadata never lies in the extents: a peer that maps them can spoil bytes, not the heap.
-// Threads: allocate and deallocate from any thread (the arena locks); no thread cache. Not in signal handlers, and not for what each message needs:
-// a pair of calls costs about 0.5-0.8 us. A block of 16 KiB and more takes a page of address space besides; aligned to a page, it does not touch it.
-// Fork: the heap is its maker's. In a child allocate() fails with EPERM, deallocate() and the destructor do nothing; a child may create heaps.
+// Threads: allocate and deallocate from any thread (the arena locks); no thread cache. Not in signal handlers, and not for what
+//   each message needs: a pair of calls costs about 0.5-0.8 us. A block of 16 KiB and more takes a page of address space besides;
+//   aligned to a page, it does not touch it.
+// Fork: the heap is its maker's. In a child allocate() fails with EPERM, deallocate() and the destructor do nothing; a child may
+//   create heaps.
 #pragma once
 
 #include <cstddef>

@@ -45,14 +45,14 @@ struct RecvWr {
 
 enum class WcStatus : std::uint8_t {
   success,
-  local_length_error,   ///< message larger than the posted buffer
+  local_length_error,  ///< message larger than the posted buffer
   local_protection_error,
   remote_access_error,  ///< bad rkey, bounds or permission
   remote_invalid_request,
-  rnr_retry_exceeded,   ///< the peer had no receive posted
-  retry_exceeded,       ///< the peer does not answer
-  flushed,              ///< the QP went to error before this request was done
-  fatal,                ///< device gone
+  rnr_retry_exceeded,  ///< the peer had no receive posted
+  retry_exceeded,      ///< the peer does not answer
+  flushed,             ///< the QP went to error before this request was done
+  fatal,               ///< device gone
 };
 const char* to_string(WcStatus) noexcept;
 

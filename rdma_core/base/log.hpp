@@ -22,8 +22,7 @@ void write(Level level, const char* format, ...) noexcept __attribute__((format(
 }  // namespace rdma::log
 
 /// The one macro: the arguments are not evaluated when the level is off.
-#define RDMA_LOG(level, ...)                                          \
-  do {                                                                \
-    if (::rdma::log::enabled(::rdma::log::Level::level))              \
-      ::rdma::log::write(::rdma::log::Level::level, __VA_ARGS__);     \
+#define RDMA_LOG(level, ...)                                                                                         \
+  do {                                                                                                               \
+    if (::rdma::log::enabled(::rdma::log::Level::level)) ::rdma::log::write(::rdma::log::Level::level, __VA_ARGS__); \
   } while (0)

@@ -33,10 +33,10 @@ namespace rdma::cm {
 
 /// The TCP connection that two processes have in common, seen from one of them.
 struct Anchor {
-  int fd = -1;                  ///< the program's descriptor; only looked at during the call it is given to
-  std::uint64_t cookie = 0;     ///< SO_COOKIE of fd
-  sockaddr_storage local{};     ///< getsockname
-  sockaddr_storage remote{};    ///< getpeername
+  int fd = -1;                ///< the program's descriptor; only looked at during the call it is given to
+  std::uint64_t cookie = 0;   ///< SO_COOKIE of fd
+  sockaddr_storage local{};   ///< getsockname
+  sockaddr_storage remote{};  ///< getpeername
 };
 
 struct Caps {
@@ -49,10 +49,10 @@ struct Caps {
 enum class ConnId : std::uint64_t { none = 0 };
 
 enum class EventKind : std::uint8_t {
-  request,       ///< passive: answer with accept() or reject()
-  reply,         ///< active: the peer accepted; move the QP on and call establish()
-  rejected,      ///< active: final; `reason` says why
-  unreachable,   ///< active or passive: nobody there (not preloaded, other host, time-out); final
+  request,      ///< passive: answer with accept() or reject()
+  reply,        ///< active: the peer accepted; move the QP on and call establish()
+  rejected,     ///< active: final; `reason` says why
+  unreachable,  ///< active or passive: nobody there (not preloaded, other host, time-out); final
   established,
   disconnected,  ///< peer or path gone, or the peer called disconnect(); final
 };
@@ -60,12 +60,12 @@ enum class EventKind : std::uint8_t {
 /// Why there is no connection; shown to the operator.
 enum class Reason : std::uint8_t {
   none,
-  no_peer,           ///< nobody offers: the peer does not run the library, or not yet
-  wrong_owner,       ///< whoever answered does not own the other end of the anchor
+  no_peer,      ///< nobody offers: the peer does not run the library, or not yet
+  wrong_owner,  ///< whoever answered does not own the other end of the anchor
   version_mismatch,
-  refused,           ///< the peer said no
+  refused,  ///< the peer said no
   no_resources,
-  bad_message,       ///< garbage or silence in the handshake
+  bad_message,  ///< garbage or silence in the handshake
   timed_out,
   peer_died,
 };
@@ -74,10 +74,10 @@ const char* to_string(Reason) noexcept;
 struct Event {
   EventKind kind = EventKind::unreachable;
   ConnId conn = ConnId::none;
-  std::uint64_t anchor_cookie = 0;             ///< own anchor's, on every event
-  Path path{};                                 ///< request, reply: for Device::create_pd
-  Device* device = nullptr;                    ///< request, reply
-  std::span<const std::byte> private_data{};   ///< request, reply, rejected. Valid during the handler only; untrusted
+  std::uint64_t anchor_cookie = 0;            ///< own anchor's, on every event
+  Path path{};                                ///< request, reply: for Device::create_pd
+  Device* device = nullptr;                   ///< request, reply
+  std::span<const std::byte> private_data{};  ///< request, reply, rejected. Valid during the handler only; untrusted
   Reason reason = Reason::none;
 };
 
@@ -90,13 +90,14 @@ class ConnectionManager {
   /// Called with each event from progress(). Set once, before the first call below. The handler may call the CM back.
   virtual void on_event(std::function<void(const Event&)> handler) = 0;
 
-  /// Be findable by the process that holds the other end of `anchor`, for `ttl_ms`. Ends with request, or unreachable after the time.
+  /// Be findable by the process that holds the other end of `anchor`, for `ttl_ms`. Ends with request, or unreachable when the
+  /// time is over.
   virtual Result<Unit> offer(const Anchor& anchor, unsigned ttl_ms) = 0;
   virtual void withdraw(std::uint64_t anchor_cookie) noexcept = 0;
 
-  /// Find the process at the other end: ends with `reply` or unreachable. First the CM finds the peer and reports path_found through
-  /// `make_qp`, which creates the QP on a Pd of that path and returns it with the private data of the request (both stay the caller's;
-  /// the QP must live until the connection ended). nullptr from make_qp gives the attempt up.
+  /// Find the process at the other end: ends with `reply` or unreachable. First the CM finds the peer and reports path_found
+  /// through `make_qp`, which creates the QP on a Pd of that path and returns it with the private data of the request (both stay
+  /// the caller's; the QP must live until the connection ended). nullptr from make_qp gives the attempt up.
   struct Proposal {
     Qp* qp = nullptr;
     std::span<const std::byte> private_data{};
