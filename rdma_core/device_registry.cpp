@@ -2,14 +2,13 @@
 
 #include <algorithm>
 #include <cassert>
-#include <ranges>
 
 namespace rdma {
 
 DeviceRegistry::~DeviceRegistry() {
   const std::lock_guard lock(mutex_);
   while (!devices_.empty()) {
-    for (DeviceClient* client : clients_ | std::views::reverse) client->device_removed(*devices_.back());
+    tell_removed(*devices_.back());
     devices_.pop_back();
   }
   clients_.clear();
@@ -23,11 +22,16 @@ void DeviceRegistry::add_device(std::unique_ptr<Device> device) {
   for (DeviceClient* client : clients_) client->device_added(added);
 }
 
+// Reverse iterators, not std::views::reverse: clang 14 rejects the views of libstdc++ 12.
+void DeviceRegistry::tell_removed(Device& device) noexcept {
+  std::for_each(clients_.rbegin(), clients_.rend(), [&](DeviceClient* client) { client->device_removed(device); });
+}
+
 bool DeviceRegistry::remove_device(const Device& device) noexcept {
   const std::lock_guard lock(mutex_);
   const auto found = std::ranges::find(devices_, &device, &std::unique_ptr<Device>::get);
   if (found == devices_.end()) return false;
-  for (DeviceClient* client : clients_ | std::views::reverse) client->device_removed(**found);
+  tell_removed(**found);
   devices_.erase(found);
   return true;
 }
@@ -43,7 +47,7 @@ void DeviceRegistry::unregister_client(DeviceClient& client) noexcept {
   const std::lock_guard lock(mutex_);
   const auto found = std::ranges::find(clients_, &client);
   if (found == clients_.end()) return;
-  for (const auto& device : devices_ | std::views::reverse) client.device_removed(*device);
+  std::for_each(devices_.rbegin(), devices_.rend(), [&](const auto& device) { client.device_removed(*device); });
   clients_.erase(found);
 }
 

@@ -38,6 +38,8 @@ class DeviceRegistry {
   std::size_t device_count() const;
 
  private:
+  void tell_removed(Device&) noexcept;
+
   mutable std::mutex mutex_;
   std::vector<std::unique_ptr<Device>> devices_;
   std::vector<DeviceClient*> clients_;
