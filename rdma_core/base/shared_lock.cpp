@@ -267,9 +267,10 @@ void* SharedSlab::allocate() noexcept {
 void SharedSlab::deallocate(void* cell) noexcept {
   Ledger* ledger = ledger_.load(std::memory_order_acquire);
   if (cell == nullptr || ledger == nullptr) return;
-  auto* base = reinterpret_cast<std::byte*>(reinterpret_cast<std::uintptr_t>(cell) & ~(kChunkBytes - 1));
+  const auto* head = reinterpret_cast<const ChunkHead*>(reinterpret_cast<std::uintptr_t>(cell) & ~(kChunkBytes - 1));
+  const auto* base = reinterpret_cast<const std::byte*>(head);
   SharedLockGuard guard(ledger->lock);
-  const std::uint32_t index = reinterpret_cast<const ChunkHead*>(base)->index;
+  const std::uint32_t index = head->index;
   if (index >= ledger->chunk_count || ledger->chunks[index].base != base) return;  // inherited: the parent's
   Chunk& chunk = ledger->chunks[index];
   const std::size_t number = static_cast<std::size_t>(static_cast<std::byte*>(cell) - base - kLine) / cell_bytes_;
