@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cerrno>
 #include <cstdarg>
+#include <type_traits>
 
 #include "rdma_core/base/sys.hpp"
 
@@ -24,18 +25,19 @@ T finish(long r) noexcept {
   return static_cast<T>(r);
 }
 
-template <class F>
-struct Raw;
-/// A system call with the signature of a libc function.
-template <class R, class... A>
-struct Raw<R (*)(A...)> {
-  template <long kNumber>
-  static R call(A... args) {
-    return finish<R>(sys::call(kNumber, (long)args...));
-  }
-};
-template <class R, class... A>
-struct Raw<R (*)(A..., ...)> {};
+template <class T>
+long word(T value) noexcept {
+  if constexpr (std::is_pointer_v<T>)
+    return sys::arg(value);
+  else
+    return static_cast<long>(value);
+}
+
+/// Puts the system call `kNumber` into `slot`: for functions that pass their arguments on as they are.
+template <long kNumber, class R, bool kNoexcept, class... A>
+constexpr void raw(R (*&slot)(A...) noexcept(kNoexcept)) noexcept {
+  slot = [](A... args) noexcept -> R { return finish<R>(sys::call(kNumber, word(args)...)); };
+}
 
 int raw_fcntl(int fd, int cmd, ...) {
   va_list args;
@@ -77,55 +79,40 @@ int raw_epoll_pwait(int fd, epoll_event* events, int max, int timeout, const sig
   return finish<int>(sys::call(SYS_epoll_pwait, fd, sys::arg(events), max, timeout, sys::arg(mask), 8));
 }
 
-#define SDP_RAW(name, number) table.name = &Raw<decltype(Libc::name)>::call<number>
-
-Libc make_raw() noexcept {
+constexpr Libc make_raw() noexcept {
   Libc table{};
-  SDP_RAW(read, SYS_read);
-  SDP_RAW(write, SYS_write);
-  SDP_RAW(readv, SYS_readv);
-  SDP_RAW(writev, SYS_writev);
-  SDP_RAW(recvmsg, SYS_recvmsg);
-  SDP_RAW(sendmsg, SYS_sendmsg);
-  SDP_RAW(sendfile, SYS_sendfile);
-  SDP_RAW(accept4, SYS_accept4);
-  SDP_RAW(accept, SYS_accept);
-  SDP_RAW(connect, SYS_connect);
-  SDP_RAW(close, SYS_close);
+  raw<SYS_read>(table.read);
+  raw<SYS_write>(table.write);
+  raw<SYS_readv>(table.readv);
+  raw<SYS_writev>(table.writev);
   table.recv = raw_recv;
   table.send = raw_send;
-  table.recvfrom = [](int fd, void* b, size_t l, int f, sockaddr* a, socklen_t* n) -> ssize_t {
-    return finish<ssize_t>(sys::call(SYS_recvfrom, fd, sys::arg(b), static_cast<long>(l), f, sys::arg(a), sys::arg(n)));
-  };
-  table.sendto = [](int fd, const void* b, size_t l, int f, const sockaddr* a, socklen_t n) -> ssize_t {
-    return finish<ssize_t>(sys::call(SYS_sendto, fd, sys::arg(b), static_cast<long>(l), f, sys::arg(a), n));
-  };
-  table.socket = [](int a, int b, int c) noexcept { return finish<int>(sys::call(SYS_socket, a, b, c)); };
-  table.shutdown = [](int a, int b) noexcept { return finish<int>(sys::call(SYS_shutdown, a, b)); };
-  table.setsockopt = [](int fd, int level, int name, const void* v, socklen_t n) noexcept {
-    return finish<int>(sys::call(SYS_setsockopt, fd, level, name, sys::arg(v), n));
-  };
-  table.dup = [](int fd) noexcept { return finish<int>(sys::call(SYS_dup, fd)); };
-  table.dup2 = [](int a, int b) noexcept { return finish<int>(sys::call(SYS_dup2, a, b)); };
-  table.dup3 = [](int a, int b, int f) noexcept { return finish<int>(sys::call(SYS_dup3, a, b, f)); };
+  raw<SYS_recvfrom>(table.recvfrom);
+  raw<SYS_sendto>(table.sendto);
+  raw<SYS_recvmsg>(table.recvmsg);
+  raw<SYS_sendmsg>(table.sendmsg);
+  raw<SYS_sendfile>(table.sendfile);
+  raw<SYS_accept4>(table.accept4);
+  raw<SYS_accept>(table.accept);
+  raw<SYS_connect>(table.connect);
+  raw<SYS_socket>(table.socket);
+  raw<SYS_shutdown>(table.shutdown);
+  raw<SYS_setsockopt>(table.setsockopt);
+  raw<SYS_close>(table.close);
+  raw<SYS_dup>(table.dup);
+  raw<SYS_dup2>(table.dup2);
+  raw<SYS_dup3>(table.dup3);
   table.fcntl = raw_fcntl;
   table.ioctl = raw_ioctl;
-  table.poll = [](pollfd* f, nfds_t n, int t) { return finish<int>(sys::call(SYS_poll, sys::arg(f), static_cast<long>(n), t)); };
+  raw<SYS_poll>(table.poll);
   table.ppoll = raw_ppoll;
-  table.select = [](int n, fd_set* r, fd_set* w, fd_set* e, timeval* t) {
-    return finish<int>(sys::call(SYS_select, n, sys::arg(r), sys::arg(w), sys::arg(e), sys::arg(t)));
-  };
+  raw<SYS_select>(table.select);
   table.pselect = raw_pselect;
-  table.epoll_ctl = [](int a, int op, int b, epoll_event* e) noexcept {
-    return finish<int>(sys::call(SYS_epoll_ctl, a, op, b, sys::arg(e)));
-  };
-  table.epoll_wait = [](int a, epoll_event* e, int m, int t) {
-    return finish<int>(sys::call(SYS_epoll_wait, a, sys::arg(e), m, t));
-  };
+  raw<SYS_epoll_ctl>(table.epoll_ctl);
+  raw<SYS_epoll_wait>(table.epoll_wait);
   table.epoll_pwait = raw_epoll_pwait;
   return table;
 }
-#undef SDP_RAW
 
 template <class F>
 void take(F& slot, const char* name) noexcept {
@@ -134,43 +121,41 @@ void take(F& slot, const char* name) noexcept {
 
 enum class State : int { unresolved, resolving, resolved };
 std::atomic<State> state{State::unresolved};
-Libc raw_table;
+constinit const Libc raw_table = make_raw();  // in place before anything of ours runs
 Libc real_table;
 
 void resolve() noexcept {
   Libc t = raw_table;
-#define SDP_TAKE(name) take(t.name, #name)
-  SDP_TAKE(read);
-  SDP_TAKE(write);
-  SDP_TAKE(readv);
-  SDP_TAKE(writev);
-  SDP_TAKE(recv);
-  SDP_TAKE(send);
-  SDP_TAKE(recvfrom);
-  SDP_TAKE(sendto);
-  SDP_TAKE(recvmsg);
-  SDP_TAKE(sendmsg);
-  SDP_TAKE(sendfile);
-  SDP_TAKE(accept4);
-  SDP_TAKE(accept);
-  SDP_TAKE(connect);
-  SDP_TAKE(socket);
-  SDP_TAKE(shutdown);
-  SDP_TAKE(setsockopt);
-  SDP_TAKE(close);
-  SDP_TAKE(dup);
-  SDP_TAKE(dup2);
-  SDP_TAKE(dup3);
-  SDP_TAKE(fcntl);
-  SDP_TAKE(ioctl);
-  SDP_TAKE(poll);
-  SDP_TAKE(ppoll);
-  SDP_TAKE(select);
-  SDP_TAKE(pselect);
-  SDP_TAKE(epoll_ctl);
-  SDP_TAKE(epoll_wait);
-  SDP_TAKE(epoll_pwait);
-#undef SDP_TAKE
+  take(t.read, "read");
+  take(t.write, "write");
+  take(t.readv, "readv");
+  take(t.writev, "writev");
+  take(t.recv, "recv");
+  take(t.send, "send");
+  take(t.recvfrom, "recvfrom");
+  take(t.sendto, "sendto");
+  take(t.recvmsg, "recvmsg");
+  take(t.sendmsg, "sendmsg");
+  take(t.sendfile, "sendfile");
+  take(t.accept4, "accept4");
+  take(t.accept, "accept");
+  take(t.connect, "connect");
+  take(t.socket, "socket");
+  take(t.shutdown, "shutdown");
+  take(t.setsockopt, "setsockopt");
+  take(t.close, "close");
+  take(t.dup, "dup");
+  take(t.dup2, "dup2");
+  take(t.dup3, "dup3");
+  take(t.fcntl, "fcntl");
+  take(t.ioctl, "ioctl");
+  take(t.poll, "poll");
+  take(t.ppoll, "ppoll");
+  take(t.select, "select");
+  take(t.pselect, "pselect");
+  take(t.epoll_ctl, "epoll_ctl");
+  take(t.epoll_wait, "epoll_wait");
+  take(t.epoll_pwait, "epoll_pwait");
   real_table = t;
 }
 
@@ -182,14 +167,12 @@ const Libc& libc() noexcept {
   State expected = State::unresolved;
   if (state.compare_exchange_strong(expected, State::resolving)) {
     const int saved = errno;
-    raw_table = make_raw();
     resolve();
     state.store(State::resolved, std::memory_order_release);
     errno = saved;
     return real_table;
   }
   // dlsym called us back, or another thread is at it: plain system calls meanwhile.
-  if (raw_table.close == nullptr) raw_table = make_raw();
   return state.load(std::memory_order_acquire) == State::resolved ? real_table : raw_table;
 }
 
