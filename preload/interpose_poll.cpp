@@ -35,10 +35,10 @@ class LaneWait {
     for (nfds_t i = 0; i < count_; ++i)
       if (const Stream s = stream(i)) s.on_wait_entry(fds_[i].fd);
     for (;;) {
-      int ready = lanes();
+      lanes();
       int kernel = ask_kernel(0, mask, false);
       if (kernel < 0) return kernel;
-      if ((ready = total()) > 0 || timeout_ns == 0) return ready;
+      if (const int ready = total(); ready > 0 || timeout_ns == 0) return ready;
       if (spin(mask)) continue;
       sdp::engine::prepare_sleep();
       for (nfds_t i = 0; i < count_; ++i) {

@@ -106,7 +106,7 @@ struct Frame {
 /// >0: a frame; 0: the peer is gone; <0: -errno.
 long receive(int fd, Frame& frame) noexcept {
   iovec iov{frame.bytes, sizeof frame.bytes};
-  alignas(cmsghdr) char control[CMSG_SPACE(sizeof frame.fds)];
+  alignas(cmsghdr) char control[CMSG_SPACE(sizeof frame.fds)] = {};
   msghdr msg{};
   msg.msg_iov = &iov;
   msg.msg_iovlen = 1;
