@@ -2,6 +2,7 @@
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <cstring>
+#include <exception>
 #include <string_view>
 
 #include "cli/commands.hpp"
@@ -38,9 +39,7 @@ int program_index(int argc, char** argv) {
   return argc;
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int command(int argc, char** argv) {
   CLI::App app{"Carries the TCP connections of unmodified programs over SDP.", "sdp"};
   app.set_version_flag("--version", std::string("sdp ") + sdp::library_version());
   app.require_subcommand(1);
@@ -82,4 +81,15 @@ int main(int argc, char** argv) {
   if (env->parsed()) return cli::env(as_json);
   if (stat->parsed()) return cli::stat(as_json, pids);
   return devices->parsed() ? cli::devices() : 2;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    return command(argc, argv);
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "sdp: %s\n", e.what());
+    return 1;
+  }
 }
