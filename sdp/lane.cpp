@@ -1,5 +1,7 @@
 #include "sdp/lane.hpp"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
@@ -76,20 +78,25 @@ LaneProposal Lane::proposal() const noexcept {
   p.words_addr =
       words_mr_view_.remote_base + static_cast<std::uint64_t>(reinterpret_cast<std::byte*>(words_) - words_mr_view_.addr);
   p.words_rkey = static_cast<std::uint32_t>(words_mr_view_.rkey);
-  p.qpn = static_cast<std::uint32_t>(qp_->qpn());
+  p.shown_qpn = shown_qpn();
   return p;
 }
 
 void Lane::set_peer(const LaneProposal& proposal) noexcept {
   peer_words_addr_ = proposal.words_addr;
   peer_words_rkey_ = static_cast<rdma::Rkey>(proposal.words_rkey);
-  peer_qpn_ = proposal.qpn;
+  peer_shown_qpn_ = proposal.shown_qpn;
+}
+
+// Both ends of a lane of one host have one address, and often one QP number: a capture tells them apart by the process.
+std::uint32_t Lane::shown_qpn() const noexcept {
+  return (static_cast<std::uint32_t>(qp_->qpn()) ^ static_cast<std::uint32_t>(getpid()) << 8) & 0xffffff;
 }
 
 void Lane::capture_to(Capture* capture, const Capture::Endpoint& endpoint) noexcept {
   Capture::Endpoint full = endpoint;
-  full.local_qpn = static_cast<std::uint32_t>(qp_->qpn());
-  full.remote_qpn = peer_qpn_;
+  full.local_qpn = shown_qpn();
+  full.remote_qpn = peer_shown_qpn_;
   capture_ = capture;
   capture_conn_ = capture->add_connection(full);
   max_sge_ = std::min(max_sge_, 2U);  // header and one piece of payload: what a capture takes

@@ -55,7 +55,7 @@ struct LaneProposal {
   std::uint32_t version = kVersion;
   std::uint64_t words_addr = 0;
   std::uint32_t words_rkey = 0;
-  std::uint32_t qpn = 0;           ///< of this side's QP: for captures
+  std::uint32_t shown_qpn = 0;     ///< names this side's QP in captures
   std::uint64_t tcp_sent = 0;      ///< bytes that this side's stream had given to TCP
   std::uint64_t tcp_received = 0;  ///< bytes that it had taken from TCP
 };
@@ -86,7 +86,6 @@ class Lane {
 
   /// From here on `capture` sees every message; it outlives the lane.
   void capture_to(Capture* capture, const Capture::Endpoint& endpoint) noexcept;
-  std::uint32_t peer_qpn() const noexcept { return peer_qpn_; }
 
   // --- datapath (lane_datapath.cpp)
   /// Takes what credits allow; returns the bytes taken. `from` advances.
@@ -151,6 +150,7 @@ class Lane {
   };
   static constexpr std::uint32_t kRing = 256;  ///< power of two, above kMaxBuffers
 
+  std::uint32_t shown_qpn() const noexcept;
   bool allocate_buffer(Buffer& buffer, std::uint32_t size) noexcept;
   bool post_message(const rdma::Sge* sges, std::uint8_t count) noexcept;
   void send_control() noexcept;
@@ -176,7 +176,7 @@ class Lane {
 
   Capture* capture_ = nullptr;
   std::uint32_t capture_conn_ = Capture::kNoConnection;
-  std::uint32_t peer_qpn_ = 0;
+  std::uint32_t peer_shown_qpn_ = 0;
 
   rdma::Device* device_ = nullptr;
   rdma::Cq* cq_ = nullptr;

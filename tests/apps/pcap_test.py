@@ -1,0 +1,98 @@
+#!/usr/bin/env python3
+"""A whole netperf run under SDP_PCAP, judged by stock tshark: does what was captured keep SDP's rules?
+
+    pcap_test.py --lib LIBRARY
+
+Checked on every message that starts a packet: Hello and HelloAck come first, with fields that make sense; MSeq grows by one in each
+direction; MSeqAck never exceeds what the other side has sent; Len is the length of the message; and no side sends with credits that it
+does not have: Data with payload only with three or more before it.
+"""
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+
+from harness import enter_private_network, listening, need, wait_for
+
+FIELDS = ["infiniband_sdp.bsdh.mid", "infiniband_sdp.bsdh.flags", "infiniband_sdp.bsdh.bufs", "infiniband_sdp.bsdh.len",
+          "infiniband_sdp.bsdh.mseq", "infiniband_sdp.bsdh.mseqack", "infiniband.bth.destqp", "udp.length",
+          "infiniband_sdp.hh.majv", "infiniband_sdp.hh.ipv", "infiniband_sdp.hh.maxadverts", "infiniband_sdp.hh.localrcvsz"]
+HELLO, HELLO_ACK, DISCONN, DATA = 0, 1, 2, 0xFF
+
+
+def number(text):
+    return int(text, 0) if text else None
+
+
+def check(rows):
+    """`rows` in the order of the capture. Each direction is known by the queue pair it goes to."""
+    first, ack = rows[0], rows[1]
+    assert first[0] == HELLO and first[3] == 68 and first[4] == first[5] == 0, f"no Hello: {first}"
+    assert (first[8], first[9]) == (2, 4) and first[10] >= 1 and first[11] >= 256, f"odd Hello: {first}"
+    assert ack[0] == HELLO_ACK and ack[3] == 24 and ack[4] == ack[5] == 0, f"no HelloAck: {ack}"
+    active, passive = first[6], ack[6]
+    assert active != passive
+    sent = {active: 0, passive: 0}                       # MSeq of the last message to that QP
+    limit = {active: ack[2], passive: first[2]}          # the highest MSeq that may go to that QP
+    seen = {}
+    for mid, _, bufs, length, mseq, mseqack, to, udp, *_ in rows[2:]:
+        other = passive if to == active else active
+        seen[mid] = seen.get(mid, 0) + 1
+        credits = limit[to] - sent[to]
+        payload = mid == DATA and length > 16
+        assert credits >= (3 if payload else 1), f"message {mseq} with {credits} credits"
+        assert mseq == sent[to] + 1, f"MSeq {mseq} after {sent[to]}"
+        assert mseqack <= sent[other], f"MSeqAck {mseqack} of {sent[other]}"
+        if length + 8 + 12 + 4 <= 65000:
+            assert udp == 8 + 12 + length + (-length % 4) + 4, f"Len {length} in a UDP datagram of {udp}"
+        sent[to] = mseq
+        assert mseqack + bufs >= limit[other], "credits were taken back"
+        limit[other] = mseqack + bufs
+    return seen
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--lib", required=True)
+    library = os.path.abspath(parser.parse_args().lib)
+    enter_private_network()
+    directory = tempfile.mkdtemp(prefix="sdpreload-pcap-")
+    capture = os.path.join(directory, "lane.pcapng")
+    base = {k: v for k, v in os.environ.items() if not k.startswith("SDP_")}
+    env = dict(base, LD_PRELOAD=library)
+    server = subprocess.Popen(["netserver", "-D", "-4", "-p", "12865"], env=env, stdout=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: listening(12865), 20, "netserver")
+        for test, options in (("TCP_RR", ["-r", "100,3000"]), ("TCP_STREAM", ["-m", "4000"])):
+            subprocess.run(["netperf", "-P", "0", "-4", "-H", "127.0.0.1", "-p", "12865", "-l", "1", "-t", test, "--", *options],
+                           env=dict(env, SDP_PCAP=capture), check=True, stdout=subprocess.DEVNULL)
+            out = subprocess.run([need("tshark"), "-2", "-r", capture, "-Y", "infiniband_sdp && infiniband.bth.opcode in {0,4}", "-T", "fields",
+                                  *[word for field in FIELDS for word in ("-e", field)]], env=base, capture_output=True, text=True, check=True).stdout
+            lanes = {}
+            rows = [[number(v) for v in line.split("\t")] for line in out.splitlines()]
+            # The control connection and the data connection may both have had a lane: a pair of QPs each, apart from the first Hello on.
+            for row in rows:
+                if row[0] == HELLO:
+                    lanes[row[6]] = [row]
+                elif row[0] == HELLO_ACK:
+                    last = list(lanes)[-1]
+                    lanes[last].append(row)
+                    lanes[row[6]] = lanes[last]
+                else:
+                    lanes[row[6]].append(row)
+            counts = [check(lane) for lane in {id(v): v for v in lanes.values()}.values()]
+            assert max(c.get(DATA, 0) for c in counts) > 1000, counts
+            assert any(DISCONN in c for c in counts), counts
+            print(f"{test}: {len(rows)} messages keep the rules: {counts}")
+            os.unlink(capture)
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
