@@ -121,11 +121,11 @@ void take(F& slot, const char* name) noexcept {
 
 enum class State : int { unresolved, resolving, resolved };
 std::atomic<State> state{State::unresolved};
-constinit const Libc raw_table = make_raw();  // in place before anything of ours runs
+constinit const Libc kRawTable = make_raw();  // in place before anything of ours runs
 Libc real_table;
 
 void resolve() noexcept {
-  Libc t = raw_table;
+  Libc t = kRawTable;
   take(t.read, "read");
   take(t.write, "write");
   take(t.readv, "readv");
@@ -173,7 +173,7 @@ const Libc& libc() noexcept {
     return real_table;
   }
   // dlsym called us back, or another thread is at it: plain system calls meanwhile.
-  return state.load(std::memory_order_acquire) == State::resolved ? real_table : raw_table;
+  return state.load(std::memory_order_acquire) == State::resolved ? real_table : kRawTable;
 }
 
 void* next_symbol(const char* name) noexcept { return dlsym(RTLD_NEXT, name); }
