@@ -117,7 +117,8 @@ void* Service::thread_main(void* self) noexcept {
 bool Service::open() noexcept {
   composition_ = compose_ != nullptr ? compose_(options_) : nullptr;
   if (composition_ == nullptr) return false;
-  auto* client = new Client(*this);
+  auto* client = new (std::nothrow) Client(*this);
+  if (client == nullptr) return false;
   composition_->registry().register_client(*client);
   if (device_ == nullptr) return false;
   auto channel = device_->create_channel();
@@ -294,14 +295,19 @@ std::shared_ptr<PeerContext> Service::context_for(rdma::Device& device, const rd
 Lane* Service::make_lane(rdma::Device& device, const rdma::Path& path) noexcept {
   auto context = context_for(device, path);
   if (context == nullptr) return nullptr;
+  auto* peer = new (std::nothrow) std::shared_ptr<PeerContext>(std::move(context));  // the lane's, once it is made
+  if (peer == nullptr) return nullptr;
   void* cell = engine::lane_cell();
-  if (cell == nullptr) return nullptr;
+  if (cell == nullptr) {
+    delete peer;
+    return nullptr;
+  }
   LaneLimits limits;
   limits.conn.recv_size = options_.recv_buffer_bytes;
   limits.conn.recv_size_max = options_.recv_buffer_max;
   limits.conn.recv_buffers = static_cast<std::uint16_t>(options_.recv_buffers_initial);
   limits.recv_buffers_max = static_cast<std::uint16_t>(options_.recv_buffers);
-  Lane* lane = new (cell) Lane(new std::shared_ptr<PeerContext>(context), limits);
+  Lane* lane = new (cell) Lane(peer, limits);
   const auto opened = lane->open(channel_.get());
   if (!opened) {
     RDMA_LOG(info, "no lane: %s", opened.error().what);
