@@ -39,12 +39,12 @@ SDP_EXPORT int fexecve(int fd, char* const argv[], char* const envp[]) noexcept 
   return next<decltype(&::fexecve)>("fexecve")(fd, argv, envp);
 }
 SDP_EXPORT int posix_spawn(pid_t* pid, const char* path, const posix_spawn_file_actions_t* actions, const posix_spawnattr_t* attr,
-                           char* const argv[], char* const envp[]) noexcept {
+                           char* const argv[], char* const envp[]) {
   preload::before_exec();
   return next<decltype(&::posix_spawn)>("posix_spawn")(pid, path, actions, attr, argv, envp);
 }
 SDP_EXPORT int posix_spawnp(pid_t* pid, const char* file, const posix_spawn_file_actions_t* actions, const posix_spawnattr_t* attr,
-                            char* const argv[], char* const envp[]) noexcept {
+                            char* const argv[], char* const envp[]) {
   preload::before_exec();
   return next<decltype(&::posix_spawnp)>("posix_spawnp")(pid, file, actions, attr, argv, envp);
 }
