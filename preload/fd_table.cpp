@@ -41,7 +41,10 @@ bool FdTable::take(int fd, sdp::Stream* stream) noexcept {
   *stream = sdp::Stream::from_word(word);
   if (!duplicates_.load(std::memory_order_relaxed)) return true;
   for (int i = 0; i <= highest(); ++i)
-    if (streams_[i].load(std::memory_order_relaxed) == word) return false;
+    if (streams_[i].load(std::memory_order_relaxed) == word) {
+      stream->renumber(i);
+      return false;
+    }
   return true;
 }
 

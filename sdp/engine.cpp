@@ -244,7 +244,7 @@ void closed(StreamImpl* s, int fd) noexcept {
 
 void pursue(StreamImpl* s) noexcept {
   if (Service* running = service()) {
-    running->pursue(s, s->generation.load());
+    running->pursue(s);
     return;
   }
   (void)s->lock.lock();

@@ -45,8 +45,8 @@ void ask_for_short_slices() noexcept {
   } attr{};
   attr.size = sizeof attr;
   attr.nice = 20 - static_cast<std::int32_t>(sys::call(SYS_getpriority, 0 /* PRIO_PROCESS */, 0));  // as it is
-  attr.runtime = 100'000;  // ns, the least that is taken
-  attr.flags = 0x08;       // SCHED_FLAG_KEEP_POLICY
+  attr.runtime = 100'000;                                                                           // ns, the least that is taken
+  attr.flags = 0x08;                                                                                // SCHED_FLAG_KEEP_POLICY
   sys::call(SYS_sched_setattr, 0, sys::arg(&attr), 0);
 }
 
@@ -165,20 +165,23 @@ void Service::run() noexcept {
   }
 }
 
-void Service::pursue(StreamImpl* stream, std::uint16_t generation) noexcept {
-  (void)command_lock_.lock();
-  commands_.push_back({Command::Kind::pursue, stream, generation, -1});
-  command_lock_.unlock();
+// A push never waits, locks or allocates: close() may come from a signal handler.
+void Service::submit(StreamImpl* stream, std::uint8_t what) noexcept {
+  if (stream->commands.fetch_or(what, std::memory_order_acq_rel) == 0) {
+    StreamImpl* head = inbox_.load(std::memory_order_relaxed);
+    do {
+      stream->next_command = head;
+    } while (!inbox_.compare_exchange_weak(head, stream, std::memory_order_release, std::memory_order_relaxed));
+  }
   nudge();
 }
+
+void Service::pursue(StreamImpl* stream) noexcept { submit(stream, kPursue); }
 
 // The cell goes back only through the service thread, after it has forgotten the stream: nothing of a stream outlives it here.
 void Service::closed(StreamImpl* stream, int fd) noexcept {
   if (stream->watched) sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_DEL, fd, 0);
-  (void)command_lock_.lock();
-  commands_.push_back({Command::Kind::closed, stream, 0, fd});
-  command_lock_.unlock();
-  nudge();
+  submit(stream, kClosed);
 }
 
 void Service::nudge() noexcept {
@@ -187,31 +190,39 @@ void Service::nudge() noexcept {
 }
 
 void Service::take_commands() noexcept {
-  std::vector<Command> taken;
-  (void)command_lock_.lock();
-  taken.swap(commands_);
-  command_lock_.unlock();
-  for (const Command& c : taken) {
-    if (c.kind == Command::Kind::pursue) {
-      begin(c.stream, c.generation);
+  for (StreamImpl* stream = inbox_.exchange(nullptr, std::memory_order_acquire); stream != nullptr;) {
+    StreamImpl* const next = stream->next_command;
+    const std::uint8_t what = stream->commands.exchange(0, std::memory_order_acq_rel);
+    if (what & kClosed)
+      forget(stream);
+    else if (what & kPursue)
+      begin(stream, stream->generation.load());
+    stream = next;
+  }
+}
+
+void Service::forget(StreamImpl* stream) noexcept {
+  for (auto it = handshakes_.begin(); it != handshakes_.end();) {
+    if (it->second.stream != stream) {
+      ++it;
       continue;
     }
-    for (auto it = handshakes_.begin(); it != handshakes_.end();) {
-      if (it->second.stream != c.stream) {
-        ++it;
-        continue;
-      }
-      cm_->withdraw(it->first);
-      if (it->second.conn != cm::ConnId::none) cm_->disconnect(it->second.conn);
-      if (it->second.lane != nullptr) dying_.push_back({nullptr, it->second.lane, 0, true});
-      it = handshakes_.erase(it);
-    }
-    std::erase(laned_, c.stream);
-    if (c.stream->lane != nullptr)
-      dying_.push_back({c.stream, c.stream->lane, c.stream->conn, c.stream->peer_gone});
-    else
-      engine::free_stream(c.stream);
+    cm_->withdraw(it->first);
+    if (it->second.conn != cm::ConnId::none) cm_->disconnect(it->second.conn);
+    if (it->second.lane != nullptr) dying_.push_back({nullptr, it->second.lane, 0, true});
+    it = handshakes_.erase(it);
   }
+  std::erase(laned_, stream);
+  if (stream->lane == nullptr) return engine::free_stream(stream);
+  (void)stream->lock.lock();
+  if (stream->phase.load() == Phase::laned) {  // closed in a signal handler, under the hands of its own thread
+    if (stream->tx.load() != TxState::ended) stream->end_tx_locked();
+    stream->lane->write_word(kGone, 0);
+    stream->phase.store(Phase::final, std::memory_order_release);
+    stream->lane->wake_sleepers();
+  }
+  stream->lock.unlock();
+  dying_.push_back({stream, stream->lane, stream->conn, stream->peer_gone});
 }
 
 void Service::begin(StreamImpl* stream, std::uint16_t generation) noexcept {
@@ -262,7 +273,7 @@ void Service::begin(StreamImpl* stream, std::uint16_t generation) noexcept {
                                                          })
                                              : cm_->offer(kept.anchor, kMeetMs);
   if (!begun) {
-    RDMA_LOG(info, "fd %d: %s", stream->fd, begun.error().what);
+    RDMA_LOG(info, "fd %d: %s", stream->fd.load(), begun.error().what);
     const auto again = handshakes_.find(cookie);
     if (again != handshakes_.end()) give_up(again->second, LaneReason::no_resources);
   }
@@ -442,7 +453,7 @@ void Service::finish(Handshake& h) noexcept {
   const Stream handle = engine::handle_of(stream);
   stream->lock.unlock();
   if (current) {
-    RDMA_LOG(info, "fd %d: lane up", stream->fd);
+    RDMA_LOG(info, "fd %d: lane up", stream->fd.load());
     engine::notify(handle);
   } else {
     h.lane->write_word(kGone, 0);

@@ -21,7 +21,7 @@ class Service {
   /// Starts the thread. nullptr: no thread, no descriptors; the reason is logged.
   static Service* start(const Options& options, engine::Compose compose) noexcept;
 
-  void pursue(StreamImpl* stream, std::uint16_t generation) noexcept;
+  void pursue(StreamImpl* stream) noexcept;
   void closed(StreamImpl* stream, int fd) noexcept;  ///< the stream's cell comes back through engine::free_stream
   void nudge() noexcept;
   int wake_fd() const noexcept { return wake_fd_.load(std::memory_order_relaxed); }
@@ -43,19 +43,16 @@ class Service {
     std::int64_t deadline_ns = 0;
     bool active = false;
   };
-  struct Command {
-    enum class Kind : std::uint8_t { pursue, closed } kind;
-    StreamImpl* stream;
-    std::uint16_t generation;
-    int fd;
-  };
+  static constexpr std::uint8_t kPursue = 1, kClosed = 2;  ///< bits of StreamImpl::commands
   struct Client;
 
   Service(const Options& options, engine::Compose compose) noexcept : options_(options), compose_(compose) {}
   static void* thread_main(void* self) noexcept;
   void run() noexcept;
   bool open() noexcept;
+  void submit(StreamImpl* stream, std::uint8_t what) noexcept;
   void take_commands() noexcept;
+  void forget(StreamImpl* stream) noexcept;
   void begin(StreamImpl* stream, std::uint16_t generation) noexcept;
   void give_up(Handshake& handshake, LaneReason reason) noexcept;
   void on_cm_event(const rdma::cm::Event& event) noexcept;
@@ -79,8 +76,7 @@ class Service {
   std::atomic<int> wake_fd_{-1};
   int epoll_fd_ = -1;
 
-  rdma::SharedLock command_lock_;
-  std::vector<Command> commands_;                            ///< under command_lock_
+  std::atomic<StreamImpl*> inbox_{nullptr};                  ///< streams with commands, newest first
   std::unordered_map<std::uint64_t, Handshake> handshakes_;  ///< by anchor cookie
   std::unordered_map<std::uint64_t, StreamImpl*> streams_by_conn_;
   std::vector<StreamImpl*> laned_;  ///< streams with a lane

@@ -72,8 +72,8 @@ std::int64_t Stream::recvmsg(int fd, msghdr* msg, int flags) const noexcept {
 // On a lane the file's bytes are read straight into a bounce buffer and sent from there; on TCP it is the kernel's sendfile.
 std::int64_t Stream::sendfile(int fd, int in_fd, std::int64_t* offset, std::size_t count) const noexcept {
   StreamImpl* s = impl();
-  if (s->phase.load(std::memory_order_acquire) == Phase::laned && s->tx.load(std::memory_order_acquire) == TxState::prepared) {
-    (void)s->lock.lock();
+  if (s->phase.load(std::memory_order_acquire) == Phase::laned && s->tx.load(std::memory_order_acquire) == TxState::prepared &&
+      s->lock.enter()) {
     if (s->generation.load(std::memory_order_relaxed) == generation() && s->phase.load(std::memory_order_relaxed) == Phase::laned &&
         s->usable_here())
       s->try_switch(fd);
@@ -113,8 +113,7 @@ std::int64_t Stream::sendfile(int fd, int in_fd, std::int64_t* offset, std::size
 
 int Stream::shutdown(int fd, int how) const noexcept {
   StreamImpl* s = impl();
-  if (s->phase.load(std::memory_order_acquire) == Phase::laned) {
-    (void)s->lock.lock();
+  if (s->phase.load(std::memory_order_acquire) == Phase::laned && s->lock.enter()) {
     if (s->generation.load(std::memory_order_relaxed) == generation() && s->phase.load(std::memory_order_relaxed) == Phase::laned &&
         s->usable_here()) {
       if (how != SHUT_RD && s->tx.load(std::memory_order_relaxed) != TxState::ended) {
@@ -135,7 +134,11 @@ int Stream::shutdown(int fd, int how) const noexcept {
 
 void Stream::close(int fd) const noexcept {
   StreamImpl* s = impl();
-  (void)s->lock.lock();
+  if (!s->lock.enter()) {  // a handler closes what its own thread is using: the service thread ends the lane
+    s->generation.fetch_add(1, std::memory_order_acq_rel);
+    engine::closed(s, fd);
+    return;
+  }
   if (s->generation.load(std::memory_order_relaxed) != generation()) {
     s->lock.unlock();
     return;
@@ -161,6 +164,8 @@ void Stream::close(int fd) const noexcept {
   engine::closed(s, fd);
 }
 
+void Stream::renumber(int fd) const noexcept { impl()->fd.store(fd, std::memory_order_relaxed); }
+
 void Stream::set_nonblocking(bool on) const noexcept { impl()->nonblocking.store(on, std::memory_order_relaxed); }
 
 void Stream::set_timeout(int option, std::int64_t ns) const noexcept {
@@ -176,8 +181,7 @@ int Stream::inq(int fd) const noexcept {
   int queued = 0;
   const long r = sys::call(SYS_ioctl, fd, SIOCINQ, sys::arg(&queued));
   if (r < 0) return static_cast<int>(r);
-  if (s->phase.load(std::memory_order_acquire) != Phase::laned) return queued;
-  (void)s->lock.lock();
+  if (s->phase.load(std::memory_order_acquire) != Phase::laned || !s->lock.enter()) return queued;
   if (s->phase.load(std::memory_order_relaxed) == Phase::laned && s->usable_here()) {
     s->advance_rx(fd);
     s->lane->drain();
@@ -195,8 +199,7 @@ int Stream::outq(int fd) const noexcept {
 
 void Stream::take_down(LaneReason reason) const noexcept {
   StreamImpl* s = impl();
-  if (s->phase.load(std::memory_order_acquire) == Phase::final) return;
-  (void)s->lock.lock();
+  if (s->phase.load(std::memory_order_acquire) == Phase::final || !s->lock.enter()) return;
   if (s->generation.load(std::memory_order_relaxed) == generation()) s->take_down_locked(reason);
   s->lock.unlock();
 }
@@ -206,7 +209,7 @@ bool Stream::has_lane() const noexcept { return impl()->phase.load(std::memory_o
 std::uint32_t Stream::poll(std::uint32_t events) const noexcept {
   StreamImpl* s = impl();
   std::uint32_t ready = 0;
-  (void)s->lock.lock();
+  if (!s->lock.enter()) return 0;
   if (s->generation.load(std::memory_order_relaxed) == generation() && s->phase.load(std::memory_order_relaxed) == Phase::laned &&
       s->usable_here()) {
     const int fd = s->fd;
@@ -290,8 +293,9 @@ void Stream::leave_plain_wait() const noexcept { impl()->plain_waiters.fetch_sub
 
 void Stream::on_wait_entry(int fd) const noexcept {
   StreamImpl* s = impl();
-  if (s->phase.load(std::memory_order_acquire) != Phase::laned || s->rx.load(std::memory_order_acquire) != RxState::tcp) return;
-  (void)s->lock.lock();
+  if (s->phase.load(std::memory_order_acquire) != Phase::laned || s->rx.load(std::memory_order_acquire) != RxState::tcp ||
+      !s->lock.enter())
+    return;
   if (s->phase.load(std::memory_order_relaxed) == Phase::laned && s->usable_here()) s->advance_rx(fd);
   s->lock.unlock();
 }

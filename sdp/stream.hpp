@@ -47,6 +47,7 @@ class Stream {
 
   // --- what the shim saw the program set
   void set_nonblocking(bool on) const noexcept;
+  void renumber(int fd) const noexcept;  ///< the connection goes by this descriptor now: the one that we knew is being closed
   void set_timeout(int option, std::int64_t ns) const noexcept;  ///< SO_RCVTIMEO, SO_SNDTIMEO; 0: none
   void set_linger(bool on, int seconds) const noexcept;
   int inq(int fd) const noexcept;   ///< FIONREAD

@@ -58,7 +58,7 @@ class alignas(64) StreamImpl {
   std::atomic<std::uint64_t> state_edges{0};  ///< changes of carrier and ends: edges of their own
 
   // --- cold
-  int fd = -1;  ///< as the shim gave it at track(); other numbers may name the connection as well
+  std::atomic<int> fd{-1};  ///< one that names the connection, as the shim said last; the cookie says whether it still does
   std::uint64_t cookie = 0;
   std::uint64_t switch_at = 0;  ///< P of the receiving direction
   std::int64_t rcv_timeout_ns = 0, snd_timeout_ns = 0;
@@ -71,6 +71,8 @@ class alignas(64) StreamImpl {
   /// In a fork's child: the parent's stream that this one stands for, until its first use takes the parent's lane down.
   StreamImpl* inherited = nullptr;
   std::uint16_t inherited_generation = 0;
+  std::atomic<std::uint8_t> commands{0};  ///< what the service thread is asked to do
+  StreamImpl* next_command = nullptr;
   StreamImpl* next = nullptr;  ///< free list, or the service thread's list
 
   /// Bytes that the kernel has moved for the program; enough of them, and the stream is worth a lane.
@@ -91,6 +93,8 @@ class alignas(64) StreamImpl {
   void take_down_locked(LaneReason reason) noexcept;
   void take_down_inherited(LaneReason reason) noexcept;
   void end_tx_locked() noexcept;
+  /// Rule 11: does `fd` still name this connection? The program may have closed it in a way that we did not see.
+  bool names_us(int fd) const noexcept;
   bool abandoned() const noexcept { return tx.load(std::memory_order_relaxed) == TxState::lane && lane->said(kAbandon); }
   bool end_reached() const noexcept {
     std::uint64_t end = 0;

@@ -96,7 +96,7 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
   const bool nowait = (flags & MSG_DONTWAIT) != 0 || nonblocking.load(std::memory_order_relaxed);
   std::int64_t deadline = 0;
   std::int64_t total = 0;
-  (void)lock.lock();
+  if (!lock.enter()) return -EAGAIN;
   for (;;) {
     if (generation.load(std::memory_order_relaxed) != gen) {
       lock.unlock();
@@ -246,7 +246,7 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
   std::int64_t deadline = 0;
   std::int64_t total = 0;
   int result = 0;
-  (void)lock.lock();
+  if (!lock.enter()) return -EAGAIN;
   while (!to.done()) {
     if (generation.load(std::memory_order_relaxed) != gen) {
       result = -EBADF;

@@ -33,6 +33,12 @@ AnchorCounts anchor_counts(int fd) noexcept {
   return counts;
 }
 
+bool StreamImpl::names_us(int at) const noexcept {
+  std::uint64_t now = 0;
+  socklen_t len = sizeof now;
+  return sys::call(SYS_getsockopt, at, SOL_SOCKET, SO_COOKIE, sys::arg(&now), sys::arg(&len)) == 0 && now == cookie;
+}
+
 void StreamImpl::attach(Lane* new_lane) noexcept {
   lane = new_lane;
   owner = engine::process_id();
@@ -106,7 +112,7 @@ void StreamImpl::advance_rx(int at) noexcept {
 // Rule 7: FIN and RST of the anchor are the only end; rule 6: bytes beside the lane are the stream's.
 void StreamImpl::look_at_anchor(int at) noexcept {
   if (!anchor_event.exchange(false, std::memory_order_acq_rel)) return;
-  if (rx.load(std::memory_order_relaxed) != RxState::lane) return;
+  if (rx.load(std::memory_order_relaxed) != RxState::lane || !names_us(at)) return;
   std::byte one;
   const long n = sys::call(SYS_recvfrom, at, sys::arg(&one), 1, MSG_PEEK | MSG_DONTWAIT);
   if (n == -EAGAIN) return;
@@ -163,6 +169,7 @@ void StreamImpl::handle_abandon(int at) noexcept {
 }
 
 bool StreamImpl::flush_resend(int at) noexcept {
+  if (!names_us(at)) resend_off = resend_len;  // closed behind our back: what we hold must not reach a stranger
   while (resend_off < resend_len) {
     const long n = sys::call(SYS_sendto, at, sys::arg(resend + resend_off), static_cast<long>(resend_len - resend_off),
                              MSG_DONTWAIT | MSG_NOSIGNAL);
@@ -192,7 +199,7 @@ void StreamImpl::take_down_locked(LaneReason reason) noexcept {
     state_edges.fetch_add(1, std::memory_order_relaxed);
   }
   if (stats != nullptr) stats->set_reason(reason);
-  RDMA_LOG(info, "fd %d: lane taken down: %s", fd, to_string(reason));
+  RDMA_LOG(info, "fd %d: lane taken down: %s", fd.load(), to_string(reason));
   lane->wake_sleepers();
   engine::nudge();
 }

@@ -54,6 +54,16 @@ class SharedLock {
       return Acquired::clean;
     return lock_contended(self);
   }
+  /// As lock(), for code that a signal handler may run while its own thread is inside: false, and nothing taken, if it is.
+  bool enter() noexcept {
+    const std::uint64_t self = detail::identity();
+    std::uint64_t expected = 0;
+    if (__builtin_expect(word_.compare_exchange_strong(expected, self, std::memory_order_acquire, std::memory_order_relaxed), 1))
+      return true;
+    if ((expected & ~kWaiters) == self) return false;
+    (void)lock_contended(self);
+    return true;
+  }
   /// Never waits and never takes over from the dead.
   bool try_lock() noexcept {
     std::uint64_t expected = 0;
