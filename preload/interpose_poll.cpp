@@ -21,6 +21,7 @@ namespace sys = rdma::sys;
 namespace {
 
 constexpr std::int64_t kKernelEveryNs = 20'000;
+constexpr std::int64_t kSliceNs = 10'000'000;
 
 std::int64_t now_ns() noexcept { return rdma::SteadyClock{}.now(); }
 
@@ -95,6 +96,8 @@ class LaneWait {
         shadow_[i].events = static_cast<short>(s.kernel_events(static_cast<std::uint16_t>(fds_[i].events)));
     }
     shadow_[count_] = pollfd{sleep ? sdp::engine::thread_bell_fd() : -1, POLLIN, 0};
+    // No bell yet, or none to be had: sleep in slices.
+    if (sleep && shadow_[count_].fd < 0 && (timeout_ns < 0 || timeout_ns > kSliceNs)) timeout_ns = kSliceNs;
     timespec ts{timeout_ns / 1'000'000'000, timeout_ns % 1'000'000'000};
     const long r = sys::call(SYS_ppoll, sys::arg(shadow_), static_cast<long>(count_ + 1), timeout_ns >= 0 ? sys::arg(&ts) : 0,
                              sys::arg(mask), 8);

@@ -195,6 +195,8 @@ Stream track(int fd, Role role) noexcept {
   const long flags = sys::call(SYS_fcntl, fd, F_GETFL);
   s->nonblocking.store(flags >= 0 && (flags & O_NONBLOCK) != 0, std::memory_order_relaxed);
   s->stats = acquire_stats(fd);
+  // Only then can the rules say sdp, and the first byte have to wait for it.
+  if (e.options.policy == Family::sdp || !e.options.config_file.empty()) s->phase.store(Phase::unjudged, std::memory_order_relaxed);
   return handle_of(s);
 }
 
@@ -271,9 +273,10 @@ Capture* capture() noexcept {
   return e.capture.get();
 }
 
-bool policy_allows(Role role, const rdma::cm::Anchor& anchor) noexcept {
-  return decide(engine().options, role, anchor.local, anchor.remote) != Family::tcp;
+Family policy_for(Role role, const sockaddr_storage& local, const sockaddr_storage& remote) noexcept {
+  return decide(engine().options, role, local, remote);
 }
+LaneReason policy_reason() noexcept { return tcp_reason(engine().options); }
 
 // --- waiting
 

@@ -1,5 +1,6 @@
 #include "sdp/service.hpp"
 
+#include <linux/futex.h>
 #include <netinet/in.h>
 #include <pthread.h>
 #include <signal.h>
@@ -9,6 +10,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <climits>
 #include <cstring>
 #include <new>
 
@@ -243,10 +245,12 @@ void Service::begin(StreamImpl* stream, std::uint16_t generation) noexcept {
     if (sys::call(SYS_getpeername, stream->fd, sys::arg(&h.anchor.remote), sys::arg(&len)) != 0) refused = LaneReason::not_tcp;
     stream->cookie = h.anchor.cookie;
     if (stream->stats != nullptr) stream->stats->set_addresses(h.anchor.local, h.anchor.remote);
-    if (refused == LaneReason::none && !engine::policy_allows(stream->role, h.anchor)) refused = tcp_reason(options_);
+    if (refused == LaneReason::none && engine::policy_for(stream->role, h.anchor.local, h.anchor.remote) == Family::tcp)
+      refused = engine::policy_reason();
     if (refused != LaneReason::none) stream->take_down_locked(refused);
   }
   stream->lock.unlock();
+  if (current && refused != LaneReason::none) search_is_over(stream);
   if (!current || refused != LaneReason::none) return;
   if (stream->stats != nullptr) stream->stats->set_reason(LaneReason::no_peer);  // until somebody is found
   h.cookie = h.anchor.cookie;
@@ -279,10 +283,20 @@ void Service::begin(StreamImpl* stream, std::uint16_t generation) noexcept {
   }
 }
 
+// Who waits for a strict stream's lane must look again.
+void Service::search_is_over(StreamImpl* stream) noexcept {
+  if (!stream->strict.load()) return;
+  stream->phase_word.fetch_add(1, std::memory_order_release);
+  sys::call(SYS_futex, sys::arg(&stream->phase_word), FUTEX_WAKE, INT_MAX);
+  engine::notify(engine::handle_of(stream));
+  if (channel_ != nullptr) channel_->ring();
+}
+
 void Service::give_up(Handshake& h, LaneReason reason) noexcept {
   (void)h.stream->lock.lock();
   if (h.stream->generation.load() == h.generation && h.stream->phase.load() == Phase::pursued) h.stream->take_down_locked(reason);
   h.stream->lock.unlock();
+  search_is_over(h.stream);
   if (h.lane != nullptr) dying_.push_back({nullptr, h.lane, 0, true});
   const std::uint64_t cookie = h.cookie;
   handshakes_.erase(cookie);
@@ -455,6 +469,7 @@ void Service::finish(Handshake& h) noexcept {
   if (current) {
     RDMA_LOG(info, "fd %d: lane up", stream->fd.load());
     engine::notify(handle);
+    search_is_over(stream);
   } else {
     h.lane->write_word(kGone, 0);
     cm_->disconnect(h.conn);

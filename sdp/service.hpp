@@ -55,6 +55,7 @@ class Service {
   void forget(StreamImpl* stream) noexcept;
   void begin(StreamImpl* stream, std::uint16_t generation) noexcept;
   void give_up(Handshake& handshake, LaneReason reason) noexcept;
+  void search_is_over(StreamImpl* stream) noexcept;
   void on_cm_event(const rdma::cm::Event& event) noexcept;
   Lane* make_lane(rdma::Device& device, const rdma::Path& path) noexcept;
   std::shared_ptr<PeerContext> context_for(rdma::Device& device, const rdma::Path& path) noexcept;

@@ -79,7 +79,10 @@ std::int64_t Stream::sendfile(int fd, int in_fd, std::int64_t* offset, std::size
       s->try_switch(fd);
     s->lock.unlock();
   }
-  if (s->phase.load(std::memory_order_acquire) != Phase::laned || s->tx.load(std::memory_order_acquire) != TxState::lane) {
+  if (s->phase.load(std::memory_order_acquire) == Phase::unjudged) s->judge(fd);
+  const bool by_tcp =
+      s->phase.load(std::memory_order_acquire) != Phase::laned || s->tx.load(std::memory_order_acquire) != TxState::lane;
+  if (by_tcp && !(s->strict.load(std::memory_order_relaxed) && s->tx.load(std::memory_order_acquire) != TxState::ended)) {
     s->kernel_senders.fetch_add(1, std::memory_order_seq_cst);
     if (s->tx.load(std::memory_order_seq_cst) != TxState::lane) {
       const long n = sys::call(SYS_sendfile, fd, in_fd, sys::arg(offset), static_cast<long>(count));
@@ -204,11 +207,14 @@ void Stream::take_down(LaneReason reason) const noexcept {
   s->lock.unlock();
 }
 
-bool Stream::has_lane() const noexcept { return impl()->phase.load(std::memory_order_acquire) == Phase::laned; }
+bool Stream::has_lane() const noexcept {
+  return impl()->phase.load(std::memory_order_acquire) == Phase::laned || impl()->strictly_waiting();
+}
 
 std::uint32_t Stream::poll(std::uint32_t events) const noexcept {
   StreamImpl* s = impl();
   std::uint32_t ready = 0;
+  if (s->phase.load(std::memory_order_acquire) == Phase::unjudged) s->judge(s->fd);
   if (!s->lock.enter()) return 0;
   if (s->generation.load(std::memory_order_relaxed) == generation() && s->phase.load(std::memory_order_relaxed) == Phase::laned &&
       s->usable_here()) {
@@ -247,7 +253,10 @@ std::uint32_t Stream::poll(std::uint32_t events) const noexcept {
 
 std::uint32_t Stream::kernel_events(std::uint32_t events) const noexcept {
   const StreamImpl* s = impl();
+  const auto out = static_cast<std::uint32_t>(POLLOUT | POLLWRNORM);
+  if (s->strictly_waiting()) return s->phase.load() == Phase::unjudged ? events : events & ~out;
   if (s->phase.load(std::memory_order_acquire) != Phase::laned) return events;
+  if (s->strict.load(std::memory_order_relaxed) && s->tx.load(std::memory_order_acquire) == TxState::prepared) events &= ~out;
   if (s->rx.load(std::memory_order_acquire) == RxState::lane) events &= ~static_cast<std::uint32_t>(POLLIN | POLLRDNORM);
   if (s->tx.load(std::memory_order_acquire) == TxState::lane) events &= ~static_cast<std::uint32_t>(POLLOUT | POLLWRNORM);
   return events;
@@ -258,6 +267,9 @@ bool Stream::maybe_ready(std::uint32_t events) const noexcept {
   StreamImpl* s = impl();
   if (s->phase.load(std::memory_order_acquire) != Phase::laned || s->lane == nullptr) return false;
   if (s->lane->maybe_ready()) return true;
+  if (s->strict.load(std::memory_order_relaxed) && s->tx.load(std::memory_order_relaxed) == TxState::prepared &&
+      s->lane->said(kReady))
+    return true;
   if ((events & POLLOUT) != 0 && s->tx.load(std::memory_order_relaxed) == TxState::lane && s->tx_blocked && writable(*s))
     return true;
   if (s->tx.load(std::memory_order_relaxed) == TxState::lane && (s->lane->said(kAbandon) || s->lane_is_over())) return true;

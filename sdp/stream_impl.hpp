@@ -1,6 +1,9 @@
 // StreamImpl: the state behind a Stream handle, and the switch between its two carriers.
 //
-// Phases:   plain ──worth it──> pursued ──SDP established──> laned ──taken down──> final (TCP for good)
+// Phases:   unjudged ──the rules say both──> plain ──worth it──> pursued ──SDP established──> laned ──taken down──> final (TCP for
+// good)
+//                    ╰──the rules say sdp──────────────────────╯ strict: no byte goes by TCP before the lane is up; without one the
+//                                                                connection fails
 //
 // Directions, each on its own (architecture: PREPARE, READY, SWITCH(P), END):
 //   tx   tcp ──PREPARE──> prepared ──READY seen, nobody in a kernel send──> lane ──END──> ended (TCP again)
@@ -22,7 +25,7 @@
 
 namespace sdp {
 
-enum class Phase : std::uint8_t { plain, pursued, laned, final };
+enum class Phase : std::uint8_t { unjudged, plain, pursued, laned, final };
 enum class TxState : std::uint8_t { tcp, prepared, lane, ended };
 enum class RxState : std::uint8_t { tcp, ready, draining, lane, ended };
 
@@ -30,6 +33,7 @@ class alignas(64) StreamImpl {
  public:
   // --- first line: what every call looks at
   std::atomic<Phase> phase{Phase::plain};
+  std::atomic<bool> strict{false};  ///< policy sdp
   std::atomic<TxState> tx{TxState::tcp};
   std::atomic<RxState> rx{RxState::tcp};
   Role role = Role::unknown;
@@ -60,7 +64,10 @@ class alignas(64) StreamImpl {
   // --- cold
   std::atomic<int> fd{-1};  ///< one that names the connection, as the shim said last; the cookie says whether it still does
   std::uint64_t cookie = 0;
-  std::uint64_t switch_at = 0;  ///< P of the receiving direction
+  std::atomic<bool> lane_was_up{false};      ///< strict: from then on a lost lane is TCP's, as with both
+  std::atomic<bool> strict_failed{false};    ///< said once
+  std::atomic<std::uint32_t> phase_word{0};  ///< changes when a strict stream's search is over; futex
+  std::uint64_t switch_at = 0;               ///< P of the receiving direction
   std::int64_t rcv_timeout_ns = 0, snd_timeout_ns = 0;
   std::byte* stash = nullptr;  ///< anchor bytes read past P: they come after the lane's
   std::size_t stash_len = 0, stash_off = 0;
@@ -90,6 +97,14 @@ class alignas(64) StreamImpl {
   void look_at_anchor(int fd) noexcept;  ///< after anchor_event: FIN, RST or bytes beside the lane
   void handle_abandon(int fd) noexcept;  ///< the peer reads no further: the rest goes by the anchor
   bool flush_resend(int fd) noexcept;    ///< true: nothing left to resend
+  void judge(int fd) noexcept;           ///< unjudged -> what the rules say, once the connection is made
+  /// Strict: waits for the end of the search. 0: there is a lane; -EAGAIN, -EINTR; -ECONNREFUSED: there is none, the connection is
+  /// over.
+  int await_lane(int fd, bool nowait, std::int64_t timeout_ns) noexcept;
+  bool strictly_waiting() const noexcept {
+    const Phase now = phase.load(std::memory_order_acquire);
+    return now == Phase::unjudged || (now == Phase::pursued && strict.load(std::memory_order_relaxed));
+  }
   void take_down_locked(LaneReason reason) noexcept;
   void take_down_inherited(LaneReason reason) noexcept;
   void end_tx_locked() noexcept;
@@ -138,8 +153,9 @@ Stream handle_of(const StreamImpl*) noexcept;
 void* lane_cell() noexcept;
 void free_lane_cell(void*) noexcept;
 Capture* capture() noexcept;  ///< SDP_PCAP; nullptr: none. Opened at the first call
-bool policy_allows(Role, const rdma::cm::Anchor&) noexcept;
-int high_fd(int fd) noexcept;  ///< moves a helper descriptor out of the program's way and remembers it; closes the low one
+Family policy_for(Role, const sockaddr_storage& local, const sockaddr_storage& remote) noexcept;
+LaneReason policy_reason() noexcept;  ///< why policy_for() says tcp
+int high_fd(int fd) noexcept;         ///< moves a helper descriptor out of the program's way and remembers it; closes the low one
 void remember_helper_fd(int fd) noexcept;
 void forget_helper_fd(int fd) noexcept;
 void nudge() noexcept;         ///< the service thread should look at its streams

@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "rdma_core/base/clock.hpp"
+#include "rdma_core/base/log.hpp"
 #include "rdma_core/base/sys.hpp"
 #include "sdp/engine.hpp"
 #include "sdp/spinner.hpp"
@@ -83,8 +84,58 @@ bool StreamImpl::usable_here() noexcept {
   return false;
 }
 
+int StreamImpl::await_lane(int at, bool nowait, std::int64_t timeout_ns) noexcept {
+  if (phase.load(std::memory_order_acquire) == Phase::unjudged) judge(at);
+  if (!strict.load(std::memory_order_relaxed)) return 0;
+  const std::int64_t deadline = timeout_ns != 0 ? now_ns() + timeout_ns : 0;
+  for (;;) {
+    const std::uint32_t seen = phase_word.load(std::memory_order_acquire);
+    const Phase now = phase.load(std::memory_order_acquire);
+    if (now == Phase::laned || lane_was_up.load(std::memory_order_relaxed)) return 0;
+    if (now != Phase::pursued) {
+      if (!strict_failed.exchange(true))
+        RDMA_LOG(error, "fd %d: policy sdp, but no lane: %s. The connection is closed.", at,
+                 stats != nullptr ? to_string(stats->reason.load(std::memory_order_relaxed)) : "no memory");
+      sys::call(SYS_shutdown, at, SHUT_RDWR);
+      return -ECONNREFUSED;
+    }
+    if (nowait || (deadline != 0 && now_ns() >= deadline)) return -EAGAIN;
+    timespec left{};
+    if (deadline != 0) {
+      const std::int64_t ns = deadline - now_ns();
+      left.tv_sec = ns > 0 ? ns / 1'000'000'000 : 0;
+      left.tv_nsec = ns > 0 ? ns % 1'000'000'000 : 0;
+    }
+    const long r = sys::call(SYS_futex, sys::arg(&phase_word), FUTEX_WAIT, seen, deadline != 0 ? sys::arg(&left) : 0);
+    if (r == -EINTR) return -EINTR;
+  }
+}
+
+void StreamImpl::judge(int at) noexcept {
+  sockaddr_storage local{}, remote{};
+  socklen_t len = sizeof local;
+  if (sys::call(SYS_getsockname, at, sys::arg(&local), sys::arg(&len)) != 0) return;
+  len = sizeof remote;
+  if (sys::call(SYS_getpeername, at, sys::arg(&remote), sys::arg(&len)) != 0) return;  // not connected yet: no byte can go
+  Phase expected = Phase::unjudged;
+  switch (engine::policy_for(role, local, remote)) {
+    case Family::tcp:
+      if (phase.compare_exchange_strong(expected, Phase::final) && stats != nullptr) stats->set_reason(engine::policy_reason());
+      break;
+    case Family::both:
+      phase.compare_exchange_strong(expected, Phase::plain);
+      break;
+    case Family::sdp:
+      strict.store(true);
+      if (phase.compare_exchange_strong(expected, Phase::pursued)) engine::pursue(this);
+      break;
+  }
+}
+
 std::int64_t StreamImpl::send(int at, IovCursor& from, int flags, std::uint16_t gen) noexcept {
   if (phase.load(std::memory_order_acquire) != Phase::laned) {
+    const bool nowait = (flags & MSG_DONTWAIT) != 0 || nonblocking.load(std::memory_order_relaxed);
+    if (const int r = await_lane(at, nowait, snd_timeout_ns); r != 0) return r;
     kernel_senders.fetch_add(1, std::memory_order_seq_cst);
     if (phase.load(std::memory_order_seq_cst) != Phase::laned) return kernel_send(at, from, flags, true);
     kernel_senders.fetch_sub(1, std::memory_order_release);
@@ -105,6 +156,18 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
     if (phase.load(std::memory_order_relaxed) == Phase::laned && usable_here()) {
       if (flags & MSG_OOB) take_down_locked(LaneReason::mode);
       if (tx.load(std::memory_order_relaxed) == TxState::prepared) try_switch(at);
+    }
+    if (strict.load(std::memory_order_relaxed) && phase.load(std::memory_order_relaxed) == Phase::laned &&
+        tx.load(std::memory_order_relaxed) == TxState::prepared && !lane_is_over()) {
+      if (nowait) {
+        lock.unlock();
+        return -EAGAIN;
+      }
+      if (const int r = wait(true, 0, false); r != 0) {
+        lock.unlock();
+        return r;
+      }
+      continue;
     }
     if (phase.load(std::memory_order_relaxed) != Phase::laned || tx.load(std::memory_order_relaxed) != TxState::lane) {
       if (resend != nullptr && !flush_resend(at)) {
@@ -158,6 +221,8 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
 std::int64_t StreamImpl::recv(int at, IovCursor& to, int flags, int* out_flags, std::uint16_t gen) noexcept {
   (void)out_flags;
   if (phase.load(std::memory_order_acquire) != Phase::laned) {
+    const bool nowait = (flags & MSG_DONTWAIT) != 0 || nonblocking.load(std::memory_order_relaxed);
+    if (const int r = await_lane(at, nowait, rcv_timeout_ns); r != 0) return r;
     kernel_receivers.fetch_add(1, std::memory_order_seq_cst);
     if (phase.load(std::memory_order_seq_cst) != Phase::laned) return kernel_recv(at, to, flags, true);
     kernel_receivers.fetch_sub(1, std::memory_order_release);
@@ -260,7 +325,9 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
     }
     const RxState state = rx.load(std::memory_order_relaxed);
     std::int64_t n = 0;
-    if (phase.load(std::memory_order_relaxed) != Phase::laned || state == RxState::tcp || state == RxState::ended) {
+    // A strict reader does not go to sleep in the kernel before the switch: nothing would wake it for the lane.
+    const bool tcp_alone = state == RxState::tcp && !strict.load(std::memory_order_relaxed);
+    if (phase.load(std::memory_order_relaxed) != Phase::laned || tcp_alone || state == RxState::ended) {
       if (stash != nullptr) {
         n = take_stash(to, !peek);
       } else {
@@ -351,9 +418,12 @@ bool StreamImpl::changed(bool for_send) const noexcept {
   if (lane->maybe_ready()) return true;
   if (tx.load(std::memory_order_relaxed) == TxState::lane && lane->said(kAbandon)) return true;
   // Another thread may have taken the message in: what it brought counts, not only what is still in the CQ.
+  if (for_send && tx.load(std::memory_order_relaxed) == TxState::prepared) return lane->said(kReady) || lane_is_over();
   if (for_send) return lane_is_over() || lane->may_send();
   if (anchor_event.load(std::memory_order_acquire)) return true;
   switch (rx.load(std::memory_order_relaxed)) {
+    case RxState::tcp:
+      return strict.load(std::memory_order_relaxed) && (lane->said(kPrepare) || lane_is_over());
     case RxState::ready:
       return lane->said(kSwitch) || lane->said(kEnd) || peer_gone.load(std::memory_order_relaxed);
     case RxState::lane:
