@@ -22,6 +22,13 @@ class IovCursor {
       skip_empty();
     }
   }
+  void skip(std::size_t bytes) noexcept {  ///< at most remaining()
+    while (bytes > 0) {
+      const std::size_t step = bytes < chunk() ? bytes : chunk();
+      advance(step);
+      bytes -= step;
+    }
+  }
   std::size_t remaining() const noexcept {
     std::size_t sum = 0;
     for (const iovec* v = iov_; v != end_; ++v) sum += v->iov_len;

@@ -129,6 +129,9 @@ class alignas(64) StreamImpl {
   std::int64_t kernel_send(int fd, IovCursor& from, int flags, bool counted) noexcept;
   std::int64_t kernel_recv(int fd, IovCursor& to, int flags, bool counted) noexcept;
   std::int64_t anchor_recv_nowait(int fd, IovCursor& to, std::size_t cap, int flags) noexcept;
+  struct Receiving;
+  std::int64_t take_from_lane(Receiving& r) noexcept;
+  std::int64_t take_from_anchor(Receiving& r, RxState state) noexcept;
   std::int64_t lane_send(int fd, IovCursor& from, int flags, std::uint16_t gen) noexcept;
   std::int64_t lane_recv(int fd, IovCursor& to, int flags, std::uint16_t gen) noexcept;
   std::int64_t take_stash(IovCursor& to, bool consume) noexcept;

@@ -295,26 +295,70 @@ std::int64_t StreamImpl::anchor_recv_nowait(int at, IovCursor& to, std::size_t c
       }
     }
   }
-  for (std::size_t left = keep; left > 0;) {
-    const std::size_t step = left < to.chunk() ? left : to.chunk();
-    to.advance(step);
-    left -= step;
-  }
+  to.skip(keep);
   return static_cast<std::int64_t>(keep);
+}
+
+/// One recv under way on a stream that has a lane.
+struct StreamImpl::Receiving {
+  int at;
+  IovCursor& to;
+  const IovCursor start;  ///< a peek begins here each time that it looks
+  int flags;
+  bool nowait;
+  bool peek = (flags & MSG_PEEK) != 0;
+  bool all = (flags & MSG_WAITALL) != 0;
+  std::int64_t total = 0;  ///< bytes so far
+  int result = 0;          ///< if there are none
+};
+
+// 0: nothing there yet. A peek that wants everything goes on waiting while more can come.
+// Inlined, for this is the path of every message.
+[[gnu::always_inline]] inline std::int64_t StreamImpl::take_from_lane(Receiving& r) noexcept {
+  std::int64_t n = 0;
+  if (r.flags & MSG_TRUNC) {
+    n = static_cast<std::int64_t>(lane->discard(r.to.remaining()));
+    r.to.skip(static_cast<std::size_t>(n));
+  } else {
+    if (r.peek) r.to = r.start;
+    n = static_cast<std::int64_t>(lane->recv(r.to, !r.peek));
+    if (r.peek && n > 0) {
+      r.total = 0;
+      if (r.all && !r.to.done() && !r.nowait && !end_reached() && !peer_gone) n = 0;
+    }
+  }
+  if (n > 0 && !r.peek && stats != nullptr) {
+    stats->lane.bytes_received.add(static_cast<std::uint64_t>(n));
+    stats->lane.messages_received.add(1);
+  }
+  return n;
+}
+
+// Up to P the bytes come by the anchor. 0: nothing there yet; -1: the call ends here, with its result set.
+std::int64_t StreamImpl::take_from_anchor(Receiving& r, RxState state) noexcept {
+  if (r.peek) r.to = r.start;
+  anchor_event.store(false, std::memory_order_release);  // before the read: what comes after it sets it again
+  const std::size_t cap = state == RxState::draining
+                              ? static_cast<std::size_t>(switch_at - tcp_received.load(std::memory_order_relaxed))
+                              : static_cast<std::size_t>(SSIZE_MAX);
+  const std::int64_t n = anchor_recv_nowait(r.at, r.to, cap, r.flags);
+  if (n > 0) return n;
+  if (n == -EAGAIN) return 0;
+  if (n < 0)
+    r.result = static_cast<int>(n);
+  else if (state == RxState::draining && r.total == 0 && lane->said(kSwitch) && !end_reached())
+    r.result = -ECONNRESET;  // the stream ends before the bytes that were promised
+  return -1;
 }
 
 std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16_t gen) noexcept {
   const bool nowait = (flags & MSG_DONTWAIT) != 0 || nonblocking.load(std::memory_order_relaxed);
-  const bool peek = (flags & MSG_PEEK) != 0;
-  const bool all = (flags & MSG_WAITALL) != 0;
-  const IovCursor start = to;
+  Receiving r{.at = at, .to = to, .start = to, .flags = flags, .nowait = nowait};
   std::int64_t deadline = 0;
-  std::int64_t total = 0;
-  int result = 0;
   if (!lock.enter()) return -EAGAIN;
   while (!to.done()) {
     if (generation.load(std::memory_order_relaxed) != gen) {
-      result = -EBADF;
+      r.result = -EBADF;
       break;
     }
     const bool here = phase.load(std::memory_order_relaxed) == Phase::laned && usable_here();
@@ -329,63 +373,30 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
     const bool tcp_alone = state == RxState::tcp && !strict.load(std::memory_order_relaxed);
     if (phase.load(std::memory_order_relaxed) != Phase::laned || tcp_alone || state == RxState::ended) {
       if (stash != nullptr) {
-        n = take_stash(to, !peek);
+        n = take_stash(to, !r.peek);
       } else {
         if (reset_by_peer) {
           reset_by_peer = false;
-          result = -ECONNRESET;
+          r.result = -ECONNRESET;
           break;
         }
         // Bytes already taken: the kernel only adds what is there at once.
-        const int kernel_flags = total > 0 && !all ? flags | MSG_DONTWAIT : flags;
+        const int kernel_flags = r.total > 0 && !r.all ? flags | MSG_DONTWAIT : flags;
         kernel_receivers.fetch_add(1, std::memory_order_seq_cst);
         lock.unlock();
         n = kernel_recv(at, to, kernel_flags, true);
-        if (total > 0) return n > 0 ? total + n : total;
+        if (r.total > 0) return n > 0 ? r.total + n : r.total;
         return n;
       }
     } else if (state == RxState::lane) {
-      if (flags & MSG_TRUNC) {
-        std::size_t room = to.remaining();
-        n = static_cast<std::int64_t>(lane->discard(room));
-        for (std::size_t left = static_cast<std::size_t>(n); left > 0;) {
-          const std::size_t step = left < to.chunk() ? left : to.chunk();
-          to.advance(step);
-          left -= step;
-        }
-      } else {
-        if (peek) to = start;
-        n = static_cast<std::int64_t>(lane->recv(to, !peek));
-        if (peek && n > 0) {
-          total = 0;
-          if (all && !to.done() && !nowait && !end_reached() && !peer_gone) n = 0;
-        }
-      }
-      if (n > 0 && !peek && stats != nullptr) {
-        stats->lane.bytes_received.add(static_cast<std::uint64_t>(n));
-        stats->lane.messages_received.add(1);
-      }
+      n = take_from_lane(r);
     } else {
-      if (peek) to = start;
-      anchor_event.store(false, std::memory_order_release);  // before the read: what comes after it sets it again
-      const std::size_t cap = state == RxState::draining
-                                  ? static_cast<std::size_t>(switch_at - tcp_received.load(std::memory_order_relaxed))
-                                  : static_cast<std::size_t>(SSIZE_MAX);
-      n = anchor_recv_nowait(at, to, cap, flags);
-      if (n == 0 && state == RxState::draining && total == 0) {
-        result = lane->said(kSwitch) && !end_reached() ? -ECONNRESET : 0;
-        break;
-      }
-      if (n == 0) break;  // end of stream before any switch
-      if (n < 0 && n != -EAGAIN) {
-        result = static_cast<int>(n);
-        break;
-      }
-      if (n < 0) n = 0;
+      n = take_from_anchor(r, state);
+      if (n < 0) break;
     }
     if (n > 0) {
-      total += n;
-      if (!all || peek) break;
+      r.total += n;
+      if (!r.all || r.peek) break;
       continue;
     }
     // Nothing there. Was it the end?
@@ -397,21 +408,21 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
       }
       if (rx_shut) break;
     }
-    if (total > 0 && !all) break;
+    if (r.total > 0 && !r.all) break;
     if (nowait) {
-      result = -EAGAIN;
+      r.result = -EAGAIN;
       break;
     }
     if (deadline == 0 && rcv_timeout_ns != 0) deadline = now_ns() + rcv_timeout_ns;
-    result = wait(false, deadline, rcv_timeout_ns != 0);
-    if (result != 0) break;
+    r.result = wait(false, deadline, rcv_timeout_ns != 0);
+    if (r.result != 0) break;
   }
   // The read that reached P changes the carrier: a waiter must see that now, for the lane's messages may have been taken in
   // already.
   if (phase.load(std::memory_order_relaxed) == Phase::laned && rx.load(std::memory_order_relaxed) == RxState::draining)
     advance_rx(at);
   lock.unlock();
-  return total > 0 ? total : result;
+  return r.total > 0 ? r.total : r.result;
 }
 
 bool StreamImpl::changed(bool for_send) const noexcept {
