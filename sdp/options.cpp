@@ -340,7 +340,7 @@ constinit std::atomic<bool> unreported{false};
 /// A relative path stays one when the whole would be too long.
 void make_absolute(PathText& path) noexcept {
   if (path.empty() || path.view().front() == '/') return;
-  char whole[1024];
+  char whole[1024] = {};
   const long size = sys::call(SYS_getcwd, sys::arg(whole), sizeof whole);  // the NUL included
   if (size <= 1 || whole[0] != '/') return;
   std::size_t n = static_cast<std::size_t>(size) - 1;
