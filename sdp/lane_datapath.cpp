@@ -135,9 +135,9 @@ void Lane::on_completion(const Wc& wc) noexcept {
   }
   const Rx rx = conn.on_message({b.addr, wc.byte_len});
   if (rx == Rx::payload) [[likely]] {
-    constexpr auto head = static_cast<std::uint32_t>(wire::kBsdhBytes);
-    unread_[rx_tail_++ % kRing] = Unread{index, head, wc.byte_len - head};
-    rx_bytes_queued_ += wc.byte_len - head;
+    constexpr auto kHead = static_cast<std::uint32_t>(wire::kBsdhBytes);
+    unread_[rx_tail_++ % kRing] = Unread{index, kHead, wc.byte_len - kHead};
+    rx_bytes_queued_ += wc.byte_len - kHead;
     ++rx_arrivals_;
     return;
   }
