@@ -93,13 +93,14 @@ namespace rdma::sim::detail {
 inline const bool no_alloc_hooks_set = (no_alloc_hooks = true);
 }
 #else
-void* operator new(std::size_t bytes) {
+// Not inlined: g++ warns of a mismatch (-Wmismatched-new-delete) where it sees into one of a pair and not into the other.
+[[gnu::noinline]] void* operator new(std::size_t bytes) {
   rdma::sim::detail::count_allocation();
   if (void* p = std::malloc(bytes == 0 ? 1 : bytes)) return p;
   throw std::bad_alloc();
 }
-void operator delete(void* p) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t) noexcept { std::free(p); }
+[[gnu::noinline]] void operator delete(void* p) noexcept { std::free(p); }
+[[gnu::noinline]] void operator delete(void* p, std::size_t) noexcept { std::free(p); }
 namespace rdma::sim::detail {
 inline const bool no_alloc_hooks_set = (no_alloc_hooks = true);
 }
