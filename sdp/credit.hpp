@@ -54,11 +54,13 @@ class CreditWindow {
   std::uint32_t peer_posted() const noexcept { return limit_ - acked_; }
 
   /// Is it time for an empty Data that only grants credits? OFED's rule: what the peer still has, times 1.5, is below what is
-  /// posted.
+  /// posted. With so few posted that the peer could send no payload after it, the rest is unread: then only a peer that cannot
+  /// speak at all is told, or two sides that wait for each other would answer each update with an update for ever.
   bool update_is_due() const noexcept {
-    const std::int32_t left = static_cast<std::int32_t>(told_ - received_);
-    const std::int32_t scaled = left > kReservedCredits ? left + left / 2 : left;
-    return scaled < static_cast<std::int32_t>(posted_);
+    const auto left = static_cast<std::int32_t>(told_ - received_);
+    const auto posted = static_cast<std::int32_t>(posted_);
+    if (posted <= kReservedCredits + 1) return left <= 0 && posted > 0;
+    return (left > kReservedCredits ? left + left / 2 : left) < posted;
   }
 
  private:

@@ -15,9 +15,13 @@ using rdma::RecvWr;
 using rdma::Result;
 using rdma::Unit;
 
+std::size_t Lane::block_bytes(std::uint32_t size) const noexcept {
+  return (size + device_->attr().recv_prefix_bytes + 63) & ~std::size_t{63};
+}
+
 bool Lane::allocate_buffer(Buffer& buffer, std::uint32_t size) noexcept {
   const std::uint32_t prefix = device_->attr().recv_prefix_bytes;
-  const std::size_t bytes = (size + prefix + 63) & ~std::size_t{63};
+  const std::size_t bytes = block_bytes(size);
   auto block = (*peer_)->heap->allocate(bytes, 64);
   if (!block) return false;
   buffer = Buffer{block->addr, block->addr + prefix, size, block->mr->lkey};
@@ -42,7 +46,7 @@ Result<Unit> Lane::open(rdma::CompletionChannel* channel) noexcept {
   rdma::QpInit init;
   init.send_cq = cq_;
   init.recv_cq = cq_;
-  init.send_depth = kMaxInFlight;
+  init.send_depth = kSendDepth;
   init.recv_depth = kRing;
   init.max_inline = limits_.conn.recv_size_max;
   auto qp = peer.pd->create_qp(init);
@@ -120,7 +124,10 @@ void Lane::write_word(Word which, std::uint64_t value) noexcept {
   wr.sges = &sge;
   wr.remote_addr = peer_words_addr_ + 8 * which;
   wr.rkey = peer_words_rkey_;
-  if (qp_->post_send(wr) != rdma::Post::ok) dead_ = true;
+  if (qp_->post_send(wr) == rdma::Post::ok)
+    ++requests_;
+  else
+    dead_ = true;
 }
 
 bool Lane::read_back(std::uint64_t from, std::byte* out, std::size_t bytes) const noexcept {

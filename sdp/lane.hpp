@@ -70,6 +70,9 @@ class Lane {
  public:
   static constexpr std::uint16_t kMaxBuffers = 129;   ///< one more than the largest grant: Hello is outside the account
   static constexpr std::uint32_t kMaxInFlight = 256;  ///< messages that the peer has not acknowledged
+  static constexpr std::uint32_t kSendDepth = 256;    ///< entries of the send queue
+  static constexpr std::uint32_t kSpareSends = 32;    ///< entries that payload leaves to control messages and switch words
+  static constexpr std::uint32_t kSignalEvery = 32;   ///< requests for which one completion is asked
 
   Lane(std::shared_ptr<PeerContext>* peer, const LaneLimits& limits) noexcept : conn(limits.conn), limits_(limits), peer_(peer) {}
 
@@ -99,7 +102,8 @@ class Lane {
   void send_due_control() noexcept { send_control(); }  ///< after something became due outside drain()
   bool maybe_ready() const noexcept { return cq_->maybe_ready(); }
   bool may_send() const noexcept {
-    return conn.may_send_payload() && conn.credit().sent() - conn.credit().acked() < kMaxInFlight && !dead();
+    return conn.may_send_payload() && conn.credit().sent() - conn.credit().acked() < kMaxInFlight &&
+           requests_ - reaped_ < kSendDepth - kSpareSends && !dead();
   }
   std::uint64_t unread() const noexcept { return rx_bytes_queued_; }
 
@@ -151,6 +155,7 @@ class Lane {
   static constexpr std::uint32_t kRing = 256;  ///< power of two, above kMaxBuffers
 
   std::uint32_t shown_qpn() const noexcept;
+  std::size_t block_bytes(std::uint32_t size) const noexcept;
   bool allocate_buffer(Buffer& buffer, std::uint32_t size) noexcept;
   bool post_message(const rdma::Sge* sges, std::uint8_t count) noexcept;
   void send_control() noexcept;
@@ -172,7 +177,9 @@ class Lane {
   std::uint32_t rx_head_ = 0, rx_tail_ = 0;  ///< unread queue: [head, tail)
   std::uint64_t rx_bytes_queued_ = 0, rx_bytes_ = 0, rx_arrivals_ = 0;
   std::uint64_t tx_bytes_ = 0, tx_messages_ = 0;
-  std::uint64_t sends_ = 0;  ///< Sends posted since the QP was made, of every kind
+  std::uint64_t sends_ = 0;                   ///< Sends posted since the QP was made, of every kind
+  std::uint64_t requests_ = 0;                ///< those and the RDMA Writes: what takes an entry of the send queue
+  std::uint64_t signalled_ = 0, reaped_ = 0;  ///< the last of them that asked for a completion; that completed
 
   Capture* capture_ = nullptr;
   std::uint32_t capture_conn_ = Capture::kNoConnection;

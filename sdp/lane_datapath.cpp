@@ -22,6 +22,12 @@ bool Lane::post_message(const Sge* sges, std::uint8_t count) noexcept {
   wr.flags = rdma::kInline;
   wr.sge_count = count;
   wr.sges = sges;
+  wr.wr_id = ++requests_;
+  // Entries of the send queue come back only when a completion behind them is polled.
+  if (requests_ - signalled_ >= kSignalEvery) [[unlikely]] {
+    signalled_ = requests_;
+    wr.flags |= rdma::kSignalled;
+  }
   if (qp_->post_send(wr) != Post::ok) [[unlikely]] {
     // Credits and the in-flight bound keep the queues from filling: what is left is a QP in error.
     dead_ = true;
@@ -88,7 +94,7 @@ void Lane::home(std::uint32_t index) noexcept {
     Buffer larger;
     if (allocate_buffer(larger, conn.wanted_recv_size())) {
       (*peer_)->heap->deallocate(b.block);
-      buffer_bytes_ -= b.size;
+      buffer_bytes_ -= block_bytes(b.size);
       b = larger;
       if (--small_left_ == 0) conn.resize_done(b.size);
     }
@@ -125,7 +131,10 @@ void Lane::on_completion(const Wc& wc) noexcept {
     conn.abort(to_string(wc.status));
     return;
   }
-  if (wc.opcode != rdma::WcOpcode::recv) return;
+  if (wc.opcode != rdma::WcOpcode::recv) {
+    reaped_ = wc.wr_id;
+    return;
+  }
   const auto index = static_cast<std::uint32_t>(wc.wr_id);
   const Buffer& b = buffers_[index];
   if (capture_ != nullptr) [[unlikely]] {

@@ -1,0 +1,364 @@
+// Two Lanes on the simulated fabric, driven by one seed: what one sends the other gets, in order and once, whatever the delays; no
+// credit is lost; a failure ends a lane with a reason; every buffer comes home.
+#include <array>
+#include <vector>
+
+#include "tests/sim/lane_ends.hpp"
+#include "tests/support/sim_fabric.hpp"
+
+namespace sdp::sim {
+namespace {
+
+using rdma::sim::Side;
+using rdma::sim::SimFabric;
+using rdma::sim::SimOptions;
+
+enum class Fault : std::uint8_t { none, refused_posts, broken_link, removed_device, dead_peer };
+
+struct Case {
+  SimOptions fabric;
+  LaneLimits limits;
+  Fault fault = Fault::none;
+};
+
+class Rig {
+ public:
+  Rig(std::uint64_t seed, const Case& c)
+      : seed_(seed), fault_(c.fault), chance_(seed ^ 0x5EED), fabric_(c.fabric), limits_(c.limits) {
+    for (unsigned i : {0U, 1U}) {
+      host_[i].open(fabric_.device(side(i)), fabric_.path(side(i)));
+      lane_[i] = host_[i].make(c.limits);
+    }
+    fabric_.connect(lane_[0]->qp(), lane_[1]->qp());
+    for (unsigned i : {0U, 1U}) lane_[i]->set_peer(lane_[1 - i]->proposal());
+    lane_[1]->conn.await_hello();
+    lane_[0]->send_hello({});
+    for (int i = 0; i < 1000 && !(up(0) && up(1)); ++i) {
+      fabric_.step();
+      for (Lane* lane : lane_) lane->drain();
+    }
+    if (!up(0) || !up(1)) broken("the lanes did not come up: ", lane_[0]->conn.error(), " / ", lane_[1]->conn.error());
+  }
+  ~Rig() {
+    for (Lane*& lane : lane_) free_lane(lane);
+  }
+
+  void run() {
+    if (fault_ == Fault::broken_link || fault_ == Fault::removed_device || fault_ == Fault::dead_peer)
+      fabric_.at_step(chance_.pick(1, 400), [this] { strike(); });
+    const std::uint64_t actions = chance_.pick(10, 250);
+    const unsigned reading = static_cast<unsigned>(chance_.pick(0, 100));
+    for (std::uint64_t i = 0; i < actions; ++i) act(reading);
+    if (fault_ == Fault::none)
+      finish();
+    else
+      end_badly();
+    come_home();
+  }
+
+  /// Both send until neither can, then both read: nobody may wait for the other for ever.
+  void fill_and_drain(std::uint64_t rounds) {
+    for (std::uint64_t r = 0; r < rounds; ++r) {
+      for (bool more = true; more;) {
+        more = false;
+        for (unsigned i : {0U, 1U})
+          while (send(i, chance_.size(200'000)) != 0) more = true;
+        settle();
+        for (Lane* lane : lane_) more = more || (lane->may_send() && !lane->dead());
+      }
+      drain_all();
+    }
+  }
+  void finish() {
+    drain_all();
+    for (unsigned i : {0U, 1U}) {
+      if (sent_[i] != received_[i]) broken("side ", i, " sent ", sent_[i], ", ", received_[i], " arrived");
+      if (lane_[i]->tx_bytes() != sent_[i] || lane_[1 - i]->rx_bytes() != received_[i]) broken("the lane's counts differ");
+    }
+    // A full round in which everything can be said: the credits must be what they were.
+    for (int round = 0; round < 4; ++round)
+      for (unsigned i : {0U, 1U}) {
+        if (!lane_[i]->may_send()) broken("side ", i, " has no credit though everything was read");
+        if (send(i, 10) == 0) broken("side ", i, " could not send after everything was read");
+        drain_all();
+      }
+    close_politely();
+  }
+  void come_home() {
+    for (unsigned i : {0U, 1U}) free_lane(lane_[i]);
+    fabric_.run_until_idle();
+    for (unsigned i : {0U, 1U})
+      if (host_[i].context->heap->bytes_in_use() != 0)
+        broken("side ", i, ": ", host_[i].context->heap->bytes_in_use(), " bytes did not come home");
+    const std::string rules = fabric_.check();
+    if (!rules.empty()) broken(rules);
+  }
+
+  Lane& lane(unsigned i) { return *lane_[i]; }
+  SimFabric& fabric() { return fabric_; }
+  std::size_t send(unsigned i, std::size_t bytes) {
+    Lane& lane = *lane_[i];
+    out_.resize(bytes);
+    fill(out_.data(), bytes, stream(i), sent_[i]);
+    std::array<iovec, 5> iov;
+    const std::size_t pieces = cut(iov, out_);
+    IovCursor from(iov.data(), pieces);
+    const bool dead = lane.dead();
+    const std::size_t n = lane.send(from);
+    if (dead && n != 0) broken("a dead lane took bytes");
+    if (n > bytes || (n < bytes && lane.may_send() && !lane.dead())) broken("send stopped before it had to");
+    sent_[i] += n;
+    return n;
+  }
+  void drain_all() {
+    for (bool more = true; more;) {
+      more = false;
+      for (unsigned i : {0U, 1U})
+        while (receive(i, 1 << 16) != 0) more = true;
+      if (fabric_.step()) more = true;
+      patience("while both sides read");
+    }
+    settle();
+  }
+  /// Nobody sends payload or reads: the lanes must fall silent.
+  void settle() {
+    for (int round = 0; fabric_.run_until_idle() != 0; ++round) {
+      for (Lane* lane : lane_) lane->drain();
+      if (round > 50) broken("two idle lanes go on talking");
+    }
+  }
+
+ private:
+  void patience(const char* when) {
+    if (++actions_ > 3'000'000) broken("no end ", when);
+  }
+  static Side side(unsigned i) { return i == 0 ? Side::a : Side::b; }
+  bool up(unsigned i) { return lane_[i]->conn.state() == ConnState::established; }
+  std::uint64_t stream(unsigned i) const { return seed_ * 2 + i; }
+  std::size_t cut(std::array<iovec, 5>& iov, std::vector<std::byte>& bytes) {
+    std::size_t pieces = 0, at = 0;
+    while (pieces + 1 < iov.size() && at < bytes.size() && chance_.percent(40)) {
+      const std::size_t n = chance_.pick(0, bytes.size() - at);
+      iov[pieces++] = {bytes.data() + at, n};
+      at += n;
+    }
+    iov[pieces++] = {bytes.data() + at, bytes.size() - at};
+    return pieces;
+  }
+
+  std::size_t receive(unsigned i, std::size_t bytes, bool peek = false) {
+    Lane& lane = *lane_[i];
+    in_.resize(bytes);
+    std::array<iovec, 5> iov;
+    const std::size_t pieces = cut(iov, in_);
+    IovCursor to(iov.data(), pieces);
+    const std::uint64_t unread = lane.unread();
+    const std::size_t n = lane.recv(to, !peek);
+    if (n < std::min<std::size_t>(unread, bytes)) broken("recv gave ", n, " of ", unread, " unread bytes");
+    verify(in_.data(), n, stream(1 - i), received_[1 - i], peek ? "peek" : "recv");
+    if (!peek) received_[1 - i] += n;
+    return n;
+  }
+  void discard(unsigned i, std::size_t bytes) { received_[1 - i] += lane_[i]->discard(bytes); }
+
+  void act(unsigned reading) {
+    const auto i = static_cast<unsigned>(chance_.pick(0, 1));
+    if (!fabric_.alive(side(i))) {
+      fabric_.step();
+      return;
+    }
+    if (chance_.percent(50)) {
+      for (std::uint64_t n = chance_.pick(0, 30); n > 0; --n) fabric_.step();
+    } else if (chance_.percent(50)) {
+      send(i, chance_.size(100'000));
+    } else if (chance_.percent(reading)) {
+      const std::size_t n = chance_.size(100'000);
+      switch (chance_.pick(0, 7)) {
+        case 0:
+          discard(i, n);
+          break;
+        case 1:
+          receive(i, n, true);
+          break;
+        default:
+          receive(i, n);
+      }
+    } else {
+      lane_[i]->drain();
+    }
+  }
+
+  void close_politely() {
+    for (unsigned i : {0U, 1U}) {
+      lane_[i]->conn.want_disconn();
+      lane_[i]->send_due_control();
+    }
+    fabric_.run_until_idle();
+    for (Lane* lane : lane_) lane->drain();
+    for (unsigned i : {0U, 1U}) {
+      if (!lane_[i]->peer_disconn() || lane_[i]->conn.state() != ConnState::closed)
+        broken("side ", i, " is not closed: ", to_string(lane_[i]->conn.state()), " ", lane_[i]->conn.error());
+      if (lane_[i]->dead()) broken("side ", i, " died: ", lane_[i]->conn.error());
+    }
+  }
+
+  void strike() {
+    if (lane_[0] == nullptr) return;  // the test was faster
+    const auto i = static_cast<unsigned>(chance_.pick(0, 1));
+    struck_ = true;
+    if (fault_ == Fault::broken_link)
+      fabric_.break_qp(lane_[i]->qp());
+    else if (fault_ == Fault::removed_device)
+      fabric_.remove_device(side(i));
+    else
+      fabric_.kill(side(i));
+    hit_ = i;
+  }
+
+  /// Whatever happened: what arrived is a prefix (receive() checks that), and nobody goes on as if nothing had been.
+  void end_badly() {
+    for (bool more = true; more;) {
+      more = fabric_.step();
+      for (unsigned i : {0U, 1U})
+        while (fabric_.alive(side(i)) && receive(i, 1 << 16) != 0) more = true;
+      patience("after the fault");
+    }
+    for (unsigned i : {0U, 1U})
+      if (received_[i] > sent_[i]) broken("more arrived than was sent");
+    if (fault_ == Fault::refused_posts) {
+      for (unsigned i : {0U, 1U})
+        if (lane_[i]->dead()) expect_reason(i);
+      if (!lane_[0]->dead() && !lane_[1]->dead() && (received_[0] != sent_[0] || received_[1] != sent_[1]))
+        broken("bytes are missing and no lane is dead");
+      return;
+    }
+    if (!struck_) return;
+    // The end is noticed at the latest when the survivor says something.
+    for (unsigned i : {0U, 1U}) {
+      if (!fabric_.alive(side(i)) || lane_[i]->dead()) continue;
+      for (int tries = 0; tries < 300 && !lane_[i]->dead() && send(i, 1) == 1; ++tries) {
+        fabric_.run_until_idle();
+        lane_[i]->drain();
+      }
+    }
+    for (unsigned i : {0U, 1U}) {
+      if (!fabric_.alive(side(i))) continue;
+      if (lane_[i]->dead()) {
+        expect_reason(i);
+        if (send(i, 100) != 0) broken("a dead lane took bytes");
+      } else if (lane_[i]->may_send()) {
+        broken("side ", i, " does not notice that side ", hit_, " is gone");
+      }
+    }
+  }
+  void expect_reason(unsigned i) {
+    if (lane_[i]->conn.state() != ConnState::aborted || lane_[i]->conn.error()[0] == '\0')
+      broken("side ", i, " is dead without a reason, state ", to_string(lane_[i]->conn.state()));
+  }
+
+  std::uint64_t seed_;
+  Fault fault_;
+  Chance chance_;
+  SimFabric fabric_;
+  LaneLimits limits_;
+  std::array<LaneHost, 2> host_;
+  std::array<Lane*, 2> lane_{};
+  std::array<std::uint64_t, 2> sent_{}, received_{};  ///< by sending side
+  std::vector<std::byte> out_, in_;
+  std::uint64_t actions_ = 0;
+  bool struck_ = false;
+  unsigned hit_ = 0;
+};
+
+/// What the seed makes of the world. Lanes post inline: the fabric takes as much as a receive buffer holds.
+Case case_of(std::uint64_t seed, Fault fault) {
+  Chance chance(seed * 77 + 5);
+  Case c;
+  c.fault = fault;
+  c.limits.conn.recv_size = 256U << chance.pick(0, 3);
+  c.limits.conn.recv_size_max = c.limits.conn.recv_size << chance.pick(0, 3);
+  c.limits.conn.recv_buffers = static_cast<std::uint16_t>(chance.pick(4, 16));
+  c.limits.recv_buffers_max =
+      static_cast<std::uint16_t>(c.limits.conn.recv_buffers + (chance.percent(50) ? chance.pick(0, 48) : 0));
+  c.fabric.seed = seed;
+  c.fabric.flavour = chance.percent(50) ? rdma::NodeType::ib_ca : rdma::NodeType::rnic;
+  c.fabric.recv_prefix_bytes = chance.percent(50) ? 8 : 0;
+  c.fabric.recv_needs_extent = chance.percent(50);
+  c.fabric.rdma_write_wakes = chance.percent(50);
+  c.fabric.max_inline = c.limits.conn.recv_size_max;
+  c.fabric.max_sge = static_cast<std::uint32_t>(chance.pick(2, 8));
+  c.fabric.max_send_wr = 1024;
+  c.fabric.delay_max = static_cast<rdma::Nanos>(chance.percent(30) ? 200 : chance.pick(300, 20'000));
+  c.fabric.rnr_retry = false;  // the credits must see to it that a receive is posted
+  if (fault == Fault::refused_posts) c.fabric.fail_post_percent = static_cast<unsigned>(chance.pick(1, 30));
+  return c;
+}
+
+void run_seeds(const char* name, Fault fault, std::uint64_t count) {
+  for_each_seed(name, count, [fault](std::uint64_t seed) {
+    Rig rig(seed, case_of(seed, fault));
+    rig.run();
+  });
+}
+
+}  // namespace
+
+BOOST_AUTO_TEST_CASE(bytes_arrive_in_order_and_once) { run_seeds("in_order_and_once", Fault::none, 1500); }
+
+BOOST_AUTO_TEST_CASE(both_may_send_without_reading_and_nobody_is_stuck) {
+  for_each_seed("no_deadlock", 300, [](std::uint64_t seed) {
+    Rig rig(seed, case_of(seed, Fault::none));
+    rig.fill_and_drain(2);
+    rig.finish();
+    rig.come_home();
+  });
+}
+
+BOOST_AUTO_TEST_CASE(refused_posts_end_a_lane_with_a_reason) { run_seeds("refused_posts", Fault::refused_posts, 400); }
+BOOST_AUTO_TEST_CASE(a_broken_link_ends_both_lanes) { run_seeds("broken_link", Fault::broken_link, 400); }
+BOOST_AUTO_TEST_CASE(a_removed_device_ends_both_lanes) { run_seeds("removed_device", Fault::removed_device, 400); }
+BOOST_AUTO_TEST_CASE(a_dead_peer_ends_the_lane) { run_seeds("dead_peer", Fault::dead_peer, 400); }
+
+BOOST_AUTO_TEST_CASE(buffers_grow_under_load) {
+  Case c = case_of(3, Fault::none);
+  c.limits.conn.recv_size = 512;
+  c.limits.conn.recv_size_max = c.fabric.max_inline = 8192;
+  c.limits.conn.recv_buffers = 8;
+  c.limits.recv_buffers_max = 32;
+  Rig rig(3, c);
+  const std::size_t memory = rig.lane(1).memory_bytes();
+  BOOST_TEST(rig.lane(0).conn.max_payload() == 512 - wire::kBsdhBytes);
+  BOOST_TEST(rig.lane(1).recv_credits() == 8U);
+  for (int i = 0; i < 200; ++i) {
+    rig.send(0, 20'000);
+    rig.drain_all();
+  }
+  BOOST_TEST(rig.lane(0).conn.max_payload() == 8192 - wire::kBsdhBytes, "the sender got its ChRcvBufAck");
+  BOOST_TEST(rig.lane(1).memory_bytes() > memory);
+  rig.fill_and_drain(1);  // a reader that lags gets more buffers
+  BOOST_TEST(rig.lane(1).recv_credits() == 32U);
+  // Hello's own buffer stays small and is not posted again.
+  BOOST_TEST(rig.lane(1).memory_bytes() >= 32 * 8192U);
+  BOOST_TEST(rig.lane(1).memory_bytes() <= 32 * (8192U + 64) + 512 + 64);
+  rig.finish();
+  rig.come_home();
+}
+
+BOOST_AUTO_TEST_CASE(more_messages_than_the_send_queue_holds) {
+  for (const auto flavour : {rdma::NodeType::ib_ca, rdma::NodeType::rnic}) {
+    Case c = case_of(4, Fault::none);
+    c.fabric.flavour = flavour;
+    Rig rig(4, c);
+    for (int i = 0; i < 3000; ++i) {
+      if (rig.send(0, 1) != 1) {
+        rig.drain_all();
+        BOOST_REQUIRE_EQUAL(rig.send(0, 1), 1U);
+      }
+      if (i % 3 == 0) rig.drain_all();
+    }
+    rig.finish();
+    rig.come_home();
+  }
+}
+
+}  // namespace sdp::sim
