@@ -254,6 +254,10 @@ void pursue(StreamImpl* s) noexcept {
   s->lock.unlock();
 }
 
+void bytes_are_buffered() noexcept {
+  if (Service* running = engine().service.load(std::memory_order_acquire)) running->bytes_are_buffered();
+}
+
 void nudge() noexcept {
   Engine& e = engine();
   if (Service* running = e.service.load(std::memory_order_acquire)) return running->nudge();

@@ -33,9 +33,10 @@ Result<Unit> Lane::open(rdma::CompletionChannel* channel) noexcept {
   PeerContext& peer = **peer_;
   device_ = peer.device;
   max_sge_ = device_->attr().max_sge < 8 ? device_->attr().max_sge : 8;
-  auto words = peer.heap->allocate(sizeof(SwitchWords), 64);
+  auto words = peer.heap->allocate(sizeof(LaneBlock), 64);
   if (!words) return rdma::Err{words.error()};
-  words_ = new (words->addr) SwitchWords{};
+  block_ = new (words->addr) LaneBlock{};
+  words_ = &block_->words;
   words_mr_view_.addr = words->mr->addr;
   words_mr_view_.remote_base = words->mr->remote_base;
   words_mr_view_.rkey = words->mr->rkey;
@@ -68,8 +69,10 @@ void Lane::close() noexcept {
   delete cq_;
   qp_ = nullptr;
   cq_ = nullptr;
-  if (words_ != nullptr) (*peer_)->heap->deallocate(reinterpret_cast<std::byte*>(words_));
+  if (block_ != nullptr) (*peer_)->heap->deallocate(reinterpret_cast<std::byte*>(block_));
+  block_ = nullptr;
   words_ = nullptr;
+  send_buffer_.release(*(*peer_)->heap);
   for (Buffer& b : buffers_)
     if (b.block != nullptr) (*peer_)->heap->deallocate(b.block);
   buffers_ = {};
@@ -132,22 +135,73 @@ void Lane::write_word(Word which, std::uint64_t value) noexcept {
 
 bool Lane::read_back(std::uint64_t from, std::byte* out, std::size_t bytes) const noexcept {
   const CreditWindow& credit = conn.credit();
+  const std::size_t posted = from < tx_bytes_ ? std::min<std::uint64_t>(tx_bytes_ - from, bytes) : 0;
   std::size_t done = 0;
   // The oldest unread message is at most kMaxInFlight back; walk forward from there.
   const std::uint32_t depth = kMaxInFlight < credit.sent() ? kMaxInFlight : credit.sent();
-  for (std::uint32_t mseq = credit.sent() - depth + 1; mseq != credit.sent() + 1 && done < bytes; ++mseq) {
+  for (std::uint32_t mseq = credit.sent() - depth + 1; mseq != credit.sent() + 1 && done < posted; ++mseq) {
     const Sent& s = sent_[mseq % kMaxInFlight];
     const std::uint64_t want = from + done;
+    if (s.payload == 0 || want < s.start || want >= s.start + s.payload) continue;
     const auto msg = qp_->sent_message(s.number);
-    if (msg.size() <= wire::kBsdhBytes) continue;
-    const std::size_t payload = msg.size() - wire::kBsdhBytes;
-    if (want < s.start || want >= s.start + payload) continue;
+    if (msg.size() != wire::kBsdhBytes + s.payload) return false;
     const std::size_t skip = want - s.start;
-    const std::size_t n = payload - skip < bytes - done ? payload - skip : bytes - done;
+    const std::size_t n = std::min<std::size_t>(s.payload - skip, posted - done);
     std::memcpy(out + done, msg.data() + wire::kBsdhBytes + skip, n);
     done += n;
   }
-  return done == bytes;
+  if (done != posted) return false;
+  if (done < bytes) send_buffer_.copy_from(from + done, out + done);
+  return true;
+}
+
+bool Lane::read_peer(std::uint64_t remote, std::uint32_t rkey, const rdma::RegisteredHeap::Block& to, std::size_t offset,
+                     std::size_t bytes) noexcept {
+  const rdma::Sge sge{to.addr + offset, static_cast<std::uint32_t>(bytes), to.mr->lkey};
+  rdma::SendWr wr;
+  wr.opcode = rdma::WrOpcode::rdma_read;
+  wr.flags = rdma::kSignalled;
+  wr.sge_count = 1;
+  wr.sges = &sge;
+  wr.remote_addr = remote;
+  wr.rkey = static_cast<rdma::Rkey>(rkey);
+  wr.wr_id = signalled_ = ++requests_;
+  if (qp_->post_send(wr) != rdma::Post::ok) return false;
+  // Devices that remember sent data complete at once; the bound only keeps a broken one from holding us.
+  for (int i = 0; i < 1000 && reaped_ < wr.wr_id && !dead(); ++i) reap();
+  return reaped_ >= wr.wr_id && !dead();
+}
+
+bool Lane::fetch_rest(const std::uint64_t* end) noexcept {
+  if (rest_fetched_ || dead() || peer_words_addr_ == 0 || !device_->attr().remembers_sent_data) return false;
+  rest_fetched_ = true;
+  rdma::RegisteredHeap& heap = *(*peer_)->heap;
+  auto head = heap.allocate(sizeof(SendCursor), 64);
+  if (!head) return false;
+  std::uint64_t cursor[3] = {};  // end, ring address, rkey: copied once, then judged
+  const bool got = read_peer(peer_words_addr_ + offsetof(LaneBlock, cursor), static_cast<std::uint32_t>(peer_words_rkey_), *head, 0,
+                             sizeof(SendCursor));
+  if (got) std::memcpy(cursor, head->addr, sizeof cursor);
+  heap.deallocate(head->addr);
+  const std::uint64_t from = rx_bytes_ + rx_bytes_queued_;
+  const std::uint64_t stop = end != nullptr ? *end : cursor[0];
+  if (!got || cursor[1] == 0 || stop <= from || stop - from > SendBuffer::kCapacity || cursor[0] < stop) return false;
+  const auto bytes = static_cast<std::size_t>(stop - from);
+  auto block = heap.allocate(bytes, 64);
+  if (!block) return false;
+  const std::size_t offset = from % SendBuffer::kCapacity;
+  const std::size_t first = std::min(bytes, SendBuffer::kCapacity - offset);
+  const auto rkey = static_cast<std::uint32_t>(cursor[2]);
+  if (!read_peer(cursor[1] + offset, rkey, *block, 0, first) ||
+      (first < bytes && !read_peer(cursor[1], rkey, *block, first, bytes - first))) {
+    heap.deallocate(block->addr);
+    return false;
+  }
+  buffers_[kRest] = Buffer{block->addr, block->addr, static_cast<std::uint32_t>(bytes), {}};
+  unread_[rx_tail_++ % kRing] = Unread{kRest, 0, static_cast<std::uint32_t>(bytes)};
+  rx_bytes_queued_ += bytes;
+  ++rx_arrivals_;
+  return true;
 }
 
 }  // namespace sdp

@@ -21,6 +21,7 @@
 #include "sdp/capture/capture.hpp"
 #include "sdp/connection.hpp"
 #include "sdp/iov_cursor.hpp"
+#include "sdp/send_buffer.hpp"
 
 namespace sdp {
 
@@ -46,6 +47,13 @@ struct alignas(64) SwitchWords {
   std::array<std::atomic<std::uint64_t>, kWords> word;
 };
 static_assert(sizeof(SwitchWords) == 64);
+
+/// The registered block of a lane: what the peer writes, and what it may read.
+struct LaneBlock {
+  SwitchWords words;
+  alignas(64) SendCursor cursor;
+};
+static_assert(sizeof(LaneBlock) == 128 && offsetof(LaneBlock, cursor) == 64);
 
 /// Private data of the CM's request and reply: where our switch words lie, and the byte counts that both ends compare.
 struct LaneProposal {
@@ -93,6 +101,12 @@ class Lane {
   // --- datapath (lane_datapath.cpp)
   /// Takes what credits allow; returns the bytes taken. `from` advances.
   std::size_t send(IovCursor& from) noexcept;
+  /// Keeps what credits do not allow, up to `limit` bytes in all; it goes out as they come. Returns the bytes taken; `from`
+  /// advances.
+  std::size_t buffer(IovCursor& from, std::size_t limit) noexcept;
+  /// Sends what is buffered as far as credits allow. drain() does it too.
+  void flush_buffer() noexcept;
+  std::uint64_t buffered() const noexcept { return send_buffer_.buffered(); }
   /// Copies unread payload; `consume` false leaves it (MSG_PEEK). Returns the bytes copied.
   std::size_t recv(IovCursor& to, bool consume) noexcept;
   /// Drops unread payload as if it had been read (MSG_TRUNC).
@@ -107,7 +121,8 @@ class Lane {
   }
   std::uint64_t unread() const noexcept { return rx_bytes_queued_; }
 
-  std::uint64_t tx_bytes() const noexcept { return tx_bytes_; }  ///< payload sent since the lane came up
+  /// Position of the sending direction: payload taken since the lane came up, buffered or sent.
+  std::uint64_t tx_bytes() const noexcept { return tx_bytes_ + send_buffer_.buffered(); }
   std::uint64_t rx_bytes() const noexcept { return rx_bytes_; }  ///< payload that the program has read
   std::uint64_t rx_arrivals() const noexcept { return rx_arrivals_; }
   std::uint64_t tx_messages() const noexcept { return tx_messages_; }
@@ -126,8 +141,13 @@ class Lane {
     if (value != nullptr) *value = raw - 1;
     return true;
   }
-  /// Copies lane bytes [from, tx_bytes) that the peer has not read back out of its memory, for the anchor. False: they are not
-  /// there.
+  /// No more messages of payload: END has been said, or is about to be; what is buffered is fetched by the peer.
+  void freeze() noexcept { frozen_ = true; }
+  /// The peer said END at `end`, or is gone (nullptr: up to where it had come): queues what it had taken and not sent. False: there
+  /// is nothing, or it cannot be had. At most once.
+  bool fetch_rest(const std::uint64_t* end) noexcept;
+  /// Copies lane bytes [from, tx_bytes) that the peer has not read, out of its memory and the send buffer, for the anchor. False:
+  /// they are not there.
   bool read_back(std::uint64_t from, std::byte* out, std::size_t bytes) const noexcept;
 
   // --- sleeping
@@ -152,22 +172,29 @@ class Lane {
     std::uint32_t offset;
     std::uint32_t length;
   };
-  static constexpr std::uint32_t kRing = 256;  ///< power of two, above kMaxBuffers
+  static constexpr std::uint32_t kRest = kMaxBuffers;  ///< the buffer that holds what fetch_rest() brought; never posted
+  static constexpr std::uint32_t kRing = 256;          ///< power of two, above kMaxBuffers
 
   std::uint32_t shown_qpn() const noexcept;
   std::size_t block_bytes(std::uint32_t size) const noexcept;
   bool allocate_buffer(Buffer& buffer, std::uint32_t size) noexcept;
   bool post_message(const rdma::Sge* sges, std::uint8_t count) noexcept;
+  bool post_data(rdma::Sge* sges, std::uint8_t count, std::uint32_t payload) noexcept;
   void send_control() noexcept;
   void home(std::uint32_t buffer) noexcept;
   void flush_posts() noexcept;
   void show(bool outgoing, std::span<const std::byte> header, std::span<const std::byte> payload) noexcept;
   void grow_count() noexcept;
+  bool read_peer(std::uint64_t remote, std::uint32_t rkey, const rdma::RegisteredHeap::Block& to, std::size_t offset,
+                 std::size_t bytes) noexcept;
   void on_completion(const rdma::Wc& wc) noexcept;
+  void reap() noexcept;
 
   LaneLimits limits_;
   std::atomic<bool> dead_{false};
   bool peer_disconn_ = false;
+  bool frozen_ = false;
+  bool rest_fetched_ = false;
   std::uint16_t buffer_count_ = 0;
   std::uint16_t small_left_ = 0;  ///< buffers still below wanted_recv_size
   std::uint16_t pending_posts_ = 0;
@@ -188,19 +215,22 @@ class Lane {
   rdma::Device* device_ = nullptr;
   rdma::Cq* cq_ = nullptr;
   rdma::Qp* qp_ = nullptr;
-  SwitchWords* words_ = nullptr;
+  LaneBlock* block_ = nullptr;
+  SwitchWords* words_ = nullptr;  ///< block_'s
+  SendBuffer send_buffer_;
   std::shared_ptr<PeerContext>* peer_;
   rdma::Mr words_mr_view_;
   std::uint64_t peer_words_addr_ = 0;
   rdma::Rkey peer_words_rkey_{};
   std::size_t buffer_bytes_ = 0;
 
-  std::array<Buffer, kMaxBuffers> buffers_{};
+  std::array<Buffer, kMaxBuffers + 1> buffers_{};
   std::array<Unread, kRing> unread_{};
   std::array<std::uint32_t, 32> post_list_{};
   struct Sent {
-    std::uint64_t start;   ///< lane position of the first payload byte
-    std::uint64_t number;  ///< which Send of the QP
+    std::uint64_t start;    ///< lane position of the first payload byte
+    std::uint64_t number;   ///< which Send of the QP
+    std::uint32_t payload;  ///< bytes; 0: control
   };
   std::array<Sent, kMaxInFlight> sent_{};  ///< by MSeq, for read_back
 };

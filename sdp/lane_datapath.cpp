@@ -40,13 +40,33 @@ bool Lane::post_message(const Sge* sges, std::uint8_t count) noexcept {
   return true;
 }
 
+/// Posts one Data message; `sges[0]` is for its header.
+bool Lane::post_data(Sge* sges, std::uint8_t count, std::uint32_t payload) noexcept {
+  std::byte head[wire::kBsdhBytes];
+  sges[0] = Sge{head, sizeof head, {}};
+  conn.emit_data(payload, head);
+  sent_[conn.credit().sent() % kMaxInFlight] = Sent{tx_bytes_, sends_, payload};
+  if (!post_message(sges, count)) return false;
+  tx_bytes_ += payload;
+  ++tx_messages_;
+  if (payload != conn.max_payload()) {
+    full_messages_ = 0;
+  } else if (++full_messages_ >= 8 && payload < limits_.conn.recv_size_max - wire::kBsdhBytes && !conn.resize_pending())
+      [[unlikely]] {
+    conn.want_peer_recv_size(limits_.conn.recv_size_max);
+    send_control();
+  }
+  return true;
+}
+
 std::size_t Lane::send(IovCursor& from) noexcept {
+  if (send_buffer_.buffered() != 0) [[unlikely]] {
+    flush_buffer();
+    if (send_buffer_.buffered() != 0) return 0;
+  }
   std::size_t total = 0;
-  while (!from.done()) {
-    if (!may_send()) break;
-    std::byte head[wire::kBsdhBytes];
+  while (!from.done() && may_send()) {
     Sge sges[8];
-    sges[0] = Sge{head, sizeof head, {}};
     std::uint8_t count = 1;
     std::uint32_t payload = 0;
     const std::uint32_t limit = conn.max_payload();
@@ -56,21 +76,25 @@ std::size_t Lane::send(IovCursor& from) noexcept {
       payload += static_cast<std::uint32_t>(n);
       from.advance(n);
     }
-    conn.emit_data(payload, head);
-    sent_[conn.credit().sent() % kMaxInFlight] = Sent{tx_bytes_, sends_};
-    if (!post_message(sges, count)) break;
-    tx_bytes_ += payload;
-    ++tx_messages_;
+    if (!post_data(sges, count, payload)) break;
     total += payload;
-    if (payload != limit) {
-      full_messages_ = 0;
-    } else if (++full_messages_ >= 8 && limit < limits_.conn.recv_size_max - wire::kBsdhBytes && !conn.resize_pending())
-        [[unlikely]] {
-      conn.want_peer_recv_size(limits_.conn.recv_size_max);
-      send_control();
-    }
   }
   return total;
+}
+
+std::size_t Lane::buffer(IovCursor& from, std::size_t limit) noexcept {
+  if (frozen_ || dead() || !device_->attr().remembers_sent_data) return 0;
+  return send_buffer_.append(from, std::min(limit, SendBuffer::kCapacity), tx_bytes_, *(*peer_)->heap, block_->cursor);
+}
+
+void Lane::flush_buffer() noexcept {
+  while (send_buffer_.buffered() != 0 && !frozen_ && may_send()) {
+    const auto piece = send_buffer_.front(conn.max_payload());
+    Sge sges[2];
+    sges[1] = Sge{piece.data(), static_cast<std::uint32_t>(piece.size()), {}};
+    if (!post_data(sges, 2, static_cast<std::uint32_t>(piece.size()))) return;
+    send_buffer_.pop(piece.size());
+  }
 }
 
 void Lane::send_control() noexcept {
@@ -82,7 +106,7 @@ void Lane::send_control() noexcept {
   }
   std::array<std::byte, Connection::kControlBytes> message;
   while (const std::size_t n = conn.next_control(message)) {
-    sent_[conn.credit().sent() % kMaxInFlight] = Sent{tx_bytes_, sends_};
+    sent_[conn.credit().sent() % kMaxInFlight] = Sent{tx_bytes_, sends_, 0};
     const Sge sge{message.data(), static_cast<std::uint32_t>(n), {}};
     if (!post_message(&sge, 1)) return;
   }
@@ -90,6 +114,11 @@ void Lane::send_control() noexcept {
 
 void Lane::home(std::uint32_t index) noexcept {
   Buffer& b = buffers_[index];
+  if (index == kRest) [[unlikely]] {
+    (*peer_)->heap->deallocate(b.block);
+    b = Buffer{};
+    return;
+  }
   if (small_left_ != 0 && b.size < conn.wanted_recv_size()) [[unlikely]] {
     Buffer larger;
     if (allocate_buffer(larger, conn.wanted_recv_size())) {
@@ -171,19 +200,24 @@ void Lane::on_completion(const Wc& wc) noexcept {
   home(index);
 }
 
-void Lane::drain() noexcept {
-  if (!cq_->maybe_ready()) return;
+void Lane::reap() noexcept {
   Wc wcs[16];
   unsigned n = 0;
   do {
     n = cq_->poll(wcs);
     for (unsigned i = 0; i < n; ++i) on_completion(wcs[i]);
   } while (n == std::size(wcs) && rx_tail_ - rx_head_ < kRing - 2 * std::size(wcs));
+}
+
+void Lane::drain() noexcept {
+  if (!cq_->maybe_ready()) return;
+  reap();
   if (pending_posts_ != 0) flush_posts();
   if (rx_tail_ - rx_head_ > buffer_count_ / 2U && buffer_count_ <= limits_.recv_buffers_max) [[unlikely]] {
     grow_count();
     if (pending_posts_ != 0) flush_posts();
   }
+  if (send_buffer_.buffered() != 0) flush_buffer();
   send_control();
 }
 

@@ -27,7 +27,17 @@ namespace {
 bool writable(const StreamImpl& s) noexcept {
   const CreditWindow& credit = s.lane->conn.credit();
   const auto quarter = static_cast<std::int32_t>(credit.peer_posted() / 4);
+  if (s.lane->buffered() != 0) return s.lane->buffered() < StreamImpl::kBufferAhead / 2;
   return s.lane->may_send() && credit.credits() >= (s.tx_blocked ? std::max(kReservedCredits + 1, quarter) : kReservedCredits + 1);
+}
+
+/// END, and SDP's DisConn if every byte is on its way as a message. What is still buffered the peer fetches itself.
+void end_sending(StreamImpl& s) noexcept {
+  s.lane->drain();
+  s.lane->flush_buffer();
+  s.end_tx_locked();
+  if (s.lane->buffered() == 0) s.lane->conn.want_disconn();
+  s.lane->send_due_control();
 }
 
 }  // namespace
@@ -120,10 +130,7 @@ int Stream::shutdown(int fd, int how) const noexcept {
     if (s->generation.load(std::memory_order_relaxed) == generation() && s->phase.load(std::memory_order_relaxed) == Phase::laned &&
         s->usable_here()) {
       if (how != SHUT_RD && s->tx.load(std::memory_order_relaxed) != TxState::ended) {
-        s->end_tx_locked();
-        s->lane->conn.want_disconn();
-        s->lane->drain();
-        s->lane->send_due_control();
+        end_sending(*s);
       }
       if (how != SHUT_WR) s->rx_shut = true;
       s->lane->wake_sleepers();
@@ -150,12 +157,8 @@ void Stream::close(int fd) const noexcept {
   s->inherited = nullptr;  // a child that only inherits changes nothing
   if (lane != nullptr && s->phase.load(std::memory_order_relaxed) == Phase::laned) {
     if (s->abandoned()) s->handle_abandon(fd);
-    if (s->tx.load(std::memory_order_relaxed) != TxState::ended) {
-      s->end_tx_locked();
-      lane->conn.want_disconn();
-    }
+    if (s->tx.load(std::memory_order_relaxed) != TxState::ended) end_sending(*s);
     lane->drain();
-    lane->send_due_control();
     // Rule 7: closing with bytes unread resets the connection; the peer reads what it has and then gets ECONNRESET.
     const bool reset = s->rx.load(std::memory_order_relaxed) == RxState::lane && lane->unread() != 0;
     lane->write_word(kGone, reset ? 1 : 0);
@@ -195,9 +198,15 @@ int Stream::inq(int fd) const noexcept {
 }
 
 int Stream::outq(int fd) const noexcept {
+  StreamImpl* s = impl();
   int queued = 0;
   const long r = sys::call(SYS_ioctl, fd, SIOCOUTQ, sys::arg(&queued));
-  return r < 0 ? static_cast<int>(r) : queued;
+  if (r < 0) return static_cast<int>(r);
+  if (s->phase.load(std::memory_order_acquire) != Phase::laned || !s->lock.enter()) return queued;
+  if (s->phase.load(std::memory_order_relaxed) == Phase::laned && s->lane != nullptr)
+    queued += static_cast<int>(s->lane->buffered());
+  s->lock.unlock();
+  return queued;
 }
 
 void Stream::take_down(LaneReason reason) const noexcept {

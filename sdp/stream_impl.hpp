@@ -31,6 +31,8 @@ enum class RxState : std::uint8_t { tcp, ready, draining, lane, ended };
 
 class alignas(64) StreamImpl {
  public:
+  static constexpr std::size_t kSmallSend = 4096;         ///< bytes: sends that are worth a copy rather than a wait
+  static constexpr std::size_t kBufferAhead = 64 * 1024;  ///< bytes that a large non-blocking send may leave in the buffer
   // --- first line: what every call looks at
   std::atomic<Phase> phase{Phase::plain};
   std::atomic<bool> strict{false};  ///< policy sdp
@@ -44,12 +46,14 @@ class alignas(64) StreamImpl {
   Lane* lane = nullptr;
   ConnStats* stats = nullptr;
   std::atomic<bool> anchor_event{false};  ///< the service thread saw something on the anchor
-  std::atomic<bool> tx_blocked{false};    ///< the program was told that it cannot write
-  bool rx_shut = false;                   ///< SHUT_RD
-  bool reset_by_peer = false;             ///< the peer closed with lane bytes unread: one ECONNRESET is due
-  std::atomic<bool> peer_gone{false};     ///< the peer's process or its lane is gone; what has come is still to be read
-  bool watched = false;                   ///< the anchor is in the service thread's epoll
-  std::uint8_t doubts = 0;                ///< how often our counts differed from the kernel's
+  std::atomic<bool> has_buffered{
+      false};  ///< the lane's send buffer may hold bytes: the service thread flushes what the program does not
+  std::atomic<bool> tx_blocked{false};  ///< the program was told that it cannot write
+  bool rx_shut = false;                 ///< SHUT_RD
+  bool reset_by_peer = false;           ///< the peer closed with lane bytes unread: one ECONNRESET is due
+  std::atomic<bool> peer_gone{false};   ///< the peer's process or its lane is gone; what has come is still to be read
+  bool watched = false;                 ///< the anchor is in the service thread's epoll
+  std::uint8_t doubts = 0;              ///< how often our counts differed from the kernel's
 
   // --- TCP side, counted on every connection
   alignas(64) std::atomic<std::uint64_t> tcp_sent{0};
@@ -111,6 +115,8 @@ class alignas(64) StreamImpl {
   /// Rule 11: does `fd` still name this connection? The program may have closed it in a way that we did not see.
   bool names_us(int fd) const noexcept;
   bool abandoned() const noexcept { return tx.load(std::memory_order_relaxed) == TxState::lane && lane->said(kAbandon); }
+  /// Keeps what credits do not let out now, within what a TCP socket would take. Returns the bytes taken.
+  std::size_t keep_unsent(IovCursor& from, std::size_t limit) noexcept;
   bool end_reached() const noexcept {
     std::uint64_t end = 0;
     return lane->said(kEnd, &end) && lane->rx_bytes() == end;
@@ -120,9 +126,11 @@ class alignas(64) StreamImpl {
   /// Something that a thread waiting to send (or to receive) can act on; no lock needed.
   bool changed(bool for_send) const noexcept;
 
+  static constexpr int kNothingYet = 1;
+  enum class Patience : std::uint8_t { spin, sleep };
   /// Waits for changed(for_send); the lock is held on entry and exit. 0, -EINTR, or -EAGAIN when `deadline_ns` (0: none) has
   /// passed.
-  int wait(bool for_send, std::int64_t deadline_ns, bool has_timeout) noexcept;
+  int wait(bool for_send, std::int64_t deadline_ns, bool has_timeout, Patience patience = Patience::sleep) noexcept;
   bool usable_here() noexcept;  ///< false: this is not the owner's process; the lane has been taken down
 
  private:
@@ -161,8 +169,9 @@ LaneReason policy_reason() noexcept;  ///< why policy_for() says tcp
 int high_fd(int fd) noexcept;         ///< moves a helper descriptor out of the program's way and remembers it; closes the low one
 void remember_helper_fd(int fd) noexcept;
 void forget_helper_fd(int fd) noexcept;
-void nudge() noexcept;         ///< the service thread should look at its streams
-void notify(Stream) noexcept;  ///< tell the shim (no lock held)
+void bytes_are_buffered() noexcept;  ///< some stream's has_buffered went up
+void nudge() noexcept;               ///< the service thread should look at its streams
+void notify(Stream) noexcept;        ///< tell the shim (no lock held)
 }  // namespace engine
 
 }  // namespace sdp

@@ -143,6 +143,20 @@ std::int64_t StreamImpl::send(int at, IovCursor& from, int flags, std::uint16_t 
   return lane_send(at, from, flags, gen);
 }
 
+std::size_t StreamImpl::keep_unsent(IovCursor& from, std::size_t limit) noexcept {
+  const std::size_t kept = lane->buffer(from, limit);
+  if (kept == 0) return 0;
+  if (stats != nullptr) {
+    stats->lane.bytes_sent.add(kept);
+    stats->lane.messages_sent.add(1);
+  }
+  if (!has_buffered.load(std::memory_order_relaxed)) {
+    has_buffered.store(true, std::memory_order_seq_cst);
+    engine::bytes_are_buffered();
+  }
+  return kept;
+}
+
 std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint16_t gen) noexcept {
   const bool nowait = (flags & MSG_DONTWAIT) != 0 || nonblocking.load(std::memory_order_relaxed);
   std::int64_t deadline = 0;
@@ -202,6 +216,17 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
     if (from.done()) break;
     lane->drain();
     if (lane->may_send()) continue;
+    // No credits. What is small, or would have to sleep, is taken all the same, as far as a TCP socket would.
+    const std::size_t left = from.remaining();
+    if (left <= kSmallSend || nowait) {
+      total += static_cast<std::int64_t>(keep_unsent(from, left <= kSmallSend ? SendBuffer::kCapacity : kBufferAhead));
+    } else if (wait(true, 0, false, Patience::spin) != kNothingYet) {
+      continue;
+    } else if (phase.load(std::memory_order_relaxed) == Phase::laned && tx.load(std::memory_order_relaxed) == TxState::lane &&
+               generation.load(std::memory_order_relaxed) == gen && !lane_is_over() && !lane->said(kAbandon)) {
+      total += static_cast<std::int64_t>(keep_unsent(from, SendBuffer::kCapacity));
+    }
+    if (from.done()) break;
     tx_blocked = true;
     if (nowait) {
       if (total == 0) total = -EAGAIN;
@@ -401,7 +426,7 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
     }
     // Nothing there. Was it the end?
     if (rx.load(std::memory_order_relaxed) == RxState::lane) {
-      if (end_reached() || peer_gone || lane->dead()) continue;
+      if (lane->said(kEnd) || peer_gone || lane->dead()) continue;
       if (anchor_event.load(std::memory_order_acquire)) {
         look_at_anchor(at);
         if (rx.load(std::memory_order_relaxed) != RxState::lane || lane->unread() != 0) continue;
@@ -438,13 +463,13 @@ bool StreamImpl::changed(bool for_send) const noexcept {
     case RxState::ready:
       return lane->said(kSwitch) || lane->said(kEnd) || peer_gone.load(std::memory_order_relaxed);
     case RxState::lane:
-      return lane->unread() != 0 || end_reached() || peer_gone.load(std::memory_order_relaxed) || lane->dead();
+      return lane->unread() != 0 || lane->said(kEnd) || peer_gone.load(std::memory_order_relaxed) || lane->dead();
     default:
       return false;
   }
 }
 
-int StreamImpl::wait(bool for_send, std::int64_t deadline, bool has_timeout) noexcept {
+int StreamImpl::wait(bool for_send, std::int64_t deadline, bool has_timeout, Patience patience) noexcept {
   const std::uint64_t edges = state_edges.load(std::memory_order_relaxed);
   const std::uint16_t gen = generation.load(std::memory_order_relaxed);
   const auto woken = [&]() noexcept {
@@ -456,7 +481,8 @@ int StreamImpl::wait(bool for_send, std::int64_t deadline, bool has_timeout) noe
   lock.unlock();
   int result = 0;
   const bool found = Spinner().run(woken);
-  if (!found) {
+  if (!found && patience == Patience::spin) result = kNothingYet;
+  if (!found && patience == Patience::sleep) {
     std::atomic<std::uint32_t>* word = l->wake_word();
     const std::uint32_t seen = word->load(std::memory_order_acquire);
     l->arm(rdma::kWakeWord);

@@ -96,13 +96,17 @@ void StreamImpl::advance_rx(int at) noexcept {
     state_edges.fetch_add(1, std::memory_order_relaxed);
   }
   if (rx.load(std::memory_order_relaxed) != RxState::lane || lane->unread() != 0) return;
-  if (!end_reached() && !peer_gone && !lane->dead()) return;
+  const bool over = peer_gone || lane->dead();
+  if (!lane->said(kEnd) && !over) return;
   // What was put there before the end was said, or before the peer went, is visible by now.
   lane->drain();
   if (lane->unread() != 0) return;
-  if (lane->said(kEnd) && !end_reached()) {
-    if (!peer_gone && !lane->dead()) return;
-    reset_by_peer = true;  // rule 7: the end is known and bytes before it are missing
+  std::uint64_t end = 0;
+  const bool ended = lane->said(kEnd, &end);
+  if (!(ended && lane->rx_bytes() == end)) {
+    // Bytes that the peer's send() took and no message carries: they lie in its send buffer.
+    if (lane->fetch_rest(ended ? &end : nullptr)) return;
+    if (ended) reset_by_peer = true;  // rule 7: the end is known and bytes before it are missing
   }
   std::uint64_t gone = 0;
   if (lane->said(kGone, &gone) && gone != 0) reset_by_peer = true;
@@ -122,8 +126,8 @@ void StreamImpl::look_at_anchor(int at) noexcept {
     anchor_event.store(true, std::memory_order_release);  // the lane's bytes first, then look again
     return;
   }
-  std::uint64_t end = 0;
-  if (n == 0 && lane->said(kEnd, &end) && lane->rx_bytes() != end && !peer_gone) {
+  if (lane->said(kEnd)) return;  // advance_rx() knows what to do
+  if (n == 0 && lane->fetch_rest(nullptr)) {
     anchor_event.store(true, std::memory_order_release);
     return;
   }
@@ -134,6 +138,7 @@ void StreamImpl::look_at_anchor(int at) noexcept {
 }
 
 void StreamImpl::end_tx_locked() noexcept {
+  lane->freeze();
   if (tx.load(std::memory_order_relaxed) == TxState::lane) {
     if (stats != nullptr) stats->switches_down.add(1);
     lane->write_word(kEnd, lane->tx_bytes());
@@ -151,6 +156,7 @@ void StreamImpl::handle_abandon(int at) noexcept {
   const TxState was = tx.exchange(TxState::ended, std::memory_order_acq_rel);
   state_edges.fetch_add(1, std::memory_order_relaxed);
   if (was != TxState::lane) return;
+  lane->freeze();
   if (stats != nullptr) stats->switches_down.add(1);
   const std::uint64_t sent = lane->tx_bytes();
   if (from >= sent) return;
