@@ -133,6 +133,12 @@ void Lane::write_word(Word which, std::uint64_t value) noexcept {
     dead_ = true;
 }
 
+void Lane::release_buffer() noexcept {
+  if (frozen_ || send_buffer_.buffered() != 0) return;  // frozen: the peer may be reading it
+  block_->cursor.ring_addr.store(0, std::memory_order_release);
+  send_buffer_.release(*(*peer_)->heap);
+}
+
 bool Lane::read_back(std::uint64_t from, std::byte* out, std::size_t bytes) const noexcept {
   const CreditWindow& credit = conn.credit();
   const std::size_t posted = from < tx_bytes_ ? std::min<std::uint64_t>(tx_bytes_ - from, bytes) : 0;

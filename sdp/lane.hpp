@@ -107,6 +107,8 @@ class Lane {
   /// Sends what is buffered as far as credits allow. drain() does it too.
   void flush_buffer() noexcept;
   std::uint64_t buffered() const noexcept { return send_buffer_.buffered(); }
+  /// Gives the empty send buffer's memory back.
+  void release_buffer() noexcept;
   /// Copies unread payload; `consume` false leaves it (MSG_PEEK). Returns the bytes copied.
   std::size_t recv(IovCursor& to, bool consume) noexcept;
   /// Drops unread payload as if it had been read (MSG_TRUNC).

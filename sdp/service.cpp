@@ -212,10 +212,12 @@ void Service::flush_buffers() noexcept {
       }
       const std::uint64_t after = ours ? s->lane->buffered() : 0;
       progress = progress || after < before;
-      if (after == 0)
+      if (after == 0) {
         s->has_buffered.store(false, std::memory_order_seq_cst);
-      else if (pass == 0 && idle_flushes_ >= kPatience)
+        if (ours) s->lane->release_buffer();
+      } else if (pass == 0 && idle_flushes_ >= kPatience) {
         s->lane->arm(rdma::kWakeChannel);
+      }
       left = left || after != 0;
       s->lock.unlock();
     }
