@@ -180,6 +180,7 @@ void EpollSet::removed(int fd) noexcept {
 
 int EpollSet::collect(epoll_event* events, int max) noexcept {
   std::lock_guard guard(mutex_);
+  const sdp::Grace::Look look(sdp::engine::grace());
   int n = 0;
   const auto count = static_cast<std::uint32_t>(members_.size());
   std::uint32_t i = 0;
@@ -188,15 +189,15 @@ int EpollSet::collect(epoll_event* events, int max) noexcept {
     Member& m = members_[index];
     if (!m.tagged || m.disabled) continue;
     m.stream.on_wait_entry(m.fd);
-    if (!m.look && !may_have_changed(m)) continue;
-    const std::uint64_t edges = m.stream.rx_edges();
+    if (!m.look && !may_have_changed(look, m)) continue;
+    const std::uint64_t edges = m.stream.rx_edges(look);
     std::uint32_t ready = m.stream.poll(m.events & ~kModeBits) & (m.events | EPOLLERR | EPOLLHUP);
     sync(m, index);
     m.look = ready != 0;
     m.looked_rx = edges;
     if (!m.tagged || ready == 0) continue;
     if (m.events & EPOLLET) {
-      const std::uint64_t rx = m.stream.rx_edges(), tx = m.stream.tx_edges();
+      const std::uint64_t rx = m.stream.rx_edges(look), tx = m.stream.tx_edges();
       if (rx == m.seen_rx) ready &= ~static_cast<std::uint32_t>(EPOLLIN | EPOLLRDNORM | EPOLLPRI);
       if (tx == m.seen_tx) ready &= ~static_cast<std::uint32_t>(EPOLLOUT | EPOLLWRNORM);
       if (ready == 0) continue;
@@ -246,14 +247,15 @@ int EpollSet::merge(epoll_event* events, int lanes, const epoll_event* kernel, i
   return n;
 }
 
-bool EpollSet::may_have_changed(const Member& m) noexcept {
-  return m.stream.maybe_ready(m.events) || ((m.events & EPOLLIN) != 0 && m.stream.rx_edges() != m.looked_rx);
+bool EpollSet::may_have_changed(const sdp::Grace::Look& look, const Member& m) noexcept {
+  return m.stream.maybe_ready(look, m.events) || ((m.events & EPOLLIN) != 0 && m.stream.rx_edges(look) != m.looked_rx);
 }
 
 bool EpollSet::maybe_ready() noexcept {
   std::lock_guard guard(mutex_);
+  const sdp::Grace::Look look(sdp::engine::grace());
   for (const Member& m : members_)
-    if (m.tagged && !m.disabled && may_have_changed(m)) return true;
+    if (m.tagged && !m.disabled && may_have_changed(look, m)) return true;
   return false;
 }
 
@@ -308,8 +310,9 @@ int EpollSet::wait(epoll_event* events, int max, std::int64_t timeout_ns, const 
       sleepers_.fetch_add(1);
       {
         std::lock_guard guard(mutex_);
+        const sdp::Grace::Look look(sdp::engine::grace());
         for (const Member& m : members_)
-          if (m.tagged && !m.disabled) m.stream.arm();
+          if (m.tagged && !m.disabled) m.stream.arm(look);
       }
       sdp::engine::arm_fence();
       if (maybe_ready()) {

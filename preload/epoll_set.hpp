@@ -59,7 +59,7 @@ class EpollSet {
   void ensure_bell() noexcept;
   int collect(epoll_event* events, int max) noexcept;
   int merge(epoll_event* events, int lanes, const epoll_event* kernel, int count, int max) noexcept;
-  static bool may_have_changed(const Member& member) noexcept;
+  static bool may_have_changed(const sdp::Grace::Look& look, const Member& member) noexcept;
   bool maybe_ready() noexcept;
   Member* of(int fd) noexcept;
 

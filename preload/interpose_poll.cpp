@@ -42,9 +42,7 @@ class LaneWait {
       if (const int ready = total(); ready > 0 || timeout_ns == 0) return ready;
       if (spin(mask)) continue;
       sdp::engine::prepare_sleep();
-      for (nfds_t i = 0; i < count_; ++i) {
-        if (const Stream s = stream(i)) s.arm();
-      }
+      arm();
       sdp::engine::arm_fence();
       if (lanes() > 0) continue;
       std::int64_t left = -1;
@@ -81,9 +79,16 @@ class LaneWait {
     return n;
   }
 
-  bool maybe_ready() const noexcept {
+  void arm() const noexcept {
+    const sdp::Grace::Look look(sdp::engine::grace());
     for (nfds_t i = 0; i < count_; ++i)
-      if (const Stream s = stream(i); s && s.maybe_ready(static_cast<std::uint16_t>(fds_[i].events))) return true;
+      if (const Stream s = stream(i)) s.arm(look);
+  }
+
+  bool maybe_ready() const noexcept {
+    const sdp::Grace::Look look(sdp::engine::grace());
+    for (nfds_t i = 0; i < count_; ++i)
+      if (const Stream s = stream(i); s && s.maybe_ready(look, static_cast<std::uint16_t>(fds_[i].events))) return true;
     return false;
   }
 

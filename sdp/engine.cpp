@@ -45,6 +45,7 @@ struct Engine {
   std::atomic<std::uint64_t> helper_fds[64] = {};  ///< bit set of descriptors kHelperBase..+4095
   std::atomic<std::uint32_t> spin_success{128};    ///< 0..255: how often spinning paid lately
   std::atomic<std::uint32_t> spin_probe{0};
+  Grace grace;
 };
 
 alignas(Engine) std::byte engine_storage[sizeof(Engine)];
@@ -339,6 +340,8 @@ void spin_result(bool found) noexcept {
                        std::memory_order_relaxed);
 }
 
+Grace& grace() noexcept { return engine().grace; }
+
 // --- fork and exit
 
 void before_fork() noexcept {
@@ -364,6 +367,7 @@ void after_fork_child() noexcept {
   }
   e->capture_tried = false;
   thread_bell.fd = -1;
+  e->grace.forget();
   forget_stats_in_child();
 }
 

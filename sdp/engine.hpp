@@ -68,6 +68,9 @@ void ring_bell() noexcept;
 std::int64_t spin_budget() noexcept;
 void spin_result(bool found) noexcept;
 
+/// What a look at streams without their locks begins with: Grace::Look look(engine::grace()).
+Grace& grace() noexcept;
+
 /// True if `fd` is one of ours: close, dup2 and close_range must leave it alone.
 bool is_helper_fd(int fd) noexcept;
 
@@ -75,7 +78,7 @@ void before_fork() noexcept;
 void after_fork_parent() noexcept;
 void after_fork_child() noexcept;
 /// exec: descriptors in `keep` (those without CLOEXEC) take their lanes down; done by the shim through Stream::take_down.
-/// exit: waits (bounded by SDP_DRAIN_MS) until what send() accepted can be read without us, writes SDP_STATS.
+/// exit: says END on every lane (the peer fetches what send() took and no message carries), writes SDP_STATS.
 void at_exit() noexcept;
 
 }  // namespace sdp::engine

@@ -143,6 +143,11 @@ class Lane {
     if (value != nullptr) *value = raw - 1;
     return true;
   }
+  /// The peer said END, and the program has read up to there.
+  bool end_reached() const noexcept {
+    std::uint64_t end = 0;
+    return said(kEnd, &end) && rx_bytes_ == end;
+  }
   /// No more messages of payload: END has been said, or is about to be; what is buffered is fetched by the peer.
   void freeze() noexcept { frozen_ = true; }
   /// The peer said END at `end`, or is gone (nullptr: up to where it had come): queues what it had taken and not sent. False: there

@@ -202,7 +202,6 @@ enum Index : std::size_t {
   kRecvBuffers,
   kUpgradeMessages,
   kUpgradeBytes,
-  kDrain,
   kFlavour,
   kRows
 };
@@ -239,8 +238,6 @@ constexpr Row kTable[] = {
                                                            "messages", "a number from 0 to 4294967295"),
     row<Number<&Options::upgrade_bytes, 0, UINT32_MAX>>("SDP_UPGRADE_BYTES", "or after so many bytes; 0: at once", "bytes",
                                                         "a number from 0 to 4294967295, also as 64K or 1M"),
-    row<Number<&Options::drain_ms, 0, 600'000>>("SDP_DRAIN_MS", "how long exit waits for data that send() took to reach the peer",
-                                                "milliseconds", "a number from 0 to 600000"),
     row<Flavour>("SDP_DEVICE_FLAVOUR", "what the software device looks like", "", "ib or rnic"),
 };
 static_assert(std::size(kTable) == kRows && kRows + 2 <= kMaxOptionProblems, "Index and kTable go together");

@@ -83,7 +83,6 @@ struct Options {
   std::uint32_t recv_buffers = 64;          ///< to which their number may grow
   std::uint32_t upgrade_messages = 8;       ///< messages that a connection has carried before it gets a lane; 0: at once
   std::uint32_t upgrade_bytes = 65536;      ///< or bytes; 0: at once
-  std::uint32_t drain_ms = 2000;            ///< milliseconds that exit waits for bytes that send() took
   rdma::NodeType device_flavour = rdma::NodeType::ib_ca;  ///< of the software device: ib_ca or rnic
 
   /// The variable whose wrong value put everything on TCP; nullptr if none did.

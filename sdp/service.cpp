@@ -12,7 +12,9 @@
 #include <cerrno>
 #include <climits>
 #include <cstring>
+#include <mutex>
 #include <new>
+#include <utility>
 
 #include "rdma_core/base/clock.hpp"
 #include "rdma_core/base/log.hpp"
@@ -257,20 +259,27 @@ void Service::forget(StreamImpl* stream) noexcept {
     }
     cm_->withdraw(it->first);
     if (it->second.conn != cm::ConnId::none) cm_->disconnect(it->second.conn);
-    if (it->second.lane != nullptr) dying_.push_back({nullptr, it->second.lane, 0, true});
+    if (it->second.lane != nullptr) retire(nullptr, it->second.lane, 0, true);
     it = handshakes_.erase(it);
   }
-  std::erase(laned_, stream);
+  {
+    const std::lock_guard guard(laned_lock_);
+    std::erase(laned_, stream);
+  }
   if (stream->lane == nullptr) return engine::free_stream(stream);
   (void)stream->lock.lock();
   if (stream->phase.load() == Phase::laned) {  // closed in a signal handler, under the hands of its own thread
     if (stream->tx.load() != TxState::ended) stream->end_tx_locked();
     stream->lane->write_word(kGone, 0);
-    stream->phase.store(Phase::final, std::memory_order_release);
+    stream->phase.store(Phase::final, std::memory_order_seq_cst);
     stream->lane->wake_sleepers();
   }
   stream->lock.unlock();
-  dying_.push_back({stream, stream->lane, stream->conn, stream->peer_gone});
+  retire(stream, stream->lane, stream->conn, stream->peer_gone);
+}
+
+void Service::retire(StreamImpl* stream, Lane* lane, std::uint64_t conn, bool peer_gone) noexcept {
+  dying_.push_back({stream, lane, conn, peer_gone, engine::grace().epoch()});
 }
 
 void Service::begin(StreamImpl* stream, std::uint16_t generation) noexcept {
@@ -343,7 +352,7 @@ void Service::give_up(Handshake& h, LaneReason reason) noexcept {
   if (h.stream->generation.load() == h.generation && h.stream->phase.load() == Phase::pursued) h.stream->take_down_locked(reason);
   h.stream->lock.unlock();
   search_is_over(h.stream);
-  if (h.lane != nullptr) dying_.push_back({nullptr, h.lane, 0, true});
+  if (h.lane != nullptr) retire(nullptr, h.lane, 0, true);
   const std::uint64_t cookie = h.cookie;
   handshakes_.erase(cookie);
 }
@@ -507,7 +516,10 @@ void Service::finish(Handshake& h) noexcept {
     sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_ADD, stream->fd, sys::arg(&ev));
     if (stream->stats != nullptr) stream->stats->set_transport(Transport::local);
     stream->attach(h.lane);
-    laned_.push_back(stream);
+    {
+      const std::lock_guard guard(laned_lock_);
+      laned_.push_back(stream);
+    }
     streams_by_conn_[stream->conn] = stream;
   }
   const Stream handle = engine::handle_of(stream);
@@ -519,7 +531,7 @@ void Service::finish(Handshake& h) noexcept {
   } else {
     h.lane->write_word(kGone, 0);
     cm_->disconnect(h.conn);
-    dying_.push_back({nullptr, h.lane, 0, true});
+    retire(nullptr, h.lane, 0, true);
   }
   const std::uint64_t cookie = h.cookie;
   handshakes_.erase(cookie);
@@ -559,9 +571,9 @@ void Service::look_after_lanes() noexcept {
     if (s->resend != nullptr) (void)s->flush_resend(s->fd);
     if (s->lane != nullptr && s->phase.load() == Phase::laned && lane_is_free(s) && !s->reset_by_peer) {
       s->lane->write_word(kGone, 0);
-      dying_.push_back({nullptr, s->lane, s->conn, s->peer_gone});
-      s->lane = nullptr;
-      s->phase.store(Phase::final, std::memory_order_release);
+      s->phase.store(Phase::final, std::memory_order_seq_cst);
+      s->published_lane.store(nullptr, std::memory_order_release);
+      retire(nullptr, std::exchange(s->lane, nullptr), s->conn, s->peer_gone);
       if (s->watched) sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_DEL, s->fd, 0);
       s->watched = false;
       streams_by_conn_.erase(s->conn);
@@ -570,6 +582,7 @@ void Service::look_after_lanes() noexcept {
     s->lock.unlock();
     if (gone) {
       engine::notify(handle);
+      const std::lock_guard guard(laned_lock_);
       laned_[i] = laned_.back();
       laned_.pop_back();
     } else {
@@ -579,7 +592,7 @@ void Service::look_after_lanes() noexcept {
   for (std::size_t i = 0; i < dying_.size();) {
     Dying& d = dying_[i];
     const bool waiters = d.stream != nullptr && d.stream->waiters != 0;
-    if (waiters || !(d.peer_gone || d.lane->said(kGone))) {
+    if (waiters || !(d.peer_gone || d.lane->said(kGone)) || !engine::grace().passed(d.epoch)) {
       ++i;
       continue;
     }
@@ -596,6 +609,7 @@ void Service::look_after_lanes() noexcept {
 }
 
 void Service::stop_at_exit() noexcept {
+  const std::lock_guard guard(laned_lock_);
   for (StreamImpl* s : laned_) {
     if (!s->lock.try_lock()) continue;
     if (s->lane != nullptr && s->phase.load() == Phase::laned) {

@@ -54,6 +54,7 @@ class Service {
   void submit(StreamImpl* stream, std::uint8_t what) noexcept;
   void take_commands() noexcept;
   void forget(StreamImpl* stream) noexcept;
+  void retire(StreamImpl* stream, Lane* lane, std::uint64_t conn, bool peer_gone) noexcept;
   void begin(StreamImpl* stream, std::uint16_t generation) noexcept;
   void give_up(Handshake& handshake, LaneReason reason) noexcept;
   void search_is_over(StreamImpl* stream) noexcept;
@@ -86,11 +87,13 @@ class Service {
   std::unordered_map<std::uint64_t, Handshake> handshakes_;  ///< by anchor cookie
   std::unordered_map<std::uint64_t, StreamImpl*> streams_by_conn_;
   std::vector<StreamImpl*> laned_;  ///< streams with a lane
+  rdma::SharedLock laned_lock_;     ///< this thread takes it to change laned_, others to look at it
   struct Dying {
     StreamImpl* stream;
     Lane* lane;
     std::uint64_t conn;
     bool peer_gone;
+    std::uint64_t epoch;  ///< of engine::grace() when nobody could find the lane any more
   };
   std::vector<Dying> dying_;                                             ///< closed streams whose lane the peer may still write to
   std::unordered_map<std::uint64_t, std::weak_ptr<PeerContext>> peers_;  ///< by path

@@ -24,11 +24,11 @@ namespace {
 
 /// A writer that was refused waits for a quarter of the peer's window, so that it is not woken for every message. Never for more
 /// than the peer is sure to grant: its own rule keeps it silent while two thirds of its buffers are still ours to use.
-bool writable(const StreamImpl& s) noexcept {
-  const CreditWindow& credit = s.lane->conn.credit();
+bool writable(const StreamImpl& s, const Lane& lane) noexcept {
+  const CreditWindow& credit = lane.conn.credit();
   const auto quarter = static_cast<std::int32_t>(credit.peer_posted() / 4);
-  if (s.lane->buffered() != 0) return s.lane->buffered() < StreamImpl::kBufferAhead / 2;
-  return s.lane->may_send() && credit.credits() >= (s.tx_blocked ? std::max(kReservedCredits + 1, quarter) : kReservedCredits + 1);
+  if (lane.buffered() != 0) return lane.buffered() < StreamImpl::kBufferAhead / 2;
+  return lane.may_send() && credit.credits() >= (s.tx_blocked ? std::max(kReservedCredits + 1, quarter) : kReservedCredits + 1);
 }
 
 /// END, and SDP's DisConn if every byte is on its way as a message. What is still buffered the peer fetches itself.
@@ -247,7 +247,7 @@ std::uint32_t Stream::poll(std::uint32_t events) const noexcept {
     if (s->tx.load(std::memory_order_relaxed) == TxState::lane) {
       const bool gone = s->lane_is_over();
       if (gone) s->tx.store(TxState::ended, std::memory_order_release);  // how a write ends is the kernel's to say
-      if (gone || writable(*s)) {
+      if (gone || writable(*s, *s->lane)) {
         if (s->tx_blocked) s->tx_edge_count.fetch_add(1, std::memory_order_relaxed);
         s->tx_blocked = false;
         ready |= POLLOUT | POLLWRNORM;
@@ -272,36 +272,38 @@ std::uint32_t Stream::kernel_events(std::uint32_t events) const noexcept {
 }
 
 // Only what the next poll() consumes counts here: a condition that stayed true would turn a sleeper into a busy loop.
-bool Stream::maybe_ready(std::uint32_t events) const noexcept {
-  StreamImpl* s = impl();
-  if (s->phase.load(std::memory_order_acquire) != Phase::laned || s->lane == nullptr) return false;
-  if (s->lane->maybe_ready()) return true;
+bool Stream::maybe_ready(const Grace::Look& look, std::uint32_t events) const noexcept {
+  const StreamImpl* s = impl();
+  const Lane* const lane = s->seen_lane(look);
+  if (lane == nullptr) return false;
+  if (lane->maybe_ready()) return true;
   if (s->strict.load(std::memory_order_relaxed) && s->tx.load(std::memory_order_relaxed) == TxState::prepared &&
-      s->lane->said(kReady))
+      lane->said(kReady))
     return true;
-  if ((events & POLLOUT) != 0 && s->tx.load(std::memory_order_relaxed) == TxState::lane && s->tx_blocked && writable(*s))
-    return true;
-  if (s->tx.load(std::memory_order_relaxed) == TxState::lane && (s->lane->said(kAbandon) || s->lane_is_over())) return true;
+  const bool peer_gone = s->peer_gone.load(std::memory_order_relaxed);
+  if (s->tx.load(std::memory_order_relaxed) == TxState::lane) {
+    if ((events & POLLOUT) != 0 && s->tx_blocked && writable(*s, *lane)) return true;
+    if (lane->said(kAbandon) || lane->said(kGone) || lane->dead() || peer_gone) return true;
+  }
   switch (s->rx.load(std::memory_order_relaxed)) {
     case RxState::ready:
-      return s->lane->said(kSwitch) || s->lane->said(kEnd) || s->peer_gone.load(std::memory_order_relaxed);
+      return lane->said(kSwitch) || lane->said(kEnd) || peer_gone;
     case RxState::lane:
-      return s->lane->unread() == 0 && (s->end_reached() || s->peer_gone.load(std::memory_order_relaxed) || s->lane->dead() ||
-                                        s->anchor_event.load(std::memory_order_acquire));
+      return lane->unread() == 0 &&
+             (lane->end_reached() || peer_gone || lane->dead() || s->anchor_event.load(std::memory_order_acquire));
     default:
       return false;
   }
 }
 
-void Stream::arm() const noexcept {
-  StreamImpl* s = impl();
-  if (s->phase.load(std::memory_order_acquire) == Phase::laned && s->lane != nullptr) s->lane->arm(rdma::kWakeChannel);
+void Stream::arm(const Grace::Look& look) const noexcept {
+  if (Lane* const lane = impl()->seen_lane(look)) lane->arm(rdma::kWakeChannel);
 }
 
-std::uint64_t Stream::rx_edges() const noexcept {
+std::uint64_t Stream::rx_edges(const Grace::Look& look) const noexcept {
   const StreamImpl* s = impl();
-  if (s->phase.load(std::memory_order_acquire) != Phase::laned || s->lane == nullptr) return 0;
-  return s->lane->rx_arrivals() + s->state_edges.load(std::memory_order_relaxed);
+  const Lane* const lane = s->seen_lane(look);
+  return lane == nullptr ? 0 : lane->rx_arrivals() + s->state_edges.load(std::memory_order_relaxed);
 }
 
 std::uint64_t Stream::tx_edges() const noexcept {

@@ -44,6 +44,7 @@ class alignas(64) StreamImpl {
   std::uint32_t owner = 0;  ///< process that may use the lane
   rdma::SharedLock lock;
   Lane* lane = nullptr;
+  std::atomic<Lane*> published_lane{nullptr};  ///< the same, for those who look without the lock
   ConnStats* stats = nullptr;
   std::atomic<bool> anchor_event{false};  ///< the service thread saw something on the anchor
   std::atomic<bool> has_buffered{
@@ -77,7 +78,7 @@ class alignas(64) StreamImpl {
   std::size_t stash_len = 0, stash_off = 0;
   std::byte* resend = nullptr;  ///< lane bytes that the peer abandoned, on their way by the anchor
   std::size_t resend_len = 0, resend_off = 0;
-  std::uint32_t waiters = 0;  ///< threads between unlock and lock inside a wait on the lane
+  std::atomic<std::uint32_t> waiters{0};  ///< threads between unlock and lock inside a wait on the lane
   std::uint64_t conn = 0;     ///< the CM's ConnId
   /// In a fork's child: the parent's stream that this one stands for, until its first use takes the parent's lane down.
   StreamImpl* inherited = nullptr;
@@ -117,10 +118,11 @@ class alignas(64) StreamImpl {
   bool abandoned() const noexcept { return tx.load(std::memory_order_relaxed) == TxState::lane && lane->said(kAbandon); }
   /// Keeps what credits do not let out now, within what a TCP socket would take. Returns the bytes taken.
   std::size_t keep_unsent(IovCursor& from, std::size_t limit) noexcept;
-  bool end_reached() const noexcept {
-    std::uint64_t end = 0;
-    return lane->said(kEnd, &end) && lane->rx_bytes() == end;
+  /// The lane, for a look without the lock; nullptr: none.
+  Lane* seen_lane(const Grace::Look&) const noexcept {
+    return phase.load(std::memory_order_seq_cst) == Phase::laned ? published_lane.load(std::memory_order_acquire) : nullptr;
   }
+  bool end_reached() const noexcept { return lane->end_reached(); }
   /// The peer writes no more and reads no more: what is left to do is the kernel's to say.
   bool lane_is_over() const noexcept { return peer_gone.load(std::memory_order_relaxed) || lane->dead() || lane->said(kGone); }
   /// Something that a thread waiting to send (or to receive) can act on; no lock needed.

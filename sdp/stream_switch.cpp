@@ -41,6 +41,7 @@ bool StreamImpl::names_us(int at) const noexcept {
 
 void StreamImpl::attach(Lane* new_lane) noexcept {
   lane = new_lane;
+  published_lane.store(new_lane, std::memory_order_release);
   lane_was_up.store(true, std::memory_order_relaxed);
   owner = engine::process_id();
   tx.store(TxState::prepared, std::memory_order_relaxed);

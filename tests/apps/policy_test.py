@@ -18,6 +18,14 @@ from harness import enter_private_network, listening, need, wait_for
 PORT = 12865
 
 
+def no_process_left(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
 class Case:
     def __init__(self, library, folder):
         self.library, self.folder = library, folder
@@ -33,7 +41,7 @@ class Case:
                 return base
             return dict(base, LD_PRELOAD=self.library, SDP_STATS=os.path.join(self.folder, "%p.json"), SDP_UPGRADE_MESSAGES="2", **settings)
         daemon = subprocess.Popen([need("netserver"), "-D", "-4", "-p", str(PORT)], env=env(server), stdout=subprocess.DEVNULL,
-                                  stderr=subprocess.DEVNULL)
+                                  stderr=subprocess.DEVNULL, start_new_session=True)
         try:
             wait_for(lambda: listening(PORT), 20, "netserver")
             done = subprocess.run([need("netperf"), "-P", "0", "-4", "-H", "127.0.0.1", "-p", str(PORT), "-l", "1", "-t", test],
@@ -41,6 +49,7 @@ class Case:
         finally:
             daemon.terminate()
             daemon.wait()
+        wait_for(lambda: no_process_left(daemon.pid), 20, "netserver's children, which write their reports as they end")
         assert (done.returncode == 0) == ok, f"netperf ended with {done.returncode}: {done.stdout}{done.stderr}"
         total = {"lane": 0, "tcp": 0, "reasons": {}, "said": done.stderr}
         for path in glob.glob(os.path.join(self.folder, "*.json")):

@@ -131,11 +131,11 @@ BOOST_AUTO_TEST_CASE(env_shows_each_variable_and_what_is_wrong) {
   Outcome o = run({kSdp, "env"}, {"SDP_SPIN_US=9"});
   BOOST_TEST(o.status == 0);
   for (const char* name : {"SDP_POLICY", "SDP_TRANSPORT", "SDP_CONFIG", "LIBSDP_CONFIG_FILE", "SDP_LOG", "SDP_STATS", "SDP_PCAP",
-                           "SDP_SPIN_US", "SDP_RECV_BUFFER", "SDP_UPGRADE_BYTES", "SDP_DRAIN_MS", "SDP_DEVICE_FLAVOUR"})
+                           "SDP_SPIN_US", "SDP_RECV_BUFFER", "SDP_UPGRADE_BYTES", "SDP_DEVICE_FLAVOUR"})
     BOOST_TEST(has(o.out, "\n" + std::string(name) + " "));
   BOOST_TEST(!has(o.out, "wrong:"));
 
-  o = run({kSdp, "env", "--json"}, {"SDP_SPIN_US=soon", "SDP_DRAIN_MS=1"});
+  o = run({kSdp, "env", "--json"}, {"SDP_SPIN_US=soon", "SDP_UPGRADE_MESSAGES=1"});
   BOOST_TEST(o.status == 1);
   const json list = json::parse(o.out);
   const json* spin = find(list, "variable", "SDP_SPIN_US");
@@ -143,7 +143,7 @@ BOOST_AUTO_TEST_CASE(env_shows_each_variable_and_what_is_wrong) {
   BOOST_TEST((*spin)["in_force"] == "50");
   BOOST_TEST((*spin)["unit"] == "microseconds");
   BOOST_TEST(has((*spin)["wrong"], "must be a number"));
-  BOOST_TEST((*find(list, "variable", "SDP_DRAIN_MS"))["in_force"] == "1");
+  BOOST_TEST((*find(list, "variable", "SDP_UPGRADE_MESSAGES"))["in_force"] == "1");
 }
 
 BOOST_AUTO_TEST_CASE(env_reads_the_rules_too) {

@@ -50,7 +50,6 @@ BOOST_AUTO_TEST_CASE(an_empty_environment_gives_the_defaults) {
     BOOST_TEST(p.options.recv_buffers == 64);
     BOOST_TEST(p.options.upgrade_messages == 8);
     BOOST_TEST(p.options.upgrade_bytes == 65536);
-    BOOST_TEST(p.options.drain_ms == 2000);
     BOOST_TEST(p.options.stats_file.empty());
     BOOST_TEST((p.options.forced_to_tcp == nullptr));
   }
@@ -62,7 +61,7 @@ BOOST_AUTO_TEST_CASE(every_right_value_is_taken) {
   const Parsed p({"SDP_POLICY=sdp", "SDP_TRANSPORT=rnic,local", "SDP_CONFIG=/etc/a.conf", "SDP_LOG=debug:/tmp/x:%p",
                   "SDP_STATS=s.%p.json", "SDP_PCAP=c.pcapng", "SDP_SPIN_US=0", "SDP_RECV_BUFFER=4K", "SDP_RECV_BUFFER_MAX=1M",
                   "SDP_RECV_BUFFERS_INITIAL=4", "SDP_RECV_BUFFERS=128", "SDP_UPGRADE_MESSAGES=0", "SDP_UPGRADE_BYTES=128k",
-                  "SDP_DRAIN_MS=600000", "SDP_DEVICE_FLAVOUR=rnic"});
+                  "SDP_DEVICE_FLAVOUR=rnic"});
   BOOST_TEST(p.message() == "");
   BOOST_TEST((p.options.policy == Family::sdp));
   BOOST_TEST((list(p.options.transports) == std::vector{Transport::rnic, Transport::local}));
@@ -79,7 +78,6 @@ BOOST_AUTO_TEST_CASE(every_right_value_is_taken) {
   BOOST_TEST(p.options.recv_buffers == 128);
   BOOST_TEST(p.options.upgrade_messages == 0);
   BOOST_TEST(p.options.upgrade_bytes == 131072);
-  BOOST_TEST(p.options.drain_ms == 600000);
   BOOST_TEST((p.options.device_flavour == rdma::NodeType::rnic));
 }
 
@@ -147,8 +145,8 @@ BOOST_AUTO_TEST_CASE(a_message_holds_nothing_that_a_terminal_obeys_and_is_short)
 BOOST_AUTO_TEST_CASE(all_variables_wrong_at_once_are_all_told) {
   const Parsed p({"SDP_POLICY=x", "SDP_TRANSPORT=x", "SDP_CONFIG=\t", "LIBSDP_CONFIG_FILE=\t", "SDP_LOG=x", "SDP_STATS=\t",
                   "SDP_PCAP=\t", "SDP_SPIN_US=x", "SDP_RECV_BUFFER=x", "SDP_RECV_BUFFER_MAX=x", "SDP_RECV_BUFFERS_INITIAL=x",
-                  "SDP_RECV_BUFFERS=x", "SDP_UPGRADE_MESSAGES=x", "SDP_UPGRADE_BYTES=x", "SDP_DRAIN_MS=x", "SDP_DEVICE_FLAVOUR=x"});
-  BOOST_TEST(p.problems.count == 16U);
+                  "SDP_RECV_BUFFERS=x", "SDP_UPGRADE_MESSAGES=x", "SDP_UPGRADE_BYTES=x", "SDP_DEVICE_FLAVOUR=x"});
+  BOOST_TEST(p.problems.count == 15U);
 }
 
 BOOST_AUTO_TEST_CASE(libsdps_variables_are_accepted) {
@@ -181,29 +179,29 @@ BOOST_AUTO_TEST_CASE(a_process_logs_what_is_wrong_into_the_file_that_it_names) {
   const std::string path = "options_test." + std::to_string(getpid()) + ".log";
   unlink(path.c_str());
   setenv("SDP_LOG", ("warn:" + pattern).c_str(), 1);
-  setenv("SDP_DRAIN_MS", "forever", 1);
+  setenv("SDP_UPGRADE_MESSAGES", "forever", 1);
   const Options o = parse_options();
-  BOOST_TEST(o.drain_ms == 2000);
+  BOOST_TEST(o.upgrade_messages == 8);
   BOOST_TEST(o.log_file.view().starts_with("/"));
   BOOST_TEST(std::filesystem::file_size(path) == 0U);  // nothing is said before there is a connection
   report_option_problems();
   report_option_problems();
   std::stringstream text;
   text << std::ifstream(path).rdbuf();
-  BOOST_TEST(has(text.str(), "SDP_DRAIN_MS=forever: must be a number from 0 to 600000; 2000 is used\n"), text.str());
+  BOOST_TEST(has(text.str(), "SDP_UPGRADE_MESSAGES=forever: must be a number from 0 to 4294967295; 8 is used\n"), text.str());
   const std::string lines = text.str();
   BOOST_TEST(std::count(lines.begin(), lines.end(), '\n') == 1);
   BOOST_REQUIRE(log_file_fd() > 100);
   BOOST_TEST((fcntl(log_file_fd(), F_GETFD) & FD_CLOEXEC) != 0);
   unlink(path.c_str());
   unsetenv("SDP_LOG");
-  unsetenv("SDP_DRAIN_MS");
+  unsetenv("SDP_UPGRADE_MESSAGES");
 }
 
 BOOST_AUTO_TEST_CASE(the_table_tells_default_value_in_force_and_what_is_wrong) {
   std::map<std::string, OptionRow> rows;
   std::map<std::string, std::string> defaults;
-  const char* environment[] = {"SDP_SPIN_US=7", "SDP_DRAIN_MS=x", "SDP_POLICY=y", nullptr};
+  const char* environment[] = {"SDP_SPIN_US=7", "SDP_UPGRADE_MESSAGES=x", "SDP_POLICY=y", nullptr};
   const auto collect = [&](const OptionRow& row) {
     rows[row.variable] = row;
     defaults[row.variable] = row.standard;
@@ -213,13 +211,13 @@ BOOST_AUTO_TEST_CASE(the_table_tells_default_value_in_force_and_what_is_wrong) {
   describe_options(
       environment, [](const OptionRow& row, void* f) { (*static_cast<decltype(collect)*>(f))(row); },
       const_cast<void*>(static_cast<const void*>(&collect)));
-  BOOST_TEST(rows.size() == 18U);
+  BOOST_TEST(rows.size() == 17U);
   BOOST_TEST(rows.at("SDP_SPIN_US").in_force.view() == "7");
   BOOST_TEST(defaults.at("SDP_SPIN_US") == "50");
   BOOST_TEST(rows.at("SDP_SPIN_US").set);
   BOOST_TEST(!rows.at("SDP_LOG").set);
-  BOOST_TEST(rows.at("SDP_DRAIN_MS").in_force.view() == "2000");
-  BOOST_TEST(!rows.at("SDP_DRAIN_MS").wrong.empty());
+  BOOST_TEST(rows.at("SDP_UPGRADE_MESSAGES").in_force.view() == "8");
+  BOOST_TEST(!rows.at("SDP_UPGRADE_MESSAGES").wrong.empty());
   BOOST_TEST(rows.at("SDP_POLICY").in_force.view() == "tcp");
   BOOST_TEST(defaults.at("SDP_POLICY") == "both");
   BOOST_TEST(defaults.at("SDP_TRANSPORT") == "local,ib,rnic");
