@@ -72,7 +72,9 @@ void before_exec() noexcept {
 
 namespace {
 // Settings are read here, before main: programs such as nginx clear or overwrite their environment.
-__attribute__((constructor)) void at_load() { (void)sdp::engine::options(); }
+__attribute__((constructor)) void at_load() {
+  if (sdp::engine::options().policy != sdp::Family::tcp) rdma::prepare_process();
+}
 __attribute__((destructor)) void at_exit() {
   if (started.load(std::memory_order_acquire)) sdp::engine::at_exit();
 }

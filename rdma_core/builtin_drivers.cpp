@@ -21,6 +21,8 @@ class SoftwareDevice final : public Builtin {
 
 }  // namespace
 
+void prepare_process() noexcept { (void)shm::ShmDevice::register_for_fences(); }
+
 Result<std::unique_ptr<Builtin>> make_software_device(DeviceRegistry& registry, NodeType flavour) {
   shm::ShmOptions options;
   options.flavour = flavour;

@@ -19,6 +19,10 @@ class Builtin {
   virtual void abandon_in_child() noexcept = 0;
 };
 
+/// What is cheap only while the process has one thread; once, early, before a device is made. A device works without it, but takes
+/// its time to be made.
+void prepare_process() noexcept;
+
 /// Makes the software device, enters it into `registry`, and makes its CM. `flavour`: ib_ca or rnic.
 /// Errors: EMFILE, ENOMEM, ENOSYS: this process can have no local lanes.
 Result<std::unique_ptr<Builtin>> make_software_device(DeviceRegistry& registry, NodeType flavour = NodeType::ib_ca);

@@ -41,6 +41,10 @@ ShmDevice::~ShmDevice() = default;
 
 const char* ShmDevice::name() const noexcept { return attr_.node_type == NodeType::rnic ? "shm_rnic" : "shm_ib"; }
 
+bool ShmDevice::register_for_fences() noexcept {
+  return sys::call(SYS_membarrier, MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED, 0) == 0;
+}
+
 void ShmDevice::become_new_process() noexcept {
   if (sys::call(SYS_getrandom, sys::arg(&process_id_), sizeof process_id_, GRND_NONBLOCK) != sizeof process_id_) {
     // Early in boot. It has to be unique, not secret.
@@ -48,8 +52,7 @@ void ShmDevice::become_new_process() noexcept {
     process_id_.word[1] = static_cast<std::uint64_t>(sys::call(SYS_getpid)) << 32 | reinterpret_cast<std::uintptr_t>(this) >> 4;
   }
   // The kernel forgets the registration at exec, and a child's memory is a new one: each process registers for itself.
-  has_membarrier_ = sys::call(SYS_membarrier, MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED, 0) == 0 &&
-                    sys::call(SYS_membarrier, MEMBARRIER_CMD_GLOBAL_EXPEDITED, 0) == 0;
+  has_membarrier_ = register_for_fences() && sys::call(SYS_membarrier, MEMBARRIER_CMD_GLOBAL_EXPEDITED, 0) == 0;
 }
 
 void ShmDevice::arm_fence() noexcept {

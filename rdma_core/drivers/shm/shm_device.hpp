@@ -49,6 +49,9 @@ class ShmDevice final : public Device {
   ShmLinks& links() noexcept { return links_; }
   const ProcessId& process_id() const noexcept { return process_id_; }  ///< random; another one in a fork's child
   const OwnBell& bell() const noexcept { return bell_; }
+  /// Makes this process one whose running threads arm_fence() of any process reaches. At once while the process has one thread;
+  /// later the kernel waits for an RCU grace period, 10 to 20 ms. False: the kernel has no membarrier.
+  static bool register_for_fences() noexcept;
   bool has_membarrier() const noexcept { return has_membarrier_; }
   std::size_t segment_bytes() const noexcept { return segment_bytes_; }
   /// The link of this process with itself, made at the first call. Errors: as OwnSegment::create.
