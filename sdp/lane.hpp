@@ -132,6 +132,7 @@ class Lane {
   bool dead() const noexcept {
     return dead_.load(std::memory_order_relaxed);
   }  ///< protocol or transport failure: conn.error() says what
+  bool violated() const noexcept { return violated_; }  ///< dead by a message that breaks the protocol; the words still go through
   bool peer_disconn() const noexcept { return peer_disconn_; }
 
   // --- switch words
@@ -199,6 +200,7 @@ class Lane {
 
   LaneLimits limits_;
   std::atomic<bool> dead_{false};
+  bool violated_ = false;
   bool peer_disconn_ = false;
   bool frozen_ = false;
   bool rest_fetched_ = false;

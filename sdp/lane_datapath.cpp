@@ -192,6 +192,7 @@ void Lane::on_completion(const Wc& wc) noexcept {
       break;
     case Rx::abort:
       RDMA_LOG(warn, "lane ended: %s", conn.error());
+      violated_ = true;
       dead_ = true;
       return;
     default:

@@ -113,6 +113,8 @@ class alignas(64) StreamImpl {
   void take_down_locked(LaneReason reason) noexcept;
   void take_down_inherited(LaneReason reason) noexcept;
   void end_tx_locked() noexcept;
+  /// A lane that died while both processes live: broken protocol, or a failed device.
+  void leave_dead_lane(int fd) noexcept;
   /// Rule 11: does `fd` still name this connection? The program may have closed it in a way that we did not see.
   bool names_us(int fd) const noexcept;
   bool abandoned() const noexcept { return tx.load(std::memory_order_relaxed) == TxState::lane && lane->said(kAbandon); }
@@ -124,7 +126,8 @@ class alignas(64) StreamImpl {
   }
   bool end_reached() const noexcept { return lane->end_reached(); }
   /// The peer writes no more and reads no more: what is left to do is the kernel's to say.
-  bool lane_is_over() const noexcept { return peer_gone.load(std::memory_order_relaxed) || lane->dead() || lane->said(kGone); }
+  bool lane_is_left() const noexcept { return peer_gone.load(std::memory_order_relaxed) || lane->said(kGone); }
+  bool lane_is_over() const noexcept { return lane_is_left() || lane->dead(); }
   /// Something that a thread waiting to send (or to receive) can act on; no lock needed.
   bool changed(bool for_send) const noexcept;
 

@@ -169,6 +169,7 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
     }
     if (phase.load(std::memory_order_relaxed) == Phase::laned && usable_here()) {
       if (flags & MSG_OOB) take_down_locked(LaneReason::mode);
+      leave_dead_lane(at);
       if (tx.load(std::memory_order_relaxed) == TxState::prepared) try_switch(at);
     }
     if (strict.load(std::memory_order_relaxed) && phase.load(std::memory_order_relaxed) == Phase::laned &&
@@ -390,6 +391,7 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
     if (here && (flags & (MSG_OOB | MSG_ERRQUEUE))) take_down_locked(LaneReason::mode);
     if (here) {
       if (abandoned()) handle_abandon(at);
+      leave_dead_lane(at);
       advance_rx(at);
     }
     const RxState state = rx.load(std::memory_order_relaxed);

@@ -176,6 +176,17 @@ void StreamImpl::handle_abandon(int at) noexcept {
   (void)flush_resend(at);
 }
 
+// After a broken rule of the protocol the switch words and the memory are still good: each side tells how far it has read, the other
+// sends the rest by TCP, and nothing is lost. After a failure of the device nobody knows what has arrived.
+void StreamImpl::leave_dead_lane(int at) noexcept {
+  if (!lane->dead() || lane_is_left() || (tx.load() == TxState::ended && rx.load() == RxState::ended)) return;
+  if (lane->violated()) return take_down_locked(LaneReason::protocol_error);
+  RDMA_LOG(error, "fd %d: the lane failed (%s) with bytes under way; the connection is reset", at, lane->conn.error());
+  reset_by_peer = true;
+  take_down_locked(LaneReason::device_lost);
+  sys::call(SYS_shutdown, at, SHUT_RDWR);
+}
+
 bool StreamImpl::flush_resend(int at) noexcept {
   if (!names_us(at)) resend_off = resend_len;  // closed behind our back: what we hold must not reach a stranger
   while (resend_off < resend_len) {
