@@ -131,7 +131,7 @@ class Lane {
   std::uint64_t rx_messages() const noexcept { return rx_arrivals_; }
   bool dead() const noexcept {
     return dead_.load(std::memory_order_relaxed);
-  }  ///< protocol or transport failure: conn.error() says what
+  }                                                     ///< protocol or transport failure: conn.error() says what
   bool violated() const noexcept { return violated_; }  ///< dead by a message that breaks the protocol; the words still go through
   bool peer_disconn() const noexcept { return peer_disconn_; }
 

@@ -133,14 +133,18 @@ void Lane::home(std::uint32_t index) noexcept {
 }
 
 void Lane::flush_posts() noexcept {
-  RecvWr wrs[32];
-  const std::uint16_t n = pending_posts_;
-  for (std::uint16_t i = 0; i < n; ++i) {
-    const Buffer& b = buffers_[post_list_[i]];
-    wrs[i] = RecvWr{post_list_[i], b.addr, b.size, b.lkey};
+  constexpr std::uint16_t kBatch = 4;  // an array of them is cleared before it is filled: no larger than most calls need
+  for (std::uint16_t first = 0; first < pending_posts_; first += kBatch) {
+    RecvWr wrs[kBatch];
+    const auto n = std::min<std::uint16_t>(kBatch, pending_posts_ - first);
+    for (std::uint16_t i = 0; i < n; ++i) {
+      const std::uint32_t index = post_list_[first + i];
+      const Buffer& b = buffers_[index];
+      wrs[i] = RecvWr{index, b.addr, b.size, b.lkey};
+    }
+    if (qp_->post_recv({wrs, n}) == Post::ok) conn.on_posted(n);
   }
   pending_posts_ = 0;
-  if (qp_->post_recv({wrs, n}) == Post::ok) conn.on_posted(n);
 }
 
 // Buffer 0 took Hello and is out of the account; buffer 1 stands for the size in force.
@@ -202,7 +206,7 @@ void Lane::on_completion(const Wc& wc) noexcept {
 }
 
 void Lane::reap() noexcept {
-  Wc wcs[16];
+  Wc wcs[4];  // cleared at each call: no larger than most calls need
   unsigned n = 0;
   do {
     n = cq_->poll(wcs);

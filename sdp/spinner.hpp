@@ -13,32 +13,37 @@ namespace sdp {
 
 class Spinner {
  public:
-  /// Takes this wait's budget from the engine.
-  Spinner() noexcept : budget_(engine::spin_budget()) {
-    if (budget_ > 0) until_ = rdma::SteadyClock{}.now() + budget_;
-  }
+  /// Takes this wait's budget from the engine. It begins when the pauses are over: what comes sooner is not kept up by a clock.
+  Spinner() noexcept : budget_(engine::spin_budget()) {}
   /// Spins until `found()` or the budget is spent; `found` is called often and must be cheap. Reports the outcome to the engine.
   template <class Found>
   bool run(Found found) noexcept {
     if (budget_ <= 0) return false;
-    bool hit = false;
-    for (int round = 0; !hit; ++round) {
-      for (int i = 0; i < 32 && !hit; ++i) {
-        hit = found();
-        rdma::cpu_relax();
-      }
-      if (hit || round < kPauseRounds) continue;
-      rdma::sys::call(SYS_sched_yield);
-      if (rdma::SteadyClock{}.now() >= until_) break;
+    bool hit = look(found, kLooksBeforeClock);
+    if (!hit) {
+      const std::int64_t until = rdma::SteadyClock{}.now() + budget_;
+      do {
+        rdma::sys::call(SYS_sched_yield);
+        hit = look(found, kLooksPerYield);
+      } while (!hit && rdma::SteadyClock{}.now() < until);
     }
     engine::spin_result(hit);
     return hit;
   }
 
  private:
-  static constexpr int kPauseRounds = 3;
+  static constexpr int kLooksBeforeClock = 128, kLooksPerYield = 32;
+
+  template <class Found>
+  static bool look(Found& found, int times) noexcept {
+    for (int i = 0; i < times; ++i) {
+      if (found()) return true;
+      rdma::cpu_relax();
+    }
+    return false;
+  }
+
   std::int64_t budget_;
-  std::int64_t until_ = 0;
 };
 
 }  // namespace sdp

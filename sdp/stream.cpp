@@ -278,8 +278,7 @@ bool Stream::maybe_ready(const Grace::Look& look, std::uint32_t events) const no
   const Lane* const lane = s->seen_lane(look);
   if (lane == nullptr) return false;
   if (lane->maybe_ready()) return true;
-  if (s->strict.load(std::memory_order_relaxed) && s->tx.load(std::memory_order_relaxed) == TxState::prepared &&
-      lane->said(kReady))
+  if (s->strict.load(std::memory_order_relaxed) && s->tx.load(std::memory_order_relaxed) == TxState::prepared && lane->said(kReady))
     return true;
   const bool peer_gone = s->peer_gone.load(std::memory_order_relaxed);
   if (s->tx.load(std::memory_order_relaxed) == TxState::lane) {

@@ -69,7 +69,7 @@ class Stream {
   bool maybe_ready(const Grace::Look&, std::uint32_t events) const noexcept;
   void arm(const Grace::Look&) const noexcept;                ///< the next change rings the process's bell
   std::uint64_t rx_edges(const Grace::Look&) const noexcept;  ///< grows with each arrival: a new value is a new EPOLLIN edge
-  std::uint64_t tx_edges() const noexcept;  ///< grows each time the stream became writable again after it was not
+  std::uint64_t tx_edges() const noexcept;                    ///< grows each time the stream became writable again after it was not
   /// A wait in the kernel that does not have the bell in its set begins and ends (counted, so that no switch strands it).
   void enter_plain_wait() const noexcept;
   void leave_plain_wait() const noexcept;

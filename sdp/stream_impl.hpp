@@ -79,7 +79,7 @@ class alignas(64) StreamImpl {
   std::byte* resend = nullptr;  ///< lane bytes that the peer abandoned, on their way by the anchor
   std::size_t resend_len = 0, resend_off = 0;
   std::atomic<std::uint32_t> waiters{0};  ///< threads between unlock and lock inside a wait on the lane
-  std::uint64_t conn = 0;     ///< the CM's ConnId
+  std::uint64_t conn = 0;                 ///< the CM's ConnId
   /// In a fork's child: the parent's stream that this one stands for, until its first use takes the parent's lane down.
   StreamImpl* inherited = nullptr;
   std::uint16_t inherited_generation = 0;

@@ -479,7 +479,7 @@ int StreamImpl::wait(bool for_send, std::int64_t deadline, bool has_timeout, Pat
            generation.load(std::memory_order_acquire) != gen;
   };
   Lane* const l = lane;
-  ++waiters;
+  waiters.store(waiters.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);  // changed only under the lock
   lock.unlock();
   int result = 0;
   const bool found = Spinner().run(woken);
@@ -505,7 +505,7 @@ int StreamImpl::wait(bool for_send, std::int64_t deadline, bool has_timeout, Pat
     }
   }
   (void)lock.lock();
-  --waiters;
+  waiters.store(waiters.load(std::memory_order_relaxed) - 1, std::memory_order_relaxed);
   return result;
 }
 

@@ -176,8 +176,8 @@ void StreamImpl::handle_abandon(int at) noexcept {
   (void)flush_resend(at);
 }
 
-// After a broken rule of the protocol the switch words and the memory are still good: each side tells how far it has read, the other
-// sends the rest by TCP, and nothing is lost. After a failure of the device nobody knows what has arrived.
+// After a broken rule of the protocol the switch words and the memory are still good: each side tells how far it has read, the
+// other sends the rest by TCP, and nothing is lost. After a failure of the device nobody knows what has arrived.
 void StreamImpl::leave_dead_lane(int at) noexcept {
   if (!lane->dead() || lane_is_left() || (tx.load() == TxState::ended && rx.load() == RxState::ended)) return;
   if (lane->violated()) return take_down_locked(LaneReason::protocol_error);

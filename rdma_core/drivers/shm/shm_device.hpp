@@ -28,8 +28,8 @@
 namespace rdma::shm {
 
 struct ShmOptions {
-  NodeType flavour = NodeType::ib_ca;                  ///< ib_ca or rnic
-  std::size_t segment_bytes = std::size_t{1} << 30;    ///< address space per link and direction; only touched pages cost memory
+  NodeType flavour = NodeType::ib_ca;                ///< ib_ca or rnic
+  std::size_t segment_bytes = std::size_t{1} << 30;  ///< address space per link and direction; only touched pages cost memory
 };
 
 class ShmDevice final : public Device {
