@@ -1,6 +1,8 @@
 // One door from libc's names to ours: picks the owner of a descriptor, turns -errno into errno, leaves errno alone on success.
 #pragma once
 
+#include <pthread.h>
+
 #include <cerrno>
 
 #include "preload/fd_table.hpp"
@@ -23,6 +25,19 @@ auto dispatch(int fd, Ours&& ours, Theirs&& theirs) -> decltype(theirs(libc())) 
   if (!stream) [[likely]]
     return theirs(libc());
   return to_libc<decltype(theirs(libc()))>(ours(stream));
+}
+
+/// The same for what POSIX makes a cancellation point. libc's own functions are; a wait of ours ends with EINTR when the signal
+/// comes that pthread_cancel sends. No frame between here and the program may be noexcept: a cancelled thread unwinds through it.
+template <class Ours, class Theirs>
+auto dispatch_cancellable(int fd, Ours&& ours, Theirs&& theirs) -> decltype(theirs(libc())) {
+  const sdp::Stream stream = fds().find(fd);
+  if (!stream) [[likely]]
+    return theirs(libc());
+  pthread_testcancel();
+  const std::int64_t result = ours(stream);
+  if (result == -EINTR) pthread_testcancel();
+  return to_libc<decltype(theirs(libc()))>(result);
 }
 
 /// The call moves bytes in a way that no lane carries: the stream goes back to TCP first.

@@ -9,6 +9,7 @@
 
 #include "preload/fd_table.hpp"
 #include "preload/libc.hpp"
+#include "rdma_core/base/blocking_call.hpp"
 #include "rdma_core/base/clock.hpp"
 #include "rdma_core/base/sys.hpp"
 #include "sdp/engine.hpp"
@@ -266,12 +267,36 @@ bool EpollSet::ready() noexcept {
   return false;
 }
 
-int EpollSet::wait(epoll_event* events, int max, std::int64_t timeout_ns, const sigset_t* mask) noexcept {
+namespace {
+/// Whether this thread counts as a sleeper; also right when it is cancelled.
+class Asleep {
+ public:
+  explicit Asleep(std::atomic<std::uint32_t>& sleepers) noexcept : sleepers_(sleepers) {}
+  ~Asleep() { end(); }
+  Asleep(const Asleep&) = delete;
+  Asleep& operator=(const Asleep&) = delete;
+  void begin() noexcept {
+    if (!counted_) sleepers_.fetch_add(1);
+    counted_ = true;
+  }
+  void end() noexcept {
+    if (counted_) sleepers_.fetch_sub(1);
+    counted_ = false;
+  }
+
+ private:
+  std::atomic<std::uint32_t>& sleepers_;
+  bool counted_ = false;
+};
+}  // namespace
+
+int EpollSet::wait(epoll_event* events, int max, std::int64_t timeout_ns, const sigset_t* mask) {
   constexpr int kBatch = 64;
   epoll_event kernel[kBatch];
   const std::int64_t deadline = timeout_ns > 0 ? now_ns() + timeout_ns : 0;
   const int want = std::min(max, kBatch);
   for (;;) {
+    Asleep asleep(sleepers_);
     const bool lanes_here = tagged_.load(std::memory_order_acquire) != 0;
     int n = lanes_here ? collect(events, max) : 0;
     if (n > 0) {
@@ -307,7 +332,7 @@ int EpollSet::wait(epoll_event* events, int max, std::int64_t timeout_ns, const 
       });
       if (n > 0) return n;
       if (found) continue;
-      sleepers_.fetch_add(1);
+      asleep.begin();
       {
         std::lock_guard guard(mutex_);
         const sdp::Grace::Look look(sdp::engine::grace());
@@ -315,10 +340,7 @@ int EpollSet::wait(epoll_event* events, int max, std::int64_t timeout_ns, const 
           if (m.tagged && !m.disabled) m.stream.arm(look);
       }
       sdp::engine::arm_fence();
-      if (maybe_ready()) {
-        sleepers_.fetch_sub(1);
-        continue;
-      }
+      if (maybe_ready()) continue;
     }
     int timeout_ms = -1;
     timespec left{};
@@ -327,9 +349,9 @@ int EpollSet::wait(epoll_event* events, int max, std::int64_t timeout_ns, const 
       left = {ns / 1'000'000'000, ns % 1'000'000'000};
       timeout_ms = static_cast<int>(std::min<std::int64_t>((ns + 999'999) / 1'000'000, 0x7fffffff));
     }
-    if (!lanes_here) sleepers_.fetch_add(1);
-    const long k = sys::call(SYS_epoll_pwait, epfd_, sys::arg(kernel), want, timeout_ms, sys::arg(mask), 8);
-    sleepers_.fetch_sub(1);
+    asleep.begin();
+    const long k = sys::blocking_call(SYS_epoll_pwait, epfd_, sys::arg(kernel), want, timeout_ms, sys::arg(mask), 8);
+    asleep.end();
     if (k < 0) {
       errno = static_cast<int>(-k);
       return -1;

@@ -37,7 +37,7 @@ class EpollSet {
   bool has_members() const noexcept { return members_in_use_.load(std::memory_order_acquire) != 0; }
   /// Results of the kernel may be ours (tags, the bell, which stays in once it is there): only wait() may show them to the program.
   bool must_filter() const noexcept { return has_members() || bell_.load(std::memory_order_acquire) >= 0; }
-  int wait(epoll_event* events, int max, std::int64_t timeout_ns, const sigset_t* mask) noexcept;
+  int wait(epoll_event* events, int max, std::int64_t timeout_ns, const sigset_t* mask);
   bool ready() noexcept;  ///< a lane member has something: for sets that are waited for themselves
 
  private:

@@ -98,9 +98,9 @@ SDP_EXPORT int ioctl(int fd, unsigned long request, ...) noexcept {
   void* const arg = va_arg(args, void*);
   va_end(args);
   if (const Stream stream = fds().find(fd)) {
-    if (request == FIONREAD || request == SIOCOUTQ) {
-      const int n = request == FIONREAD ? stream.inq(fd) : stream.outq(fd);
-      if (n >= 0 && arg != nullptr) *static_cast<int*>(arg) = n;
+    if ((request == FIONREAD || request == SIOCOUTQ || request == SIOCATMARK) && arg != nullptr) {
+      const int n = request == FIONREAD ? stream.inq(fd) : request == SIOCOUTQ ? stream.outq(fd) : stream.at_mark(fd);
+      if (n >= 0) *static_cast<int*>(arg) = n;
       return n >= 0 ? 0 : preload::to_libc<int>(n);
     }
     if (request == FIOASYNC) stream.take_down(sdp::LaneReason::mode);

@@ -1,58 +1,80 @@
 // read, write, send, recv and their kin.
 #include <dlfcn.h>
+#include <limits.h>
 #include <sys/sendfile.h>
 
 #include "preload/dispatch.hpp"
+#include "rdma_core/base/sys.hpp"
 
 using preload::dispatch;
+using preload::dispatch_cancellable;
 using preload::leave_lane;
 using preload::Libc;
 using sdp::Stream;
+namespace sys = rdma::sys;
+
+namespace {
+/// False: the kernel has an error for these iovecs, or nothing to do.
+bool moves_bytes(const iovec* iov, int count) noexcept {
+  if (iov == nullptr || count <= 0 || count > IOV_MAX) return false;
+  size_t sum = 0;
+  for (int i = 0; i < count; ++i) {
+    if (static_cast<ssize_t>(iov[i].iov_len) < 0) return false;
+    sum |= iov[i].iov_len;
+  }
+  return sum != 0;
+}
+}  // namespace
 
 SDP_EXPORT ssize_t read(int fd, void* buf, size_t len) {
-  return dispatch(
+  if (len == 0) [[unlikely]]
+    return preload::libc().read(fd, buf, len);  // unlike recv, it waits for nothing then
+  return dispatch_cancellable(
       fd, [&](Stream s) { return s.recv(fd, buf, len, 0); }, [&](const Libc& c) { return c.read(fd, buf, len); });
 }
 SDP_EXPORT ssize_t write(int fd, const void* buf, size_t len) {
-  return dispatch(
+  return dispatch_cancellable(
       fd, [&](Stream s) { return s.send(fd, buf, len, 0); }, [&](const Libc& c) { return c.write(fd, buf, len); });
 }
 SDP_EXPORT ssize_t recv(int fd, void* buf, size_t len, int flags) {
-  return dispatch(
+  return dispatch_cancellable(
       fd, [&](Stream s) { return s.recv(fd, buf, len, flags); }, [&](const Libc& c) { return c.recv(fd, buf, len, flags); });
 }
 SDP_EXPORT ssize_t send(int fd, const void* buf, size_t len, int flags) {
-  return dispatch(
+  return dispatch_cancellable(
       fd, [&](Stream s) { return s.send(fd, buf, len, flags); }, [&](const Libc& c) { return c.send(fd, buf, len, flags); });
 }
 SDP_EXPORT ssize_t recvfrom(int fd, void* buf, size_t len, int flags, sockaddr* from, socklen_t* from_len) {
-  return dispatch(
+  return dispatch_cancellable(
       fd,
-      [&](Stream s) {
+      [&](Stream s) -> std::int64_t {
         const auto n = s.recv(fd, buf, len, flags);
-        if (n >= 0 && from != nullptr && from_len != nullptr) *from_len = 0;
+        if (n < 0 || from == nullptr) return n;
+        if (from_len == nullptr) return -EFAULT;
+        if (static_cast<int>(*from_len) < 0) return -EINVAL;
+        *from_len = 0;
         return n;
       },
       [&](const Libc& c) { return c.recvfrom(fd, buf, len, flags, from, from_len); });
 }
 SDP_EXPORT ssize_t sendto(int fd, const void* buf, size_t len, int flags, const sockaddr* to, socklen_t to_len) {
-  return dispatch(
+  return dispatch_cancellable(
       fd, [&](Stream s) { return s.send(fd, buf, len, flags); },
       [&](const Libc& c) { return c.sendto(fd, buf, len, flags, to, to_len); });
 }
 SDP_EXPORT ssize_t recvmsg(int fd, msghdr* msg, int flags) {
-  return dispatch(
+  return dispatch_cancellable(
       fd, [&](Stream s) { return s.recvmsg(fd, msg, flags); }, [&](const Libc& c) { return c.recvmsg(fd, msg, flags); });
 }
 SDP_EXPORT ssize_t sendmsg(int fd, const msghdr* msg, int flags) {
-  return dispatch(
+  return dispatch_cancellable(
       fd, [&](Stream s) { return s.sendmsg(fd, msg, flags); }, [&](const Libc& c) { return c.sendmsg(fd, msg, flags); });
 }
 SDP_EXPORT ssize_t readv(int fd, const iovec* iov, int count) {
-  return dispatch(
+  return dispatch_cancellable(
       fd,
       [&](Stream s) -> std::int64_t {
-        if (count < 0) return -EINVAL;
+        if (!moves_bytes(iov, count)) return sys::call(SYS_readv, fd, sys::arg(iov), count);
         msghdr msg{};
         msg.msg_iov = const_cast<iovec*>(iov);
         msg.msg_iovlen = static_cast<size_t>(count);
@@ -61,10 +83,10 @@ SDP_EXPORT ssize_t readv(int fd, const iovec* iov, int count) {
       [&](const Libc& c) { return c.readv(fd, iov, count); });
 }
 SDP_EXPORT ssize_t writev(int fd, const iovec* iov, int count) {
-  return dispatch(
+  return dispatch_cancellable(
       fd,
       [&](Stream s) -> std::int64_t {
-        if (count < 0) return -EINVAL;
+        if (!moves_bytes(iov, count)) return sys::call(SYS_writev, fd, sys::arg(iov), count);
         msghdr msg{};
         msg.msg_iov = const_cast<iovec*>(iov);
         msg.msg_iovlen = static_cast<size_t>(count);

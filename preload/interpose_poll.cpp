@@ -4,9 +4,11 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 
 #include "preload/dispatch.hpp"
 #include "preload/epoll_set.hpp"
+#include "rdma_core/base/blocking_call.hpp"
 #include "rdma_core/base/clock.hpp"
 #include "rdma_core/base/sys.hpp"
 #include "sdp/engine.hpp"
@@ -25,13 +27,18 @@ constexpr std::int64_t kSliceNs = 10'000'000;
 
 std::int64_t now_ns() noexcept { return rdma::SteadyClock{}.now(); }
 
+struct Free {
+  void operator()(void* p) const noexcept { std::free(p); }
+};
+using Owned = std::unique_ptr<pollfd[], Free>;
+
 /// One wait over pollfds, by the protocol of sdp/stream.hpp. `shadow` is what the kernel is asked; entry `count` is the thread's
 /// bell.
 class LaneWait {
  public:
   LaneWait(pollfd* fds_in, nfds_t count, pollfd* shadow) noexcept : fds_(fds_in), count_(count), shadow_(shadow) {}
 
-  int run(std::int64_t timeout_ns, const sigset_t* mask) noexcept {
+  int run(std::int64_t timeout_ns, const sigset_t* mask) {
     const std::int64_t deadline = timeout_ns > 0 ? now_ns() + timeout_ns : 0;
     for (nfds_t i = 0; i < count_; ++i)
       if (const Stream s = stream(i)) s.on_wait_entry(fds_[i].fd);
@@ -93,7 +100,7 @@ class LaneWait {
   }
 
   /// Adds the kernel's results; `sleep`: with the bell. -errno, or the kernel's count.
-  int ask_kernel(std::int64_t timeout_ns, const sigset_t* mask, bool sleep) noexcept {
+  int ask_kernel(std::int64_t timeout_ns, const sigset_t* mask, bool sleep) {
     for (nfds_t i = 0; i < count_; ++i) {
       shadow_[i] = fds_[i];
       shadow_[i].revents = 0;
@@ -104,17 +111,18 @@ class LaneWait {
     // No bell yet, or none to be had: sleep in slices.
     if (sleep && shadow_[count_].fd < 0 && (timeout_ns < 0 || timeout_ns > kSliceNs)) timeout_ns = kSliceNs;
     timespec ts{timeout_ns / 1'000'000'000, timeout_ns % 1'000'000'000};
-    const long r = sys::call(SYS_ppoll, sys::arg(shadow_), static_cast<long>(count_ + 1), timeout_ns >= 0 ? sys::arg(&ts) : 0,
-                             sys::arg(mask), 8);
+    const long args[] = {sys::arg(shadow_), static_cast<long>(count_ + 1), timeout_ns >= 0 ? sys::arg(&ts) : 0, sys::arg(mask)};
+    const long r = sleep ? sys::blocking_call(SYS_ppoll, args[0], args[1], args[2], args[3], 8)
+                         : sys::call(SYS_ppoll, args[0], args[1], args[2], args[3], 8);
     if (r < 0) return static_cast<int>(r);
     for (nfds_t i = 0; i < count_; ++i) fds_[i].revents = static_cast<short>(fds_[i].revents | shadow_[i].revents);
     return static_cast<int>(r);
   }
 
-  bool spin(const sigset_t* mask) noexcept {
+  bool spin(const sigset_t* mask) {
     std::int64_t kernel_due = now_ns() + kKernelEveryNs;
     int looks = 0;
-    return sdp::Spinner().run([&]() noexcept {
+    return sdp::Spinner().run([&]() {
       if (maybe_ready()) return true;
       if (++looks % 64 != 0 || now_ns() < kernel_due) return false;
       kernel_due = now_ns() + kKernelEveryNs;
@@ -162,21 +170,23 @@ bool any_stream(const pollfd* set, nfds_t count) noexcept {
 
 /// `plain` is libc's way; it runs when no lane is concerned.
 template <class Plain>
-int wait_for(pollfd* set, nfds_t count, std::int64_t timeout_ns, const sigset_t* mask, Plain plain) noexcept {
+int wait_for(pollfd* set, nfds_t count, std::int64_t timeout_ns, const sigset_t* mask, Plain plain) {
   constexpr nfds_t kOnStack = 64;
-  if (set == nullptr || count > (1U << 20) || !any_stream(set, count)) return plain();
+  if (set == nullptr || count > (1U << 20) || fds().highest() < 0 || !any_stream(set, count)) return plain();
   if (!any_lane(set, count)) {
     PlainWait counted(set, count);
     if (!any_lane(set, count)) return plain();  // either we saw the lane, or the switch sees us
   }
   pollfd stack[kOnStack + 1];
-  pollfd* shadow = count <= kOnStack ? stack : static_cast<pollfd*>(std::malloc((count + 1) * sizeof(pollfd)));
+  const Owned large(count <= kOnStack ? nullptr : static_cast<pollfd*>(std::malloc((count + 1) * sizeof(pollfd))));
+  pollfd* const shadow = count <= kOnStack ? stack : large.get();
   if (shadow == nullptr) {
     errno = ENOMEM;
     return -1;
   }
+  pthread_testcancel();
   const int r = LaneWait(set, count, shadow).run(timeout_ns, mask);
-  if (shadow != stack) std::free(shadow);
+  if (r == -EINTR) pthread_testcancel();
   return preload::to_libc<int>(r);
 }
 
@@ -185,7 +195,7 @@ std::int64_t to_ns(const timespec* ts) noexcept {
 }
 
 template <class Plain>
-int select_for(int n, fd_set* r, fd_set* w, fd_set* e, std::int64_t timeout_ns, const sigset_t* mask, Plain plain) noexcept {
+int select_for(int n, fd_set* r, fd_set* w, fd_set* e, std::int64_t timeout_ns, const sigset_t* mask, Plain plain) {
   const auto in = [](int fd, const fd_set* s) { return s != nullptr && FD_ISSET(fd, s); };
   bool tracked = false;
   nfds_t count = 0;
@@ -195,7 +205,8 @@ int select_for(int n, fd_set* r, fd_set* w, fd_set* e, std::int64_t timeout_ns, 
     tracked = tracked || static_cast<bool>(fds().find(fd));
   }
   if (!tracked || n > FD_SETSIZE) return plain();
-  auto* set = static_cast<pollfd*>(std::malloc(count * sizeof(pollfd)));
+  const Owned owned(static_cast<pollfd*>(std::malloc(count * sizeof(pollfd))));
+  pollfd* const set = owned.get();
   if (set == nullptr) {
     errno = ENOMEM;
     return -1;
@@ -235,7 +246,6 @@ int select_for(int n, fd_set* r, fd_set* w, fd_set* e, std::int64_t timeout_ns, 
       }
     }
   }
-  std::free(set);
   return result;
 }
 
@@ -306,10 +316,13 @@ SDP_EXPORT int epoll_ctl(int epfd, int op, int fd, epoll_event* event) noexcept 
 
 namespace {
 template <class Plain>
-int epoll_for(int epfd, epoll_event* events, int max, std::int64_t timeout_ns, const sigset_t* mask, Plain plain) noexcept {
+int epoll_for(int epfd, epoll_event* events, int max, std::int64_t timeout_ns, const sigset_t* mask, Plain plain) {
   EpollSet* set = EpollSet::find(epfd);
   if (set == nullptr || !set->must_filter() || events == nullptr || max <= 0) return plain();
-  return set->wait(events, max, timeout_ns, mask);
+  pthread_testcancel();
+  const int r = set->wait(events, max, timeout_ns, mask);
+  if (r < 0 && errno == EINTR) pthread_testcancel();
+  return r;
 }
 }  // namespace
 

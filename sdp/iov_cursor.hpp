@@ -34,6 +34,12 @@ class IovCursor {
     for (const iovec* v = iov_; v != end_; ++v) sum += v->iov_len;
     return sum - offset_;
   }
+  static constexpr std::size_t kMost = 1024;  ///< IOV_MAX
+  /// What is left, for a system call: the caller's own iovecs, or, if the first is used up in part, those in `copy`.
+  void show_rest(iovec (&copy)[kMost], iovec** out, std::size_t* count) const noexcept {
+    *out = offset_ == 0 ? const_cast<iovec*>(iov_) : copy;
+    *count = offset_ == 0 ? static_cast<std::size_t>(end_ - iov_) : rest(copy, kMost);
+  }
   /// What is left as iovecs of its own, at most `max`; returns how many were written.
   std::size_t rest(iovec* out, std::size_t max) const noexcept {
     std::size_t n = 0;

@@ -42,21 +42,29 @@ void end_sending(StreamImpl& s) noexcept {
 
 }  // namespace
 
-std::int64_t Stream::send(int fd, const void* buf, std::size_t len, int flags) const noexcept {
+std::int64_t Stream::send(int fd, const void* buf, std::size_t len, int flags) const {
   const iovec iov{const_cast<void*>(buf), len};
   IovCursor from(&iov, 1);
   if (from.done()) return sys::call(SYS_sendto, fd, sys::arg(buf), 0, flags);
   return impl()->send(fd, from, flags, generation());
 }
 
-std::int64_t Stream::recv(int fd, void* buf, std::size_t len, int flags) const noexcept {
+std::int64_t Stream::recv(int fd, void* buf, std::size_t len, int flags) const {
   const iovec iov{buf, len};
   IovCursor to(&iov, 1);
-  if (to.done()) return sys::call(SYS_recvfrom, fd, sys::arg(buf), 0, flags);
-  return impl()->recv(fd, to, flags, nullptr, generation());
+  if (to.done()) return recv_nothing(fd, flags);
+  return impl()->recv(fd, to, flags, generation());
 }
 
-std::int64_t Stream::sendmsg(int fd, const msghdr* msg, int flags) const noexcept {
+// A receive of no bytes waits, as TCP does, until there is something to receive, and takes none of it.
+std::int64_t Stream::recv_nothing(int fd, int flags) const {
+  if (flags & MSG_OOB) return sys::call(SYS_recvfrom, fd, 0, 0, flags);
+  std::byte one;
+  const std::int64_t n = recv(fd, &one, 1, flags | MSG_PEEK);
+  return n > 0 ? 0 : n;
+}
+
+std::int64_t Stream::sendmsg(int fd, const msghdr* msg, int flags) const {
   if (msg == nullptr || msg->msg_iovlen > IOV_MAX || (msg->msg_controllen != 0 && msg->msg_control != nullptr)) {
     if (msg != nullptr) take_down(LaneReason::mode);
     return sys::call(SYS_sendmsg, fd, sys::arg(msg), flags);
@@ -66,11 +74,10 @@ std::int64_t Stream::sendmsg(int fd, const msghdr* msg, int flags) const noexcep
   return impl()->send(fd, from, flags, generation());
 }
 
-std::int64_t Stream::recvmsg(int fd, msghdr* msg, int flags) const noexcept {
+std::int64_t Stream::recvmsg(int fd, msghdr* msg, int flags) const {
   if (msg == nullptr || msg->msg_iovlen > IOV_MAX) return sys::call(SYS_recvmsg, fd, sys::arg(msg), flags);
   IovCursor to(msg->msg_iov, msg->msg_iovlen);
-  if (to.done()) return sys::call(SYS_recvmsg, fd, sys::arg(msg), flags);
-  const std::int64_t n = impl()->recv(fd, to, flags, &msg->msg_flags, generation());
+  const std::int64_t n = to.done() ? recv_nothing(fd, flags) : impl()->recv(fd, to, flags, generation());
   if (n >= 0) {
     msg->msg_namelen = 0;
     msg->msg_controllen = 0;
@@ -80,7 +87,7 @@ std::int64_t Stream::recvmsg(int fd, msghdr* msg, int flags) const noexcept {
 }
 
 // On a lane the file's bytes are read straight into a bounce buffer and sent from there; on TCP it is the kernel's sendfile.
-std::int64_t Stream::sendfile(int fd, int in_fd, std::int64_t* offset, std::size_t count) const noexcept {
+std::int64_t Stream::sendfile(int fd, int in_fd, std::int64_t* offset, std::size_t count) const {
   StreamImpl* s = impl();
   if (s->phase.load(std::memory_order_acquire) == Phase::laned && s->tx.load(std::memory_order_acquire) == TxState::prepared &&
       s->lock.enter()) {
@@ -107,8 +114,8 @@ std::int64_t Stream::sendfile(int fd, int in_fd, std::int64_t* offset, std::size
   std::int64_t total = 0;
   while (static_cast<std::size_t>(total) < count) {
     const std::size_t want = std::min(kBounce, count - static_cast<std::size_t>(total));
-    std::int64_t at = offset != nullptr ? *offset : sys::call(SYS_lseek, in_fd, 0, 1 /* SEEK_CUR */);
-    if (at < 0) return total > 0 ? total : at;
+    const std::int64_t at = offset != nullptr ? *offset : sys::call(SYS_lseek, in_fd, 0, 1 /* SEEK_CUR */);
+    if (at < 0) return total > 0 ? total : at == -EBADF ? at : -EINVAL;
     const long got = sys::call(SYS_pread64, in_fd, sys::arg(bounce), static_cast<long>(want), at);
     if (got < 0) return total > 0 ? total : got;
     if (got == 0) break;
@@ -126,7 +133,8 @@ std::int64_t Stream::sendfile(int fd, int in_fd, std::int64_t* offset, std::size
 
 int Stream::shutdown(int fd, int how) const noexcept {
   StreamImpl* s = impl();
-  if (s->phase.load(std::memory_order_acquire) == Phase::laned && s->lock.enter()) {
+  const bool known = how == SHUT_RD || how == SHUT_WR || how == SHUT_RDWR;
+  if (known && s->phase.load(std::memory_order_acquire) == Phase::laned && s->lock.enter()) {
     if (s->generation.load(std::memory_order_relaxed) == generation() && s->phase.load(std::memory_order_relaxed) == Phase::laned &&
         s->usable_here()) {
       if (how != SHUT_RD && s->tx.load(std::memory_order_relaxed) != TxState::ended) {
@@ -195,6 +203,16 @@ int Stream::inq(int fd) const noexcept {
   }
   s->lock.unlock();
   return queued;
+}
+
+// Urgent data come by the anchor: the mark lies behind whatever the lane still holds.
+int Stream::at_mark(int fd) const noexcept {
+  int at = 0;
+  const long r = sys::call(SYS_ioctl, fd, SIOCATMARK, sys::arg(&at));
+  if (r < 0) return static_cast<int>(r);
+  int queued = 0;
+  sys::call(SYS_ioctl, fd, SIOCINQ, sys::arg(&queued));
+  return at != 0 && inq(fd) <= queued ? 1 : 0;
 }
 
 int Stream::outq(int fd) const noexcept {

@@ -33,12 +33,13 @@ class Stream {
   std::uint64_t word() const noexcept { return word_; }
   explicit operator bool() const noexcept { return word_ != 0; }
 
-  // --- transfer. `flags` are MSG_*; the socket's own O_NONBLOCK and time-outs apply. `msg` as for sendmsg/recvmsg.
-  std::int64_t send(int fd, const void* buf, std::size_t len, int flags) const noexcept;
-  std::int64_t recv(int fd, void* buf, std::size_t len, int flags) const noexcept;
-  std::int64_t sendmsg(int fd, const msghdr* msg, int flags) const noexcept;
-  std::int64_t recvmsg(int fd, msghdr* msg, int flags) const noexcept;
-  std::int64_t sendfile(int fd, int in_fd, std::int64_t* offset, std::size_t count) const noexcept;
+  // --- transfer. Cancellation points, so not noexcept. `flags` are MSG_*; the socket's own O_NONBLOCK and time-outs apply. `msg`
+  // as for sendmsg/recvmsg.
+  std::int64_t send(int fd, const void* buf, std::size_t len, int flags) const;
+  std::int64_t recv(int fd, void* buf, std::size_t len, int flags) const;
+  std::int64_t sendmsg(int fd, const msghdr* msg, int flags) const;
+  std::int64_t recvmsg(int fd, msghdr* msg, int flags) const;
+  std::int64_t sendfile(int fd, int in_fd, std::int64_t* offset, std::size_t count) const;
 
   // --- ends
   int shutdown(int fd, int how) const noexcept;  ///< includes the kernel's shutdown on the anchor
@@ -51,8 +52,9 @@ class Stream {
   void renumber(int fd) const noexcept;  ///< the connection goes by this descriptor now: the one that we knew is being closed
   void set_timeout(int option, std::int64_t ns) const noexcept;  ///< SO_RCVTIMEO, SO_SNDTIMEO; 0: none
   void set_linger(bool on, int seconds) const noexcept;
-  int inq(int fd) const noexcept;   ///< FIONREAD
-  int outq(int fd) const noexcept;  ///< SIOCOUTQ
+  int inq(int fd) const noexcept;      ///< FIONREAD
+  int outq(int fd) const noexcept;     ///< SIOCOUTQ
+  int at_mark(int fd) const noexcept;  ///< SIOCATMARK
   /// The lane goes, the stream stays on TCP for good: a mode that no lane can have, a call that we do not carry, a second process,
   /// an exec. Waits for nobody. Cheap when there is no lane.
   void take_down(LaneReason reason) const noexcept;
@@ -78,6 +80,7 @@ class Stream {
 
  private:
   explicit constexpr Stream(std::uint64_t word) noexcept : word_(word) {}
+  std::int64_t recv_nothing(int fd, int flags) const;
   StreamImpl* impl() const noexcept { return reinterpret_cast<StreamImpl*>(word_ & 0xffffffffffffULL); }
   std::uint16_t generation() const noexcept { return static_cast<std::uint16_t>(word_ >> 48); }
   std::uint64_t word_ = 0;

@@ -90,9 +90,9 @@ class alignas(64) StreamImpl {
   /// Bytes that the kernel has moved for the program; enough of them, and the stream is worth a lane.
   void count_tcp(bool sent, std::int64_t bytes) noexcept;
 
-  // --- transfer (stream_io.cpp); results as in Stream
-  std::int64_t send(int fd, IovCursor& from, int flags, std::uint16_t gen) noexcept;
-  std::int64_t recv(int fd, IovCursor& to, int flags, int* out_flags, std::uint16_t gen) noexcept;
+  // --- transfer (stream_io.cpp); results as in Stream. A cancelled thread unwinds through what may block: not noexcept.
+  std::int64_t send(int fd, IovCursor& from, int flags, std::uint16_t gen);
+  std::int64_t recv(int fd, IovCursor& to, int flags, std::uint16_t gen);
 
   // --- the switch (stream_switch.cpp); the lock is held
   void attach(Lane* new_lane) noexcept;
@@ -105,7 +105,7 @@ class alignas(64) StreamImpl {
   void judge(int fd) noexcept;           ///< unjudged -> what the rules say, once the connection is made
   /// Strict: waits for the end of the search. 0: there is a lane; -EAGAIN, -EINTR; -ECONNREFUSED: there is none, the connection is
   /// over.
-  int await_lane(int fd, bool nowait, std::int64_t timeout_ns) noexcept;
+  int await_lane(int fd, bool nowait, std::int64_t timeout_ns);
   bool strictly_waiting() const noexcept {
     const Phase now = phase.load(std::memory_order_acquire);
     return now == Phase::unjudged || (now == Phase::pursued && strict.load(std::memory_order_relaxed));
@@ -113,6 +113,8 @@ class alignas(64) StreamImpl {
   void take_down_locked(LaneReason reason) noexcept;
   void take_down_inherited(LaneReason reason) noexcept;
   void end_tx_locked() noexcept;
+  /// The peer closed with bytes unread: ECONNRESET once, and a socket that the kernel takes for closed.
+  void reset_here(int fd) noexcept;
   /// A lane that died while both processes live: broken protocol, or a failed device.
   void leave_dead_lane(int fd) noexcept;
   /// Rule 11: does `fd` still name this connection? The program may have closed it in a way that we did not see.
@@ -135,18 +137,19 @@ class alignas(64) StreamImpl {
   enum class Patience : std::uint8_t { spin, sleep };
   /// Waits for changed(for_send); the lock is held on entry and exit. 0, -EINTR, or -EAGAIN when `deadline_ns` (0: none) has
   /// passed.
-  int wait(bool for_send, std::int64_t deadline_ns, bool has_timeout, Patience patience = Patience::sleep) noexcept;
+  int wait(bool for_send, std::int64_t deadline_ns, bool has_timeout, Patience patience = Patience::sleep);
   bool usable_here() noexcept;  ///< false: this is not the owner's process; the lane has been taken down
 
  private:
-  std::int64_t kernel_send(int fd, IovCursor& from, int flags, bool counted) noexcept;
-  std::int64_t kernel_recv(int fd, IovCursor& to, int flags, bool counted) noexcept;
+  std::int64_t kernel_send(int fd, IovCursor& from, int flags);  ///< the caller has counted itself in
+  std::int64_t kernel_recv(int fd, IovCursor& to, int flags);
   std::int64_t anchor_recv_nowait(int fd, IovCursor& to, std::size_t cap, int flags) noexcept;
   struct Receiving;
+  class Waiting;
   std::int64_t take_from_lane(Receiving& r) noexcept;
   std::int64_t take_from_anchor(Receiving& r, RxState state) noexcept;
-  std::int64_t lane_send(int fd, IovCursor& from, int flags, std::uint16_t gen) noexcept;
-  std::int64_t lane_recv(int fd, IovCursor& to, int flags, std::uint16_t gen) noexcept;
+  std::int64_t lane_send(int fd, IovCursor& from, int flags, std::uint16_t gen);
+  std::int64_t lane_recv(int fd, IovCursor& to, int flags, std::uint16_t gen);
   std::int64_t take_stash(IovCursor& to, bool consume) noexcept;
 };
 

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "rdma_core/base/blocking_call.hpp"
 #include "rdma_core/base/clock.hpp"
 #include "rdma_core/base/log.hpp"
 #include "rdma_core/base/sys.hpp"
@@ -24,6 +25,18 @@ namespace {
 
 std::int64_t now_ns() noexcept { return rdma::SteadyClock{}.now(); }
 constexpr std::size_t kMaxIov = 64;
+
+/// One that the caller has counted in; it is counted out on every way, also that of a cancelled thread.
+class Counted {
+ public:
+  explicit Counted(std::atomic<std::int32_t>& count) noexcept : count_(count) {}
+  ~Counted() { count_.fetch_sub(1, std::memory_order_release); }
+  Counted(const Counted&) = delete;
+  Counted& operator=(const Counted&) = delete;
+
+ private:
+  std::atomic<std::int32_t>& count_;
+};
 
 }  // namespace
 
@@ -47,31 +60,29 @@ void StreamImpl::count_tcp(bool sent, std::int64_t bytes) noexcept {
 
 // The count goes up before the phase is looked at and the switch looks at the count after it set the phase: either the caller sees
 // the lane, or the switch sees the caller.
-std::int64_t StreamImpl::kernel_send(int at, IovCursor& from, int flags, bool counted) noexcept {
-  if (!counted) kernel_senders.fetch_add(1, std::memory_order_seq_cst);
-  iovec iov[kMaxIov];
+std::int64_t StreamImpl::kernel_send(int at, IovCursor& from, int flags) {
+  const Counted here(kernel_senders);
+  iovec copy[IovCursor::kMost];
   msghdr msg{};
-  msg.msg_iov = iov;
-  msg.msg_iovlen = from.rest(iov, kMaxIov);
+  from.show_rest(copy, &msg.msg_iov, &msg.msg_iovlen);
+  const iovec& first = msg.msg_iov[0];
   const long n = msg.msg_iovlen == 1
-                     ? sys::call(SYS_sendto, at, sys::arg(iov[0].iov_base), static_cast<long>(iov[0].iov_len), flags)
-                     : sys::call(SYS_sendmsg, at, sys::arg(&msg), flags);
+                     ? sys::blocking_call(SYS_sendto, at, sys::arg(first.iov_base), static_cast<long>(first.iov_len), flags)
+                     : sys::blocking_call(SYS_sendmsg, at, sys::arg(&msg), flags);
   count_tcp(true, n);
-  kernel_senders.fetch_sub(1, std::memory_order_release);
   return n;
 }
 
-std::int64_t StreamImpl::kernel_recv(int at, IovCursor& to, int flags, bool counted) noexcept {
-  if (!counted) kernel_receivers.fetch_add(1, std::memory_order_seq_cst);
-  iovec iov[kMaxIov];
+std::int64_t StreamImpl::kernel_recv(int at, IovCursor& to, int flags) {
+  const Counted here(kernel_receivers);
+  iovec copy[IovCursor::kMost];
   msghdr msg{};
-  msg.msg_iov = iov;
-  msg.msg_iovlen = to.rest(iov, kMaxIov);
+  to.show_rest(copy, &msg.msg_iov, &msg.msg_iovlen);
+  const iovec& first = msg.msg_iov[0];
   const long n = msg.msg_iovlen == 1
-                     ? sys::call(SYS_recvfrom, at, sys::arg(iov[0].iov_base), static_cast<long>(iov[0].iov_len), flags)
-                     : sys::call(SYS_recvmsg, at, sys::arg(&msg), flags);
+                     ? sys::blocking_call(SYS_recvfrom, at, sys::arg(first.iov_base), static_cast<long>(first.iov_len), flags)
+                     : sys::blocking_call(SYS_recvmsg, at, sys::arg(&msg), flags);
   if (!(flags & (MSG_PEEK | MSG_OOB | MSG_ERRQUEUE))) count_tcp(false, n);
-  kernel_receivers.fetch_sub(1, std::memory_order_release);
   return n;
 }
 
@@ -84,7 +95,7 @@ bool StreamImpl::usable_here() noexcept {
   return false;
 }
 
-int StreamImpl::await_lane(int at, bool nowait, std::int64_t timeout_ns) noexcept {
+int StreamImpl::await_lane(int at, bool nowait, std::int64_t timeout_ns) {
   if (phase.load(std::memory_order_acquire) == Phase::unjudged) judge(at);
   if (!strict.load(std::memory_order_relaxed)) return 0;
   const std::int64_t deadline = timeout_ns != 0 ? now_ns() + timeout_ns : 0;
@@ -106,7 +117,7 @@ int StreamImpl::await_lane(int at, bool nowait, std::int64_t timeout_ns) noexcep
       left.tv_sec = ns > 0 ? ns / 1'000'000'000 : 0;
       left.tv_nsec = ns > 0 ? ns % 1'000'000'000 : 0;
     }
-    const long r = sys::call(SYS_futex, sys::arg(&phase_word), FUTEX_WAIT, seen, deadline != 0 ? sys::arg(&left) : 0);
+    const long r = sys::blocking_call(SYS_futex, sys::arg(&phase_word), FUTEX_WAIT, seen, deadline != 0 ? sys::arg(&left) : 0);
     if (r == -EINTR) return -EINTR;
   }
 }
@@ -132,12 +143,12 @@ void StreamImpl::judge(int at) noexcept {
   }
 }
 
-std::int64_t StreamImpl::send(int at, IovCursor& from, int flags, std::uint16_t gen) noexcept {
+std::int64_t StreamImpl::send(int at, IovCursor& from, int flags, std::uint16_t gen) {
   if (phase.load(std::memory_order_acquire) != Phase::laned) {
     const bool nowait = (flags & MSG_DONTWAIT) != 0 || nonblocking.load(std::memory_order_relaxed);
     if (const int r = await_lane(at, nowait, snd_timeout_ns); r != 0) return r;
     kernel_senders.fetch_add(1, std::memory_order_seq_cst);
-    if (phase.load(std::memory_order_seq_cst) != Phase::laned) return kernel_send(at, from, flags, true);
+    if (phase.load(std::memory_order_seq_cst) != Phase::laned) return kernel_send(at, from, flags);
     kernel_senders.fetch_sub(1, std::memory_order_release);
   }
   return lane_send(at, from, flags, gen);
@@ -157,7 +168,7 @@ std::size_t StreamImpl::keep_unsent(IovCursor& from, std::size_t limit) noexcept
   return kept;
 }
 
-std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint16_t gen) noexcept {
+std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint16_t gen) {
   const bool nowait = (flags & MSG_DONTWAIT) != 0 || nonblocking.load(std::memory_order_relaxed);
   std::int64_t deadline = 0;
   std::int64_t total = 0;
@@ -189,14 +200,14 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
         lock.unlock();
         if (nowait) return total > 0 ? total : -EAGAIN;
         pollfd p{at, POLLOUT, 0};
-        const long r = sys::call(SYS_poll, sys::arg(&p), 1, -1);
+        const long r = sys::blocking_call(SYS_poll, sys::arg(&p), 1, -1);
         if (r == -EINTR) return total > 0 ? total : r;
         (void)lock.lock();
         continue;
       }
       kernel_senders.fetch_add(1, std::memory_order_seq_cst);
       lock.unlock();
-      const std::int64_t n = kernel_send(at, from, flags, true);
+      const std::int64_t n = kernel_send(at, from, flags);
       if (total > 0) return n > 0 ? total + n : total;
       return n;
     }
@@ -209,6 +220,10 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
       continue;
     }
     const std::size_t n = lane->send(from);
+    if (n != 0 && tx_blocked) {
+      tx_blocked = false;
+      tx_edge_count.fetch_add(1, std::memory_order_relaxed);
+    }
     total += static_cast<std::int64_t>(n);
     if (stats != nullptr && n != 0) {
       stats->lane.bytes_sent.add(n);
@@ -220,7 +235,9 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
     // No credits. What is small, or would have to sleep, is taken all the same, as far as a TCP socket would.
     const std::size_t left = from.remaining();
     if (left <= kSmallSend || nowait) {
-      total += static_cast<std::int64_t>(keep_unsent(from, left <= kSmallSend ? SendBuffer::kCapacity : kBufferAhead));
+      // A socket that was full stays so for small sends too, until it has room again.
+      const bool full = tx_blocked && lane->buffered() >= kBufferAhead;
+      total += static_cast<std::int64_t>(keep_unsent(from, left <= kSmallSend && !full ? SendBuffer::kCapacity : kBufferAhead));
     } else if (wait(true, 0, false, Patience::spin) != kNothingYet) {
       continue;
     } else if (phase.load(std::memory_order_relaxed) == Phase::laned && tx.load(std::memory_order_relaxed) == TxState::lane &&
@@ -244,13 +261,12 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
   return total;
 }
 
-std::int64_t StreamImpl::recv(int at, IovCursor& to, int flags, int* out_flags, std::uint16_t gen) noexcept {
-  (void)out_flags;
+std::int64_t StreamImpl::recv(int at, IovCursor& to, int flags, std::uint16_t gen) {
   if (phase.load(std::memory_order_acquire) != Phase::laned) {
     const bool nowait = (flags & MSG_DONTWAIT) != 0 || nonblocking.load(std::memory_order_relaxed);
     if (const int r = await_lane(at, nowait, rcv_timeout_ns); r != 0) return r;
     kernel_receivers.fetch_add(1, std::memory_order_seq_cst);
-    if (phase.load(std::memory_order_seq_cst) != Phase::laned) return kernel_recv(at, to, flags, true);
+    if (phase.load(std::memory_order_seq_cst) != Phase::laned) return kernel_recv(at, to, flags);
     kernel_receivers.fetch_sub(1, std::memory_order_release);
   }
   return lane_recv(at, to, flags, gen);
@@ -377,7 +393,7 @@ std::int64_t StreamImpl::take_from_anchor(Receiving& r, RxState state) noexcept 
   return -1;
 }
 
-std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16_t gen) noexcept {
+std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16_t gen) {
   const bool nowait = (flags & MSG_DONTWAIT) != 0 || nonblocking.load(std::memory_order_relaxed);
   Receiving r{.at = at, .to = to, .start = to, .flags = flags, .nowait = nowait};
   std::int64_t deadline = 0;
@@ -411,7 +427,7 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
         const int kernel_flags = r.total > 0 && !r.all ? flags | MSG_DONTWAIT : flags;
         kernel_receivers.fetch_add(1, std::memory_order_seq_cst);
         lock.unlock();
-        n = kernel_recv(at, to, kernel_flags, true);
+        n = kernel_recv(at, to, kernel_flags);
         if (r.total > 0) return n > 0 ? r.total + n : r.total;
         return n;
       }
@@ -471,7 +487,37 @@ bool StreamImpl::changed(bool for_send) const noexcept {
   }
 }
 
-int StreamImpl::wait(bool for_send, std::int64_t deadline, bool has_timeout, Patience patience) noexcept {
+/// A thread that has left the lock for a wait. It comes back with the lock; a cancelled one does not come back.
+class StreamImpl::Waiting {
+ public:
+  explicit Waiting(StreamImpl& stream) noexcept : stream_(stream) {
+    count(1);
+    stream_.lock.unlock();
+  }
+  ~Waiting() {
+    if (over_) return;
+    over();
+    stream_.lock.unlock();
+  }
+  Waiting(const Waiting&) = delete;
+  Waiting& operator=(const Waiting&) = delete;
+  void over() noexcept {
+    (void)stream_.lock.lock();
+    count(-1);
+    over_ = true;
+  }
+
+ private:
+  /// Changed only under the lock.
+  void count(int by) noexcept {
+    stream_.waiters.store(stream_.waiters.load(std::memory_order_relaxed) + static_cast<std::uint32_t>(by),
+                          std::memory_order_relaxed);
+  }
+  StreamImpl& stream_;
+  bool over_ = false;
+};
+
+int StreamImpl::wait(bool for_send, std::int64_t deadline, bool has_timeout, Patience patience) {
   const std::uint64_t edges = state_edges.load(std::memory_order_relaxed);
   const std::uint16_t gen = generation.load(std::memory_order_relaxed);
   const auto woken = [&]() noexcept {
@@ -479,8 +525,7 @@ int StreamImpl::wait(bool for_send, std::int64_t deadline, bool has_timeout, Pat
            generation.load(std::memory_order_acquire) != gen;
   };
   Lane* const l = lane;
-  waiters.store(waiters.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);  // changed only under the lock
-  lock.unlock();
+  Waiting waiting(*this);
   int result = 0;
   const bool found = Spinner().run(woken);
   if (!found && patience == Patience::spin) result = kNothingYet;
@@ -499,13 +544,12 @@ int StreamImpl::wait(bool for_send, std::int64_t deadline, bool has_timeout, Pat
         left.tv_nsec = ns % 1'000'000'000;
       }
       const long r =
-          expired ? -ETIMEDOUT : sys::call(SYS_futex, sys::arg(word), FUTEX_WAIT, seen, has_timeout ? sys::arg(&left) : 0);
+          expired ? -ETIMEDOUT : sys::blocking_call(SYS_futex, sys::arg(word), FUTEX_WAIT, seen, has_timeout ? sys::arg(&left) : 0);
       if (r == -EINTR) result = -EINTR;
       if (r == -ETIMEDOUT) result = -EAGAIN;
     }
   }
-  (void)lock.lock();
-  waiters.store(waiters.load(std::memory_order_relaxed) - 1, std::memory_order_relaxed);
+  waiting.over();
   return result;
 }
 

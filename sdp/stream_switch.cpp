@@ -33,6 +33,17 @@ AnchorCounts anchor_counts(int fd) noexcept {
   return counts;
 }
 
+namespace {
+/// Has the peer's FIN or RST come? After our own SHUT_RD a receive says 0 either way.
+bool has_fin(int fd) noexcept {
+  tcp_info info{};
+  socklen_t len = sizeof info;
+  if (sys::call(SYS_getsockopt, fd, IPPROTO_TCP, TCP_INFO, sys::arg(&info), sys::arg(&len)) != 0) return true;
+  constexpr std::uint8_t kEstablished = 1, kFinWait1 = 4, kFinWait2 = 5;  // the kernel's TCP_ESTABLISHED…, which no header shares
+  return info.tcpi_state != kEstablished && info.tcpi_state != kFinWait1 && info.tcpi_state != kFinWait2;
+}
+}  // namespace
+
 bool StreamImpl::names_us(int at) const noexcept {
   std::uint64_t now = 0;
   socklen_t len = sizeof now;
@@ -110,7 +121,7 @@ void StreamImpl::advance_rx(int at) noexcept {
     if (ended) reset_by_peer = true;  // rule 7: the end is known and bytes before it are missing
   }
   std::uint64_t gone = 0;
-  if (lane->said(kGone, &gone) && gone != 0) reset_by_peer = true;
+  if (lane->said(kGone, &gone) && gone != 0) reset_here(at);
   rx.store(RxState::ended, std::memory_order_release);
   state_edges.fetch_add(1, std::memory_order_relaxed);
 }
@@ -121,7 +132,7 @@ void StreamImpl::look_at_anchor(int at) noexcept {
   if (rx.load(std::memory_order_relaxed) != RxState::lane || !names_us(at)) return;
   std::byte one;
   const long n = sys::call(SYS_recvfrom, at, sys::arg(&one), 1, MSG_PEEK | MSG_DONTWAIT);
-  if (n == -EAGAIN) return;
+  if (n == -EAGAIN || (n == 0 && rx_shut && !has_fin(at))) return;
   lane->drain();
   if (lane->unread() != 0) {
     anchor_event.store(true, std::memory_order_release);  // the lane's bytes first, then look again
@@ -133,9 +144,14 @@ void StreamImpl::look_at_anchor(int at) noexcept {
     return;
   }
   std::uint64_t gone = 0;
-  if (lane->said(kGone, &gone) && gone != 0) reset_by_peer = true;
+  if (lane->said(kGone, &gone) && gone != 0) reset_here(at);
   rx.store(RxState::ended, std::memory_order_release);
   state_edges.fetch_add(1, std::memory_order_relaxed);
+}
+
+void StreamImpl::reset_here(int at) noexcept {
+  reset_by_peer = true;
+  sys::call(SYS_shutdown, at, SHUT_RDWR);
 }
 
 void StreamImpl::end_tx_locked() noexcept {
@@ -182,9 +198,8 @@ void StreamImpl::leave_dead_lane(int at) noexcept {
   if (!lane->dead() || lane_is_left() || (tx.load() == TxState::ended && rx.load() == RxState::ended)) return;
   if (lane->violated()) return take_down_locked(LaneReason::protocol_error);
   RDMA_LOG(error, "fd %d: the lane failed (%s) with bytes under way; the connection is reset", at, lane->conn.error());
-  reset_by_peer = true;
   take_down_locked(LaneReason::device_lost);
-  sys::call(SYS_shutdown, at, SHUT_RDWR);
+  reset_here(at);
 }
 
 bool StreamImpl::flush_resend(int at) noexcept {
