@@ -39,7 +39,8 @@ enum Word : std::uint8_t {
   kReady,    ///< "I read the anchor only up to the byte that kSwitch will name"
   kSwitch,   ///< position of the anchor's stream: all later bytes come by the lane
   kEnd,      ///< position of the lane's stream: all later bytes come by the anchor
-  kAbandon,  ///< position of the lane's stream: "I have read this far and read no further; send the rest by the anchor"
+  kAbandon,  ///< position of the lane's stream: "I have read this far; send the rest by the anchor, unless you have said kEnd"
+  kResend,   ///< position of the lane's stream, in place of kEnd: "the anchor brings what you abandoned, up to here"
   kGone,     ///< "I write no more to your memory": buffers may be given back
   kWords = 8,
 };

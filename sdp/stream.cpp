@@ -199,7 +199,8 @@ int Stream::inq(int fd) const noexcept {
   if (s->phase.load(std::memory_order_relaxed) == Phase::laned && s->usable_here()) {
     s->advance_rx(fd);
     s->lane->drain();
-    if (s->rx.load(std::memory_order_relaxed) != RxState::ended) queued += static_cast<int>(s->lane->unread());
+    const RxState rx = s->rx.load(std::memory_order_relaxed);
+    if (rx == RxState::draining || rx == RxState::lane) queued += static_cast<int>(s->lane->unread());
   }
   s->lock.unlock();
   return queued;
@@ -304,6 +305,8 @@ bool Stream::maybe_ready(const Grace::Look& look, std::uint32_t events) const no
     if (lane->said(kAbandon) || lane->said(kGone) || lane->dead() || peer_gone) return true;
   }
   switch (s->rx.load(std::memory_order_relaxed)) {
+    case RxState::abandoned:
+      return lane->said(kResend) || lane->said(kEnd) || lane->said(kGone) || peer_gone;
     case RxState::ready:
       return lane->said(kSwitch) || lane->said(kEnd) || peer_gone;
     case RxState::lane:

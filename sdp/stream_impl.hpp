@@ -8,6 +8,12 @@
 // Directions, each on its own (architecture: PREPARE, READY, SWITCH(P), END):
 //   tx   tcp ──PREPARE──> prepared ──READY seen, nobody in a kernel send──> lane ──END──> ended (TCP again)
 //   rx   tcp ──PREPARE seen, nobody else inside──> ready ──SWITCH(P) seen──> draining ──P reached──> lane ──END reached──> ended
+//        taken down in ready, draining or lane: ──ABANDON──> abandoned ──RESEND(Q) seen──> resent ──Q reached──> ended
+//                                                                      ╰─END seen, or the peer is gone──> where it was, and reads
+//                                                                      on
+//
+// Only one of END and RESEND is ever said: who has said END does not look at ABANDON. What lies in the lane stays there until the
+// anchor has brought it again, so that a sender that dies in the middle of that costs no byte.
 //
 // Locking: `lock` guards everything that is not atomic. It is held over system calls only if they cannot block. Order: a stream's
 // lock, then (in the shim) nothing of ours: listeners are called without it.
@@ -27,7 +33,7 @@ namespace sdp {
 
 enum class Phase : std::uint8_t { unjudged, plain, pursued, laned, final };
 enum class TxState : std::uint8_t { tcp, prepared, lane, ended };
-enum class RxState : std::uint8_t { tcp, ready, draining, lane, ended };
+enum class RxState : std::uint8_t { tcp, ready, draining, lane, abandoned, resent, ended };
 
 class alignas(64) StreamImpl {
  public:
@@ -69,10 +75,12 @@ class alignas(64) StreamImpl {
   // --- cold
   std::atomic<int> fd{-1};  ///< one that names the connection, as the shim said last; the cookie says whether it still does
   std::uint64_t cookie = 0;
-  std::atomic<bool> lane_was_up{false};      ///< strict: from then on a lost lane is TCP's, as with both
-  std::atomic<bool> strict_failed{false};    ///< said once
-  std::atomic<std::uint32_t> phase_word{0};  ///< changes when a strict stream's search is over; futex
-  std::uint64_t switch_at = 0;               ///< P of the receiving direction
+  std::atomic<bool> lane_was_up{false};          ///< strict: from then on a lost lane is TCP's, as with both
+  std::atomic<bool> strict_failed{false};        ///< said once
+  std::atomic<std::uint32_t> phase_word{0};      ///< changes when a strict stream's search is over; futex
+  std::uint64_t switch_at = 0;                   ///< P of the receiving direction
+  RxState before_abandon = RxState::tcp;         ///< where an abandoned direction was
+  std::uint64_t resent_from = 0, resent_to = 0;  ///< which bytes of the anchor's stream are the lane's once more
   std::int64_t rcv_timeout_ns = 0, snd_timeout_ns = 0;
   std::byte* stash = nullptr;  ///< anchor bytes read past P: they come after the lane's
   std::size_t stash_len = 0, stash_off = 0;
@@ -113,6 +121,9 @@ class alignas(64) StreamImpl {
   void take_down_locked(LaneReason reason) noexcept;
   void take_down_inherited(LaneReason reason) noexcept;
   void end_tx_locked() noexcept;
+  void abandon_rx() noexcept;
+  /// The anchor ended before it had brought everything again: the rest is read where it lies. False: there was nothing to bring.
+  bool resume_after_resend() noexcept;
   /// The peer closed with bytes unread: ECONNRESET once, and a socket that the kernel takes for closed.
   void reset_here(int fd) noexcept;
   /// A lane that died while both processes live: broken protocol, or a failed device.
@@ -134,6 +145,7 @@ class alignas(64) StreamImpl {
   bool changed(bool for_send) const noexcept;
 
   static constexpr int kNothingYet = 1;
+  static constexpr std::int64_t kEndsHere = -1, kLookAgain = -2;
   enum class Patience : std::uint8_t { spin, sleep };
   /// Waits for changed(for_send); the lock is held on entry and exit. 0, -EINTR, or -EAGAIN when `deadline_ns` (0: none) has
   /// passed.

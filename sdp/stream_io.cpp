@@ -316,7 +316,7 @@ std::int64_t StreamImpl::anchor_recv_nowait(int at, IovCursor& to, std::size_t c
   std::uint64_t p = 0;
   const std::uint64_t received = tcp_received.load(std::memory_order_relaxed) + (peek ? static_cast<std::uint64_t>(n) : 0);
   std::size_t keep = static_cast<std::size_t>(n);
-  if (lane->said(kSwitch, &p) && received > p) {
+  if (rx.load(std::memory_order_relaxed) != RxState::resent && lane->said(kSwitch, &p) && received > p) {
     const std::size_t excess = static_cast<std::size_t>(received - p);
     keep = excess < keep ? keep - excess : 0;
     if (!peek) {
@@ -376,21 +376,27 @@ struct StreamImpl::Receiving {
   return n;
 }
 
-// Up to P the bytes come by the anchor. 0: nothing there yet; -1: the call ends here, with its result set.
+// Up to P, and after RESEND, the bytes come by the anchor. 0: nothing there yet; kEndsHere: with the result set.
 std::int64_t StreamImpl::take_from_anchor(Receiving& r, RxState state) noexcept {
+  if (state == RxState::abandoned) return 0;  // RESEND or END comes before any further byte of the anchor
   if (r.peek) r.to = r.start;
   anchor_event.store(false, std::memory_order_release);  // before the read: what comes after it sets it again
-  const std::size_t cap = state == RxState::draining
-                              ? static_cast<std::size_t>(switch_at - tcp_received.load(std::memory_order_relaxed))
-                              : static_cast<std::size_t>(SSIZE_MAX);
+  const std::uint64_t received = tcp_received.load(std::memory_order_relaxed);
+  const std::size_t cap = state == RxState::draining ? static_cast<std::size_t>(switch_at - received)
+                          : state == RxState::resent ? static_cast<std::size_t>(resent_to - received)
+                                                     : static_cast<std::size_t>(SSIZE_MAX);
   const std::int64_t n = anchor_recv_nowait(r.at, r.to, cap, r.flags);
   if (n > 0) return n;
   if (n == -EAGAIN) return 0;
+  if (state == RxState::resent && resume_after_resend()) {
+    if (n < 0) reset_by_peer = true;  // the kernel has told its error, and we owe it behind the lane's bytes
+    return kLookAgain;
+  }
   if (n < 0)
     r.result = static_cast<int>(n);
-  else if (state == RxState::draining && r.total == 0 && lane->said(kSwitch) && !end_reached())
+  else if ((state == RxState::draining || state == RxState::resent) && r.total == 0 && lane->said(kSwitch) && !end_reached())
     r.result = -ECONNRESET;  // the stream ends before the bytes that were promised
-  return -1;
+  return kEndsHere;
 }
 
 std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16_t gen) {
@@ -413,12 +419,14 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
     const RxState state = rx.load(std::memory_order_relaxed);
     std::int64_t n = 0;
     // A strict reader does not go to sleep in the kernel before the switch: nothing would wake it for the lane.
-    const bool tcp_alone = state == RxState::tcp && !strict.load(std::memory_order_relaxed);
+    const bool tcp_alone =
+        (state == RxState::tcp && !strict.load(std::memory_order_relaxed)) || (flags & (MSG_OOB | MSG_ERRQUEUE)) != 0;
     if (phase.load(std::memory_order_relaxed) != Phase::laned || tcp_alone || state == RxState::ended) {
-      if (stash != nullptr) {
+      if (stash != nullptr && (flags & (MSG_OOB | MSG_ERRQUEUE)) == 0) {
         n = take_stash(to, !r.peek);
       } else {
         if (reset_by_peer) {
+          if (r.total > 0) break;  // it is the next call's
           reset_by_peer = false;
           r.result = -ECONNRESET;
           break;
@@ -428,14 +436,20 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
         kernel_receivers.fetch_add(1, std::memory_order_seq_cst);
         lock.unlock();
         n = kernel_recv(at, to, kernel_flags);
-        if (r.total > 0) return n > 0 ? r.total + n : r.total;
-        return n;
+        if (r.total == 0) return n;
+        if (n < 0 && n != -EAGAIN && n != -EINTR) {  // the kernel tells its error once, and this call has bytes to return
+          (void)lock.lock();
+          reset_by_peer = true;
+          lock.unlock();
+        }
+        return n > 0 ? r.total + n : r.total;
       }
     } else if (state == RxState::lane) {
       n = take_from_lane(r);
     } else {
       n = take_from_anchor(r, state);
-      if (n < 0) break;
+      if (n == kLookAgain) continue;
+      if (n == kEndsHere) break;
     }
     if (n > 0) {
       r.total += n;
@@ -462,8 +476,8 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
   }
   // The read that reached P changes the carrier: a waiter must see that now, for the lane's messages may have been taken in
   // already.
-  if (phase.load(std::memory_order_relaxed) == Phase::laned && rx.load(std::memory_order_relaxed) == RxState::draining)
-    advance_rx(at);
+  const RxState now = rx.load(std::memory_order_relaxed);
+  if (phase.load(std::memory_order_relaxed) == Phase::laned && (now == RxState::draining || now == RxState::resent)) advance_rx(at);
   lock.unlock();
   return r.total > 0 ? r.total : r.result;
 }
@@ -478,6 +492,8 @@ bool StreamImpl::changed(bool for_send) const noexcept {
   switch (rx.load(std::memory_order_relaxed)) {
     case RxState::tcp:
       return strict.load(std::memory_order_relaxed) && (lane->said(kPrepare) || lane_is_over());
+    case RxState::abandoned:
+      return lane->said(kResend) || lane->said(kEnd) || lane_is_left();
     case RxState::ready:
       return lane->said(kSwitch) || lane->said(kEnd) || peer_gone.load(std::memory_order_relaxed);
     case RxState::lane:

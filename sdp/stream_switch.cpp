@@ -97,6 +97,22 @@ void StreamImpl::try_switch(int at) noexcept {
 
 void StreamImpl::advance_rx(int at) noexcept {
   if (rx.load(std::memory_order_relaxed) == RxState::tcp) try_ready(at);
+  if (rx.load(std::memory_order_relaxed) == RxState::abandoned) {
+    std::uint64_t end = 0;
+    if (lane->said(kResend, &end)) {
+      std::uint64_t p = 0;
+      const std::uint64_t received = tcp_received.load(std::memory_order_relaxed);
+      resent_from = lane->said(kSwitch, &p) && p > received ? p : received;
+      resent_to = resent_from + (end > lane->rx_bytes() ? end - lane->rx_bytes() : 0);
+      rx.store(RxState::resent, std::memory_order_release);
+    } else if (lane->said(kEnd) || lane_is_left()) {
+      rx.store(before_abandon, std::memory_order_release);
+    }
+  }
+  if (rx.load(std::memory_order_relaxed) == RxState::resent && tcp_received.load(std::memory_order_relaxed) >= resent_to) {
+    rx.store(RxState::ended, std::memory_order_release);
+    state_edges.fetch_add(1, std::memory_order_relaxed);
+  }
   if (rx.load(std::memory_order_relaxed) == RxState::ready) {
     if (lane->said(kSwitch, &switch_at))
       rx.store(RxState::draining, std::memory_order_release);
@@ -133,6 +149,7 @@ void StreamImpl::look_at_anchor(int at) noexcept {
   std::byte one;
   const long n = sys::call(SYS_recvfrom, at, sys::arg(&one), 1, MSG_PEEK | MSG_DONTWAIT);
   if (n == -EAGAIN || (n == 0 && rx_shut && !has_fin(at))) return;
+  if (n < 0) reset_by_peer = true;  // the kernel tells its error once; the program gets it after the lane's bytes
   lane->drain();
   if (lane->unread() != 0) {
     anchor_event.store(true, std::memory_order_release);  // the lane's bytes first, then look again
@@ -166,27 +183,55 @@ void StreamImpl::end_tx_locked() noexcept {
   state_edges.fetch_add(1, std::memory_order_relaxed);
 }
 
+// What the peer has said it sends, or has left behind, lies in our memory: that direction is read on, whoever takes the lane down.
+void StreamImpl::abandon_rx() noexcept {
+  const RxState now = rx.load(std::memory_order_relaxed);
+  if (now == RxState::tcp) {  // READY was never said: the peer cannot have switched
+    lane->write_word(kAbandon, 0);
+    rx.store(RxState::ended, std::memory_order_release);
+    state_edges.fetch_add(1, std::memory_order_relaxed);
+    return;
+  }
+  if (now != RxState::ready && now != RxState::draining && now != RxState::lane) return;
+  if (lane->said(kEnd) || lane_is_left()) return;
+  before_abandon = now;
+  rx.store(RxState::abandoned, std::memory_order_release);
+  lane->write_word(kAbandon, lane->rx_bytes());
+}
+
+bool StreamImpl::resume_after_resend() noexcept {
+  const std::uint64_t received = tcp_received.load(std::memory_order_relaxed);
+  if (received < resent_from || received >= resent_to) return false;
+  lane->drain();
+  (void)lane->fetch_rest(nullptr);
+  lane->discard(static_cast<std::size_t>(received - resent_from));
+  rx.store(RxState::lane, std::memory_order_release);
+  state_edges.fetch_add(1, std::memory_order_relaxed);
+  return true;
+}
+
 // Rule 8: local recovery reads the shared memory. The bytes past the position that the peer named lie unread in its buffers.
 void StreamImpl::handle_abandon(int at) noexcept {
   std::uint64_t from = 0;
-  if (!lane->said(kAbandon, &from)) return;
-  const TxState was = tx.exchange(TxState::ended, std::memory_order_acq_rel);
-  state_edges.fetch_add(1, std::memory_order_relaxed);
-  if (was != TxState::lane) return;
+  const TxState now = tx.load(std::memory_order_relaxed);
+  if (now == TxState::ended || !lane->said(kAbandon, &from)) return;
+  if (now != TxState::lane) return end_tx_locked();
   lane->freeze();
-  if (stats != nullptr) stats->switches_down.add(1);
   const std::uint64_t sent = lane->tx_bytes();
-  if (from >= sent) return;
-  const std::size_t bytes = static_cast<std::size_t>(sent - from);
-  resend = static_cast<std::byte*>(std::malloc(bytes));
-  if (resend == nullptr || !lane->read_back(from, resend, bytes)) {
-    RDMA_LOG(error, "fd %d: %zu bytes of an abandoned lane cannot be read back; the connection is reset", at, bytes);
+  const std::size_t bytes = from < sent ? static_cast<std::size_t>(sent - from) : 0;
+  resend = bytes != 0 ? static_cast<std::byte*>(std::malloc(bytes)) : nullptr;
+  if (bytes != 0 && (resend == nullptr || !lane->read_back(from, resend, bytes))) {
+    RDMA_LOG(warn, "fd %d: %zu bytes of an abandoned lane cannot be read back; the peer has to read them where they are", at,
+             bytes);
     std::free(resend);
     resend = nullptr;
-    reset_by_peer = true;
-    sys::call(SYS_shutdown, at, SHUT_RDWR);
-    return;
+    return end_tx_locked();
   }
+  if (stats != nullptr) stats->switches_down.add(1);
+  lane->write_word(kResend, sent);
+  tx.store(TxState::ended, std::memory_order_release);
+  state_edges.fetch_add(1, std::memory_order_relaxed);
+  if (bytes == 0) return;
   resend_len = bytes;
   resend_off = 0;
   (void)flush_resend(at);
@@ -227,11 +272,7 @@ void StreamImpl::take_down_locked(LaneReason reason) noexcept {
   }
   const TxState tx_now = tx.load(std::memory_order_relaxed);
   if (tx_now == TxState::lane || tx_now == TxState::prepared) end_tx_locked();
-  if (rx.load(std::memory_order_relaxed) != RxState::ended) {
-    lane->write_word(kAbandon, lane->rx_bytes());
-    rx.store(RxState::ended, std::memory_order_release);
-    state_edges.fetch_add(1, std::memory_order_relaxed);
-  }
+  abandon_rx();
   if (stats != nullptr) stats->set_reason(reason);
   RDMA_LOG(info, "fd %d: lane taken down: %s", fd.load(), to_string(reason));
   lane->wake_sleepers();

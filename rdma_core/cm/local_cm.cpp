@@ -540,7 +540,7 @@ struct LocalCm::State {
     request.lane = static_cast<std::uint64_t>(id);
     request.qpn = static_cast<std::uint32_t>(proposal.qp->qpn());
     request.private_bytes = static_cast<std::uint32_t>(proposal.private_data.size());
-    std::memcpy(request.data, proposal.private_data.data(), proposal.private_data.size());
+    std::copy(proposal.private_data.begin(), proposal.private_data.end(), request.data);
     Conn conn;
     conn.cookie = channel.cookie;
     conn.link = channel.link;
@@ -877,7 +877,7 @@ Result<Unit> LocalCm::accept(ConnId id, Qp& qp, std::span<const std::byte> priva
   reply.lane = static_cast<std::uint64_t>(id);
   reply.qpn = static_cast<std::uint32_t>(qp.qpn());
   reply.private_bytes = static_cast<std::uint32_t>(private_data.size());
-  std::memcpy(reply.data, private_data.data(), private_data.size());
+  std::copy(private_data.begin(), private_data.end(), reply.data);
   if (!send_frame(conn.channel, reply)) return fail(EPIPE, "local cm: the peer is gone");
   return Unit{};
 }
@@ -891,7 +891,7 @@ void LocalCm::reject(ConnId id, Reason reason, std::span<const std::byte> privat
   reject.lane = static_cast<std::uint64_t>(id);
   reject.reason = static_cast<std::uint32_t>(reason);
   reject.private_bytes = static_cast<std::uint32_t>(std::min(private_data.size(), wire::kRejectPrivate));
-  std::memcpy(reject.data, private_data.data(), reject.private_bytes);
+  std::copy_n(private_data.begin(), reject.private_bytes, reject.data);
   (void)send_frame(fd, reject);
   state_->conns.erase(it);
   if (const auto channel = state_->channels.find(fd); channel != state_->channels.end()) {

@@ -63,27 +63,28 @@ inline void open_end(End& end, std::uint32_t depth, std::uint32_t buf_bytes) {
       {.send_cq = end.cq.get(), .recv_cq = end.cq.get(), .send_depth = 64, .recv_depth = depth, .max_inline = 0}));
 }
 
-inline void move_to_rts(End& end, Qpn peer, NodeType node) {
+/// The moves of a CM.
+inline void qp_to_rts(Qp& qp, std::uint32_t dest, NodeType node) {
   const Access access = Access::local_write | Access::remote_write | Access::remote_read;
-  const auto dest = static_cast<std::uint32_t>(peer);
   if (node == NodeType::rnic) {
-    BOOST_REQUIRE(end.qp->modify({.state = QpState::init, .access = access, .transport = RnicQpAttributes{}}));
+    BOOST_REQUIRE(qp.modify({.state = QpState::init, .access = access, .transport = RnicQpAttributes{}}));
     BOOST_REQUIRE(
-        end.qp->modify({.state = QpState::rts, .access = {}, .transport = RnicQpAttributes{.stream_mode = false, .peer = dest}}));
+        qp.modify({.state = QpState::rts, .access = {}, .transport = RnicQpAttributes{.stream_mode = false, .peer = dest}}));
     return;
   }
+  BOOST_REQUIRE(qp.modify({.state = QpState::init, .access = access, .transport = IbQpAttributes{.pkey_index = 0, .port = 1}}));
   BOOST_REQUIRE(
-      end.qp->modify({.state = QpState::init, .access = access, .transport = IbQpAttributes{.pkey_index = 0, .port = 1}}));
-  BOOST_REQUIRE(end.qp->modify(
-      {.state = QpState::rtr,
-       .access = {},
-       .max_read_incoming = 1,
-       .transport = IbQpAttributes{.dgid = Gid{}, .dest_qpn = dest, .rq_psn = 0, .path_mtu = 5, .min_rnr_timer = 0}}));
-  BOOST_REQUIRE(end.qp->modify({.state = QpState::rts,
-                                .access = {},
-                                .max_read_outstanding = 1,
-                                .transport = IbQpAttributes{.sq_psn = 0, .ack_timeout = 14, .retry_count = 6, .rnr_retry = 0}}));
+      qp.modify({.state = QpState::rtr,
+                 .access = {},
+                 .max_read_incoming = 1,
+                 .transport = IbQpAttributes{.dgid = Gid{}, .dest_qpn = dest, .rq_psn = 0, .path_mtu = 5, .min_rnr_timer = 0}}));
+  BOOST_REQUIRE(qp.modify({.state = QpState::rts,
+                           .access = {},
+                           .max_read_outstanding = 1,
+                           .transport = IbQpAttributes{.sq_psn = 0, .ack_timeout = 14, .retry_count = 6, .rnr_retry = 0}}));
 }
+
+inline void move_to_rts(End& end, Qpn peer, NodeType node) { qp_to_rts(*end.qp, static_cast<std::uint32_t>(peer), node); }
 
 /// Two connected QPs. self: both on one device, tied to itself.
 struct Pair {
