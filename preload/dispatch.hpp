@@ -40,6 +40,9 @@ auto dispatch_cancellable(int fd, Ours&& ours, Theirs&& theirs) -> decltype(thei
   return to_libc<decltype(theirs(libc()))>(result);
 }
 
+/// The kernel has just made `fd`: what we knew of that number was closed behind our back.
+void remember_new(int fd, Kind kind) noexcept;
+
 /// The call moves bytes in a way that no lane carries: the stream goes back to TCP first.
 inline void leave_lane(int fd, sdp::LaneReason reason) noexcept {
   if (const sdp::Stream stream = fds().find(fd)) stream.take_down(reason);

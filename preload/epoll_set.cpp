@@ -62,9 +62,12 @@ EpollSet* EpollSet::make(int epfd) noexcept {
 
 // A thread may still be inside wait() of a set that is closed; the object is left to it. Sets are few and small.
 void EpollSet::drop(int epfd) noexcept {
-  if (find(epfd) == nullptr) return;
+  EpollSet* const set = find(epfd);
+  if (set == nullptr) return;
   std::lock_guard guard(sets_mutex);
   sets[epfd].store(nullptr, std::memory_order_release);
+  for (int i = 0; i <= highest_set.load(); ++i)
+    if (sets[i].load() == set) set->epfd_ = i;  // it was duplicated
 }
 
 void EpollSet::duplicate(int from, int to) noexcept {
@@ -91,18 +94,33 @@ void EpollSet::on_lane_changed(sdp::Stream stream) noexcept {
   }
 }
 
-void EpollSet::on_closed(int fd, sdp::Stream stream) noexcept {
+void EpollSet::on_closing(int fd, sdp::Stream stream, bool last) noexcept {
   const int high = highest_set.load();
   for (int i = 0; i <= high; ++i) {
     EpollSet* set = sets[i].load();
     if (set == nullptr || !set->has_members()) continue;
     std::lock_guard inner(set->mutex_);
-    Member* m = set->of(fd);
-    if (m == nullptr || m->stream.word() != stream.word()) continue;
-    if (m->tagged) set->tagged_.fetch_sub(1);
-    *m = Member{};
-    set->members_in_use_.fetch_sub(1);
+    for (std::uint32_t index = 0; index < set->members_.size(); ++index) {
+      Member& m = set->members_[index];
+      if (m.fd == kFree || m.stream.word() != stream.word()) continue;
+      if (last) {
+        if (m.tagged) set->tagged_.fetch_sub(1);
+        m = Member{};
+        set->members_in_use_.fetch_sub(1);
+      } else if (m.fd == fd) {
+        set->orphan(m, index);
+      }
+    }
   }
+}
+
+// Nobody can change the kernel's entry once its number is closed: it is left watching everything, under our tag.
+void EpollSet::orphan(Member& m, std::uint32_t index) noexcept {
+  epoll_event ev{m.disabled ? 0 : m.events, {.u64 = tag_base() | index}};
+  sys::call(SYS_epoll_ctl, epfd_, EPOLL_CTL_MOD, m.fd, sys::arg(&ev));
+  if (!m.tagged) tagged_.fetch_add(1);
+  m.tagged = true;
+  m.fd = kOrphan;
 }
 
 EpollSet::Member* EpollSet::of(int fd) noexcept {
@@ -120,7 +138,7 @@ void EpollSet::ensure_bell() noexcept {
 
 void EpollSet::sync(Member& m, std::uint32_t index) noexcept {
   const bool lane = m.stream.has_lane();
-  if (!lane && !m.tagged) return;
+  if (m.fd == kOrphan || (!lane && !m.tagged)) return;
   epoll_event ev{};
   if (lane) {
     ensure_bell();
@@ -134,13 +152,19 @@ void EpollSet::sync(Member& m, std::uint32_t index) noexcept {
   if (sys::call(SYS_epoll_ctl, epfd_, EPOLL_CTL_MOD, m.fd, sys::arg(&ev)) != 0) return;
   if (lane != m.tagged) tagged_.fetch_add(lane ? 1 : -1);
   m.tagged = lane;
+  if (lane && nested_.load(std::memory_order_relaxed)) {  // nobody may be waiting for the set itself, who would arm it
+    const sdp::Grace::Look look(sdp::engine::grace());
+    m.stream.arm(look);
+    sdp::engine::arm_fence();
+    if (m.stream.poll(m.events & ~kModeBits) != 0) sdp::engine::ring_bell();
+  }
 }
 
 void EpollSet::added(int fd, sdp::Stream stream, const epoll_event& event) noexcept {
   if (event.events & EPOLLEXCLUSIVE) return stream.take_down(sdp::LaneReason::mode);
   std::lock_guard guard(mutex_);
   std::uint32_t index = 0;
-  while (index < members_.size() && members_[index].fd >= 0) ++index;
+  while (index < members_.size() && members_[index].fd != kFree) ++index;
   if (index == members_.size()) members_.emplace_back();
   Member& m = members_[index];
   m = Member{};
@@ -189,7 +213,7 @@ int EpollSet::collect(epoll_event* events, int max) noexcept {
     const std::uint32_t index = (next_ + i) % count;
     Member& m = members_[index];
     if (!m.tagged || m.disabled) continue;
-    m.stream.on_wait_entry(m.fd);
+    if (m.fd >= 0) m.stream.on_wait_entry(m.fd);
     if (!m.look && !may_have_changed(look, m)) continue;
     const std::uint64_t edges = m.stream.rx_edges(look);
     std::uint32_t ready = m.stream.poll(m.events & ~kModeBits) & (m.events | EPOLLERR | EPOLLHUP);
@@ -230,7 +254,7 @@ int EpollSet::merge(epoll_event* events, int lanes, const epoll_event* kernel, i
       continue;
     }
     const auto index = static_cast<std::uint32_t>(data & 0xffffff);
-    if (index >= members_.size() || members_[index].fd < 0) continue;  // the bell, or a member that has just gone
+    if (index >= members_.size() || members_[index].fd == kFree) continue;  // the bell, or a member that has just gone
     Member& m = members_[index];
     if (m.disabled) continue;
     const std::uint32_t wanted = kernel[i].events & (m.events | EPOLLERR | EPOLLHUP);
@@ -260,11 +284,27 @@ bool EpollSet::maybe_ready() noexcept {
   return false;
 }
 
-bool EpollSet::ready() noexcept {
+void EpollSet::arm() noexcept {
   std::lock_guard guard(mutex_);
+  const sdp::Grace::Look look(sdp::engine::grace());
   for (const Member& m : members_)
-    if (m.tagged && !m.disabled && m.stream.poll(m.events & ~kModeBits) != 0) return true;
-  return false;
+    if (m.tagged && !m.disabled) m.stream.arm(look);
+}
+
+void EpollSet::leave_armed() noexcept {
+  if (tagged_.load() == 0) return;
+  arm();
+  sdp::engine::arm_fence();
+  std::unique_lock guard(mutex_);
+  const bool more = std::any_of(members_.begin(), members_.end(), [](const Member& m) {
+    return m.tagged && !m.disabled && m.stream.poll(m.events & ~kModeBits) != 0;
+  });
+  guard.unlock();
+  if (more) sdp::engine::ring_bell();
+}
+
+void EpollSet::nest() noexcept {
+  if (!nested_.exchange(true)) leave_armed();
 }
 
 namespace {
@@ -291,6 +331,13 @@ class Asleep {
 }  // namespace
 
 int EpollSet::wait(epoll_event* events, int max, std::int64_t timeout_ns, const sigset_t* mask) {
+  const int n = wait_once(events, max, timeout_ns, mask);
+  if (nested_.load(std::memory_order_relaxed)) [[unlikely]]
+    leave_armed();
+  return n;
+}
+
+int EpollSet::wait_once(epoll_event* events, int max, std::int64_t timeout_ns, const sigset_t* mask) {
   constexpr int kBatch = 64;
   epoll_event kernel[kBatch];
   const std::int64_t deadline = timeout_ns > 0 ? now_ns() + timeout_ns : 0;
@@ -333,12 +380,7 @@ int EpollSet::wait(epoll_event* events, int max, std::int64_t timeout_ns, const 
       if (n > 0) return n;
       if (found) continue;
       asleep.begin();
-      {
-        std::lock_guard guard(mutex_);
-        const sdp::Grace::Look look(sdp::engine::grace());
-        for (const Member& m : members_)
-          if (m.tagged && !m.disabled) m.stream.arm(look);
-      }
+      arm();
       sdp::engine::arm_fence();
       if (maybe_ready()) continue;
     }

@@ -24,9 +24,11 @@ class EpollSet {
   static EpollSet* make(int epfd) noexcept;
   static void drop(int epfd) noexcept;
   static void duplicate(int from, int to) noexcept;
-  static void forget_all() noexcept;                    ///< in a fork's child: the sets are the parent's
-  static void on_lane_changed(sdp::Stream) noexcept;    ///< sdp::engine::LaneListener
-  static void on_closed(int fd, sdp::Stream) noexcept;  ///< the kernel has dropped it from every set
+  static void forget_all() noexcept;                  ///< in a fork's child: the sets are the parent's
+  static void on_lane_changed(sdp::Stream) noexcept;  ///< sdp::engine::LaneListener
+  /// Before `fd` is closed. `last`: nothing else names the connection, and the kernel drops it from every set; else it stays in
+  /// them under a number that means nothing any more.
+  static void on_closing(int fd, sdp::Stream, bool last) noexcept;
 
   /// After the kernel took an epoll_ctl for a stream of ours. `event` as the program gave it.
   void added(int fd, sdp::Stream stream, const epoll_event& event) noexcept;
@@ -38,12 +40,15 @@ class EpollSet {
   /// Results of the kernel may be ours (tags, the bell, which stays in once it is there): only wait() may show them to the program.
   bool must_filter() const noexcept { return has_members() || bell_.load(std::memory_order_acquire) >= 0; }
   int wait(epoll_event* events, int max, std::int64_t timeout_ns, const sigset_t* mask);
-  bool ready() noexcept;  ///< a lane member has something: for sets that are waited for themselves
+  /// Somebody waits for this set itself (another epoll, poll, select): its lanes stay armed between its own waits, so that the bell
+  /// makes it readable.
+  void nest() noexcept;
 
  private:
+  static constexpr int kFree = -1, kOrphan = -2;  ///< in place of a descriptor; an orphan's was closed, a duplicate keeps it in
   struct Member {
     sdp::Stream stream;
-    int fd = -1;
+    int fd = kFree;
     std::uint32_t events = 0;  ///< as the program asked
     std::uint64_t data = 0;
     std::uint32_t kernel_mask = 0;  ///< what the kernel's entry watches
@@ -62,14 +67,19 @@ class EpollSet {
   static bool may_have_changed(const sdp::Grace::Look& look, const Member& member) noexcept;
   bool maybe_ready() noexcept;
   Member* of(int fd) noexcept;
+  void orphan(Member& member, std::uint32_t index) noexcept;
+  int wait_once(epoll_event* events, int max, std::int64_t timeout_ns, const sigset_t* mask);
+  void arm() noexcept;
+  void leave_armed() noexcept;
 
-  int epfd_;
+  std::atomic<int> epfd_;  ///< one that names the instance
   std::atomic<int> bell_{-1};
   std::mutex mutex_;
   std::vector<Member> members_;
   std::atomic<std::uint32_t> members_in_use_{0};
   std::atomic<std::uint32_t> tagged_{0};
   std::atomic<std::uint32_t> sleepers_{0};
+  std::atomic<bool> nested_{false};
   std::uint32_t next_ = 0;  ///< whose turn it is when `max` is small
   std::uint32_t since_kernel_ = 0;
 };

@@ -24,7 +24,7 @@ void before_close(int fd) noexcept {
   if (fds().kind(fd) == preload::Kind::epoll_set) EpollSet::drop(fd);
   const Stream named = fds().find(fd);
   const bool last = fds().take(fd, &stream);
-  if (named) EpollSet::on_closed(fd, named);
+  if (named) EpollSet::on_closing(fd, named, last);
   if (last) stream.close(fd);
 }
 

@@ -156,6 +156,13 @@ class PlainWait {
   nfds_t count_;
 };
 
+/// Is `fd` an epoll instance, which is about to be waited for itself?
+void nest_set(int fd) noexcept {
+  if (fds().kind(fd) != preload::Kind::epoll_set) [[likely]]
+    return;
+  if (EpollSet* inner = EpollSet::make(fd)) inner->nest();
+}
+
 bool any_lane(const pollfd* set, nfds_t count) noexcept {
   for (nfds_t i = 0; i < count; ++i)
     if (set[i].fd >= 0)
@@ -163,9 +170,13 @@ bool any_lane(const pollfd* set, nfds_t count) noexcept {
   return false;
 }
 bool any_stream(const pollfd* set, nfds_t count) noexcept {
-  for (nfds_t i = 0; i < count; ++i)
-    if (set[i].fd >= 0 && fds().find(set[i].fd)) return true;
-  return false;
+  bool any = false;
+  for (nfds_t i = 0; i < count; ++i) {
+    if (set[i].fd < 0) continue;
+    any = any || static_cast<bool>(fds().find(set[i].fd));
+    nest_set(set[i].fd);
+  }
+  return any;
 }
 
 /// `plain` is libc's way; it runs when no lane is concerned.
@@ -291,10 +302,23 @@ SDP_EXPORT int __ppoll_chk(pollfd* set, nfds_t count, const timespec* timeout, c
 
 // --- epoll
 
+SDP_EXPORT int epoll_create1(int flags) noexcept {
+  const int fd = libc().epoll_create1(flags);
+  if (fd >= 0) preload::remember_new(fd, preload::Kind::epoll_set);
+  return fd;
+}
+SDP_EXPORT int epoll_create(int size) noexcept {
+  if (size > 0) return epoll_create1(0);
+  errno = EINVAL;
+  return -1;
+}
+
 SDP_EXPORT int epoll_ctl(int epfd, int op, int fd, epoll_event* event) noexcept {
   const Stream stream = fds().find(fd);
-  if (!stream) [[likely]]
+  if (!stream) [[likely]] {
+    if (op == EPOLL_CTL_ADD) nest_set(fd);
     return libc().epoll_ctl(epfd, op, fd, event);
+  }
   EpollSet* set = EpollSet::find(epfd);
   int result = 0;
   if (op == EPOLL_CTL_MOD && set != nullptr && event != nullptr && set->modify(fd, *event, &result)) return result;
@@ -304,7 +328,7 @@ SDP_EXPORT int epoll_ctl(int epfd, int op, int fd, epoll_event* event) noexcept 
   if (op == EPOLL_CTL_ADD) {
     if (set == nullptr) {
       set = EpollSet::make(epfd);
-      fds().set_kind(epfd, preload::Kind::epoll_set);
+      fds().set_kind(epfd, preload::Kind::epoll_set);  // also one that came by exec or from another process
     }
     if (set != nullptr)
       set->added(fd, stream, *event);

@@ -3,6 +3,7 @@
 #include <sys/time.h>
 
 #include "preload/dispatch.hpp"
+#include "preload/epoll_set.hpp"
 #include "preload/mode_guard.hpp"
 #include "preload/runtime.hpp"
 #include "rdma_core/base/sys.hpp"
@@ -13,13 +14,20 @@ using preload::Kind;
 using preload::libc;
 using sdp::Stream;
 
-namespace {
+namespace preload {
 
 void remember_new(int fd, Kind kind) noexcept {
   Stream stale;
-  if (fds().take(fd, &stale)) stale.close(-1);  // closed behind our back
+  if (fds().take(fd, &stale)) stale.close(-1);
+  if (EpollSet::find(fd) != nullptr) EpollSet::drop(fd);
   fds().set_kind(fd, kind);
 }
+
+}  // namespace preload
+
+using preload::remember_new;
+
+namespace {
 
 std::int64_t timeval_ns(const void* value, socklen_t len) noexcept {
   timeval tv{};

@@ -96,6 +96,10 @@ SDP_EXPORT long syscall(long number, ...) noexcept(false) {
       return pselect(fd, pointer<fd_set>(a[1]), pointer<fd_set>(a[2]), pointer<fd_set>(a[3]), pointer<timespec>(a[4]),
                      mask != nullptr ? mask->mask : nullptr);
     }
+    case SYS_epoll_create:
+      return epoll_create(fd);
+    case SYS_epoll_create1:
+      return epoll_create1(fd);
     case SYS_epoll_ctl:
       return epoll_ctl(fd, static_cast<int>(a[1]), static_cast<int>(a[2]), pointer<epoll_event>(a[3]));
     case SYS_epoll_wait:

@@ -108,6 +108,7 @@ constexpr Libc make_raw() noexcept {
   table.ppoll = raw_ppoll;
   raw<SYS_select>(table.select);
   table.pselect = raw_pselect;
+  raw<SYS_epoll_create1>(table.epoll_create1);
   raw<SYS_epoll_ctl>(table.epoll_ctl);
   raw<SYS_epoll_wait>(table.epoll_wait);
   table.epoll_pwait = raw_epoll_pwait;
@@ -153,6 +154,7 @@ void resolve() noexcept {
   take(t.ppoll, "ppoll");
   take(t.select, "select");
   take(t.pselect, "pselect");
+  take(t.epoll_create1, "epoll_create1");
   take(t.epoll_ctl, "epoll_ctl");
   take(t.epoll_wait, "epoll_wait");
   take(t.epoll_pwait, "epoll_pwait");

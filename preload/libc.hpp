@@ -45,6 +45,7 @@ struct Libc {
   decltype(&::ppoll) ppoll;
   decltype(&::select) select;
   decltype(&::pselect) pselect;
+  decltype(&::epoll_create1) epoll_create1;
   decltype(&::epoll_ctl) epoll_ctl;
   decltype(&::epoll_wait) epoll_wait;
   decltype(&::epoll_pwait) epoll_pwait;
