@@ -1,9 +1,7 @@
 // Two streams over a real TCP connection of the loopback device, with lanes on two software devices tied to each other, driven step
 // by step by one seed: lanes come up and are taken down on either side at any byte, in any order, while both sides send, read,
 // peek, shut down or die. What arrives is what was sent, in order and once; then comes the end that TCP shows.
-#include <fcntl.h>
 #include <linux/sockios.h>
-#include <netinet/in.h>
 #include <poll.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
@@ -12,84 +10,26 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
-#include <optional>
+#include <string>
 #include <vector>
 
-#include "rdma_core/drivers/shm/shm_device.hpp"
-#include "tests/rdma_core/shm_pair.hpp"
-#include "tests/sim/lane_ends.hpp"
+#include "tests/sim/stream_pair.hpp"
 
 namespace sdp::sim {
 namespace {
 
 using rdma::NodeType;
 
-/// The devices of both processes. They outlive all seeds, as in a program.
-struct Hosts {
-  std::array<std::unique_ptr<rdma::shm::ShmDevice>, 2> device;
-  std::array<LaneHost, 2> host;
-
-  explicit Hosts(NodeType flavour) {
-    std::array<rdma::Path, 2> path;
-    for (auto& d : device)
-      d = std::move(*rdma::shm::ShmDevice::create({.flavour = flavour, .segment_bytes = std::size_t{256} << 20}));
-    rdma::shm::test::link_devices(*device[0], *device[1], path[0], path[1]);
-    for (unsigned i : {0U, 1U}) host[i].open(*device[i], path[i]);
-  }
-};
-
 /// What the runs of all seeds did together: a test in which everything stays on TCP proves nothing.
 struct Totals {
   std::uint64_t lane_bytes = 0, tcp_bytes = 0, ups = 0, downs = 0, deaths = 0;
 };
 
-void connected_pair(std::array<int, 2>& fds) {
-  const int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  sockaddr_in here{};
-  here.sin_family = AF_INET;
-  here.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  socklen_t len = sizeof here;
-  const auto address = reinterpret_cast<sockaddr*>(&here);
-  if (bind(listener, address, len) != 0 || listen(listener, 1) != 0 || getsockname(listener, address, &len) != 0)
-    broken("no listener");
-  fds[0] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  if (connect(fds[0], address, len) != 0) broken("no connection");
-  fds[1] = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
-  close(listener);
-  for (const int fd : fds) fcntl(fd, F_SETFL, O_NONBLOCK);
-}
-
 class Switching {
  public:
-  Switching(std::uint64_t seed, Hosts& hosts, Totals& totals) : seed_(seed), chance_(seed ^ 0x5717C4), totals_(totals) {
-    std::array<int, 2> fds{};
-    connected_pair(fds);
-    LaneLimits limits;
-    limits.conn.recv_size = static_cast<std::uint32_t>(chance_.pick(128, 2048));
-    limits.conn.recv_size_max = static_cast<std::uint32_t>(chance_.pick(limits.conn.recv_size, 16384));
-    limits.conn.recv_buffers = static_cast<std::uint16_t>(chance_.pick(4, 16));
-    limits.recv_buffers_max = static_cast<std::uint16_t>(chance_.pick(limits.conn.recv_buffers, 64));
-    for (unsigned i : {0U, 1U}) {
-      End& end = end_[i];
-      end.fd = fds[i];
-      end.stream = engine::new_stream();
-      end.stream->fd = end.fd;
-      end.stream->nonblocking = true;
-      end.stream->phase = Phase::pursued;
-      socklen_t len = sizeof end.stream->cookie;
-      if (getsockopt(end.fd, SOL_SOCKET, SO_COOKIE, &end.stream->cookie, &len) != 0) broken("no cookie");
-      end.lane = hosts.host[i].make(limits);
-    }
-    tie(hosts);
-  }
-  Switching(const Switching&) = delete;
-  Switching& operator=(const Switching&) = delete;
-  ~Switching() {
-    for (End& end : end_) {
-      if (!end.dead) handle(end).close(end.fd);
-      if (end.fd >= 0) close(end.fd);
-    }
-    for (End& end : end_) free_lane(end.lane);
+  Switching(std::uint64_t seed, Hosts& hosts, Totals& totals)
+      : seed_(seed), chance_(seed ^ 0x5717C4), totals_(totals), pair_(hosts, limits()) {
+    for (unsigned i : {0U, 1U}) static_cast<StreamEnd&>(end_[i]) = pair_[i];
   }
 
   void run() {
@@ -129,30 +69,20 @@ class Switching {
   }
 
  private:
-  struct End {
-    int fd = -1;
-    StreamImpl* stream = nullptr;
-    Lane* lane = nullptr;
+  struct End : StreamEnd {
     std::uint64_t sent = 0, received = 0;
     bool attached = false, shut = false, at_end = false, dead = false, went_down = false;
   };
 
-  void tie(Hosts& hosts) {
-    for (unsigned i : {0U, 1U}) {
-      const auto peer = static_cast<std::uint32_t>(end_[1 - i].lane->qp().qpn());
-      const NodeType flavour = hosts.device[i]->attr().node_type;
-      rdma::shm::test::qp_to_rts(end_[i].lane->qp(), peer, flavour);
-      end_[i].lane->set_peer(end_[1 - i].lane->proposal());
-    }
-    end_[1].lane->conn.await_hello();
-    end_[0].lane->send_hello({});
-    for (int i = 0; i < 3; ++i)
-      for (End& end : end_) end.lane->drain();
-    for (const End& end : end_)
-      if (end.lane->conn.state() != ConnState::established) broken("no lane: ", end.lane->conn.error());
+  LaneLimits limits() {
+    LaneLimits limits;
+    limits.conn.recv_size = static_cast<std::uint32_t>(chance_.pick(128, 2048));
+    limits.conn.recv_size_max = static_cast<std::uint32_t>(chance_.pick(limits.conn.recv_size, 16384));
+    limits.conn.recv_buffers = static_cast<std::uint16_t>(chance_.pick(4, 16));
+    limits.recv_buffers_max = static_cast<std::uint16_t>(chance_.pick(limits.conn.recv_buffers, 64));
+    return limits;
   }
-
-  static Stream handle(const End& end) { return engine::handle_of(end.stream); }
+  static Stream handle(const End& end) { return end.handle(); }
   bool anyone_dead() const { return end_[0].dead || end_[1].dead; }
   std::uint64_t stream_of(unsigned sender) const { return seed_ * 2 + sender; }
   const char* name(unsigned side) const { return side == 0 ? "side 0" : "side 1"; }
@@ -168,9 +98,7 @@ class Switching {
     if (end.attached || end.dead) return;
     trace(side, "attach", 0);
     end.attached = true;
-    (void)end.stream->lock.lock();
-    end.stream->attach(end.lane);
-    end.stream->lock.unlock();
+    pair_.attach(side);
   }
   void take_down(unsigned side) {
     End& end = end_[side];
@@ -265,7 +193,7 @@ class Switching {
     end.dead = true;
     trace(side, "die", unread);
     close(end.fd);
-    end.fd = -1;
+    pair_[side].fd = end.fd = -1;
     StreamImpl& survivor = *end_[1 - side].stream;
     survivor.peer_gone = true;
     survivor.anchor_event = true;
@@ -305,6 +233,7 @@ class Switching {
   std::uint64_t seed_;
   Chance chance_;
   Totals& totals_;
+  StreamPair pair_;
   std::array<End, 2> end_;
   bool lost_allowed_ = false;
 };

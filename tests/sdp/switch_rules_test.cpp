@@ -1,0 +1,341 @@
+// The sixteen rules of the switch between TCP and a lane, each with a case that fails without it. Rules that other parts keep have
+// their tests there:
+//
+//    3  ordering of lane and TCP on RDMA devices        comes with the first of them: on the software device both are ordered
+//   10  every call that runs a program or does stdio    differential/fcntl_ioctl, differential/by_syscall, apps/ends (exec, fork)
+//   12  epoll entries, edges, EPOLLEXCLUSIVE            here in part; differential/epoll_*
+//   13  identity of the other end                       rdma_core/local_cm_test, rdma_core/hostile_test
+//   14  received memory                                 rdma_core/hostile_test, rdma_core/shm_datapath_test
+//   15  options read back, limits                       differential/timeouts_set_before_and_read_back, rdma_core/local_cm_test
+//   16  what changes is said                            README, "Limits"
+#include <linux/sockios.h>
+#include <poll.h>
+#include <sys/ioctl.h>
+
+#include <cerrno>
+#include <string>
+#include <vector>
+
+#include "preload/mode_guard.hpp"
+#include "tests/sim/stream_pair.hpp"
+
+namespace sdp::sim {
+namespace {
+
+struct Rig {
+  Hosts hosts{rdma::NodeType::ib_ca};
+  StreamPair pair{hosts, LaneLimits{}};
+  std::uint64_t sent[2] = {}, received[2] = {};
+
+  StreamImpl& stream(unsigned side) { return *pair[side].stream; }
+  std::int64_t send(unsigned side, std::size_t bytes) {
+    std::vector<std::byte> data(bytes);
+    fill(data.data(), bytes, side, sent[side]);
+    const std::int64_t n = pair[side].handle().send(pair[side].fd, data.data(), bytes, MSG_NOSIGNAL);
+    if (n > 0) sent[side] += static_cast<std::uint64_t>(n);
+    return n;
+  }
+  std::int64_t recv(unsigned side, std::size_t bytes, int flags = 0) {
+    std::vector<std::byte> data(bytes);
+    const std::int64_t n = pair[side].handle().recv(pair[side].fd, data.data(), bytes, flags);
+    if (n > 0) verify(data.data(), static_cast<std::size_t>(n), 1 - side, received[side], "recv");
+    if (n > 0 && !(flags & MSG_PEEK)) received[side] += static_cast<std::uint64_t>(n);
+    return n;
+  }
+  /// Both directions by the lane: each side enters a receive (READY), then a send (SWITCH).
+  void up() {
+    for (unsigned side : {0U, 1U}) pair.attach(side);
+    for (unsigned side : {0U, 1U}) BOOST_REQUIRE(recv(side, 100) == -EAGAIN);
+    for (unsigned side : {0U, 1U}) BOOST_REQUIRE(send(side, 10) == 10);
+    for (unsigned side : {0U, 1U}) BOOST_REQUIRE(recv(side, 100) == 10);
+    for (unsigned side : {0U, 1U}) {
+      BOOST_REQUIRE((stream(side).tx.load() == TxState::lane));
+      BOOST_REQUIRE((stream(side).rx.load() == RxState::lane));
+    }
+  }
+  void serve(unsigned side) {
+    StreamImpl& s = stream(side);
+    (void)s.lock.lock();
+    if (s.tx.load() != TxState::ended && s.lane->said(kAbandon)) s.handle_abandon(pair[side].fd);
+    if (s.resend != nullptr) (void)s.flush_resend(pair[side].fd);
+    s.lock.unlock();
+  }
+  std::uint64_t by_tcp(unsigned side) { return anchor_counts(pair[side].fd).sent; }
+};
+
+BOOST_AUTO_TEST_CASE(rule_1_only_the_programs_bytes_go_by_tcp) {
+  Rig r;
+  BOOST_TEST(r.send(0, 500) == 500);
+  BOOST_TEST(r.recv(1, 1000) == 500);
+  r.up();
+  BOOST_TEST(r.send(0, 3000) == 3000);
+  BOOST_TEST(r.by_tcp(0) == 500U);  // PREPARE, READY and SWITCH are no bytes of the stream
+  BOOST_TEST(r.recv(1, 1000) == 1000);
+  r.pair[1].handle().take_down(LaneReason::mode);
+  r.serve(0);
+  BOOST_TEST(r.by_tcp(0) == 500U + 2000U);  // what the reader had not read, and nothing else
+  BOOST_TEST(r.recv(1, 5000) == 2000);
+}
+
+BOOST_AUTO_TEST_CASE(rule_2_a_switch_blocks_nobody) {
+  Rig r;
+  for (unsigned side : {0U, 1U}) r.pair.attach(side);
+  BOOST_TEST(r.send(0, 100) == 100);  // PREPARE is said, READY is not: TCP carries on
+  BOOST_TEST(r.by_tcp(0) == 100U);
+  BOOST_TEST(r.recv(1, 50) == 50);  // this entry says READY, and reads
+  BOOST_TEST(r.send(0, 100) == 100);
+  BOOST_TEST(r.by_tcp(0) == 100U);
+  BOOST_TEST(r.recv(1, 1000) == 50);  // never past P
+  BOOST_TEST(r.recv(1, 1000) == 100);
+}
+
+BOOST_AUTO_TEST_CASE(rule_2_a_thread_in_the_kernel_holds_the_switch_up) {
+  Rig r;
+  for (unsigned side : {0U, 1U}) r.pair.attach(side);
+  r.stream(1).kernel_receivers = 1;
+  BOOST_TEST(r.recv(1, 10) == -EAGAIN);
+  BOOST_TEST(r.send(0, 10) == 10);
+  BOOST_TEST(r.by_tcp(0) == 10U);  // no READY while another thread reads the anchor
+  r.stream(1).kernel_receivers = 0;
+  BOOST_TEST(r.recv(1, 10) == 10);
+  r.stream(0).kernel_senders = 1;
+  BOOST_TEST(r.send(0, 10) == 10);
+  BOOST_TEST(r.by_tcp(0) == 20U);  // no SWITCH while another thread writes to it
+  r.stream(0).kernel_senders = 0;
+  BOOST_TEST(r.send(0, 10) == 10);
+  BOOST_TEST(r.by_tcp(0) == 20U);
+}
+
+BOOST_AUTO_TEST_CASE(rule_2_bytes_read_past_p_wait_for_the_lanes) {
+  Rig r;
+  for (unsigned side : {0U, 1U}) r.pair.attach(side);
+  BOOST_TEST(r.send(0, 100) == 100);
+  BOOST_TEST(r.recv(1, 10) == 10);
+  BOOST_TEST(r.send(0, 200) == 200);  // by the lane
+  r.pair[0].handle().take_down(LaneReason::mode);
+  BOOST_TEST(r.send(0, 300) == 300);  // by TCP again
+  BOOST_TEST(r.by_tcp(0) == 400U);
+  std::int64_t total = 10;
+  while (total < 600) {
+    const std::int64_t n = r.recv(1, 1000);  // checks the order of the bytes
+    BOOST_REQUIRE(n > 0);
+    total += n;
+  }
+}
+
+BOOST_AUTO_TEST_CASE(rule_4_a_foreign_writer_keeps_the_stream_on_tcp) {
+  Rig r;
+  for (unsigned side : {0U, 1U}) r.pair.attach(side);
+  BOOST_TEST(r.recv(1, 10) == -EAGAIN);
+  std::byte x[5];
+  fill(x, sizeof x, 0, 0);
+  BOOST_TEST(::send(r.pair[0].fd, x, sizeof x, 0) == 5);  // past the library
+  r.sent[0] += 5;
+  BOOST_TEST(r.send(0, 10) == 10);
+  BOOST_TEST(r.by_tcp(0) == 15U);
+  BOOST_TEST((r.stream(0).tx.load() == TxState::ended));
+  BOOST_TEST(r.recv(1, 100) == 15);
+}
+
+BOOST_AUTO_TEST_CASE(rule_4_a_foreign_reader_keeps_the_stream_on_tcp) {
+  Rig r;
+  for (unsigned side : {0U, 1U}) r.pair.attach(side);
+  BOOST_TEST(r.send(0, 10) == 10);
+  std::byte x[4];
+  BOOST_TEST(::recv(r.pair[1].fd, x, sizeof x, 0) == 4);
+  r.received[1] += 4;
+  for (int i = 0; i < 20 && r.stream(1).rx.load() == RxState::tcp; ++i) (void)r.recv(1, 1, MSG_PEEK);
+  BOOST_TEST((r.stream(1).rx.load() == RxState::ended));
+  BOOST_TEST(r.recv(1, 100) == 6);
+}
+
+BOOST_AUTO_TEST_CASE(rule_5_one_predicate_names_the_modes_without_a_lane) {
+  const int one = 1, two = 2, zero = 0;
+  const auto refuses = [](int level, int name, const int& value) {
+    return preload::no_lane_with(level, name, &value, sizeof value);
+  };
+  BOOST_TEST(refuses(SOL_SOCKET, SO_RCVLOWAT, two));
+  BOOST_TEST(!refuses(SOL_SOCKET, SO_RCVLOWAT, one));
+  for (const int name : {SO_PEEK_OFF, SO_ZEROCOPY, SO_TIMESTAMP, SO_TIMESTAMPNS, SO_TIMESTAMPING})
+    BOOST_TEST(refuses(SOL_SOCKET, name, one), name);
+  BOOST_TEST(refuses(IPPROTO_TCP, TCP_ULP, zero));
+  BOOST_TEST(refuses(IPPROTO_TCP, TCP_REPAIR, one));
+  BOOST_TEST(!refuses(IPPROTO_TCP, 1 /* TCP_NODELAY */, one));
+  BOOST_TEST(!refuses(SOL_SOCKET, SO_KEEPALIVE, one));
+}
+
+BOOST_AUTO_TEST_CASE(rule_6_bytes_beside_the_lane_come_after_what_it_holds) {
+  Rig r;
+  r.up();
+  BOOST_TEST(r.send(0, 100) == 100);
+  std::byte x[7];
+  fill(x, sizeof x, 0, r.sent[0]);
+  BOOST_TEST(::send(r.pair[0].fd, x, sizeof x, 0) == 7);  // past the library
+  r.sent[0] += 7;
+  r.stream(1).anchor_event = true;  // the service thread saw it
+  BOOST_TEST(r.recv(1, 1000) == 100);
+  BOOST_TEST(r.recv(1, 1000) == 7);
+}
+
+BOOST_AUTO_TEST_CASE(rule_7_fin_with_the_lanes_end_reached_is_the_end) {
+  Rig r;
+  r.up();
+  BOOST_TEST(r.send(0, 100) == 100);
+  BOOST_TEST(r.pair[0].handle().shutdown(r.pair[0].fd, SHUT_WR) == 0);
+  r.stream(1).anchor_event = true;
+  BOOST_TEST(r.recv(1, 40) == 40);
+  BOOST_TEST(r.recv(1, 100) == 60);
+  BOOST_TEST(r.recv(1, 100) == 0);
+  BOOST_TEST(r.send(1, 5) == 5);  // the other half is open
+  BOOST_TEST(r.recv(0, 100) == 5);
+}
+
+BOOST_AUTO_TEST_CASE(rule_7_an_end_with_bytes_missing_is_a_reset) {
+  Rig r;
+  r.up();
+  r.pair[0].lane->write_word(kEnd, 1'000'000);  // a position that no message reaches
+  BOOST_TEST(r.recv(1, 100) == -ECONNRESET);
+}
+
+BOOST_AUTO_TEST_CASE(rule_7_closing_with_bytes_unread_is_a_reset) {
+  Rig r;
+  r.up();
+  BOOST_TEST(r.send(0, 50) == 50);
+  BOOST_TEST(r.send(1, 30) == 30);
+  r.pair[1].handle().close(r.pair[1].fd);  // 50 bytes unread
+  r.pair[1].stream = nullptr;
+  close(r.pair[1].fd);
+  r.pair[1].fd = -1;
+  r.stream(0).anchor_event = true;
+  BOOST_TEST(r.recv(0, 100) == 30);
+  BOOST_TEST(r.recv(0, 100) == -ECONNRESET);
+  BOOST_TEST(r.recv(0, 100) == 0);
+  BOOST_TEST(r.send(0, 1) == -EPIPE);
+}
+
+BOOST_AUTO_TEST_CASE(rule_8_a_take_down_waits_for_nobody_and_loses_nothing) {
+  Rig r;
+  r.up();
+  BOOST_TEST(r.send(0, 1000) == 1000);
+  BOOST_TEST(r.send(1, 2000) == 2000);
+  BOOST_TEST(r.recv(1, 300) == 300);
+  r.pair[1].handle().take_down(LaneReason::mode);  // side 0 does nothing meanwhile
+  BOOST_TEST(r.recv(1, 5000) == -EAGAIN);
+  BOOST_TEST(r.send(1, 10) == 10);
+  BOOST_TEST(r.recv(0, 5000) == 2000);  // END does not cut off what was sent before
+  BOOST_TEST(r.recv(0, 5000) == 10);
+  BOOST_TEST(r.recv(1, 5000) == 700);  // side 0 saw ABANDON as it entered a call
+}
+
+BOOST_AUTO_TEST_CASE(rule_8_both_ends_at_once) {
+  Rig r;
+  r.up();
+  BOOST_TEST(r.send(0, 1000) == 1000);
+  BOOST_TEST(r.send(1, 2000) == 2000);
+  for (unsigned side : {0U, 1U}) r.pair[side].handle().take_down(LaneReason::mode);
+  for (unsigned side : {0U, 1U}) r.serve(side);
+  BOOST_TEST(r.send(0, 5) == 5);
+  BOOST_TEST(r.recv(1, 5000) == 1000);
+  BOOST_TEST(r.recv(1, 5000) == 5);
+  BOOST_TEST(r.recv(0, 5000) == 2000);
+}
+
+BOOST_AUTO_TEST_CASE(rule_8_a_reader_that_leaves_after_the_writer_shut_down) {
+  Rig r;
+  r.up();
+  BOOST_TEST(r.send(0, 1000) == 1000);
+  BOOST_TEST(r.pair[0].handle().shutdown(r.pair[0].fd, SHUT_WR) == 0);
+  r.pair[1].handle().take_down(LaneReason::mode);
+  BOOST_TEST(r.recv(1, 5000) == 1000);
+  BOOST_TEST(r.recv(1, 5000) == 0);
+}
+
+BOOST_AUTO_TEST_CASE(rule_8_a_writer_that_dies_before_it_has_sent_the_rest_again) {
+  Rig r;
+  r.up();
+  BOOST_TEST(r.send(0, 1000) == 1000);
+  r.pair[1].handle().take_down(LaneReason::mode);
+  close(r.pair[0].fd);  // kill -9
+  r.pair[0].fd = -1;
+  r.stream(1).peer_gone = true;
+  BOOST_TEST(r.recv(1, 5000) == 1000);
+  BOOST_TEST(r.recv(1, 5000) == 0);
+}
+
+BOOST_AUTO_TEST_CASE(a_violation_of_the_protocol_loses_nothing) {
+  Rig r;
+  r.up();
+  BOOST_TEST(r.send(0, 1000) == 1000);
+  std::byte bad[16] = {std::byte{0x33}};  // no such message
+  const rdma::Sge sge{bad, sizeof bad, {}};
+  rdma::SendWr wr;
+  wr.flags = rdma::kInline;
+  wr.sge_count = 1;
+  wr.sges = &sge;
+  BOOST_REQUIRE((r.pair[0].lane->qp().post_send(wr) == rdma::Post::ok));
+  BOOST_TEST(r.recv(1, 400) == 400);
+  std::int64_t total = 400;
+  for (int i = 0; i < 10 && total < 1000; ++i) {
+    const std::int64_t n = r.recv(1, 5000);
+    if (n > 0) total += n;
+    r.serve(0);
+  }
+  BOOST_TEST(total == 1000);
+  BOOST_TEST((r.stream(1).tx.load() == TxState::ended));
+  BOOST_TEST(r.send(0, 10) == 10);
+  BOOST_TEST(r.recv(1, 100) == 10);
+}
+
+BOOST_AUTO_TEST_CASE(rule_9_the_first_use_by_a_second_process_takes_the_lane_down) {
+  Rig r;
+  r.up();
+  r.stream(0).owner = ~0U;  // as a fork's child sees it
+  BOOST_TEST(r.send(0, 10) == 10);
+  BOOST_TEST((r.stream(0).tx.load() == TxState::ended));
+  BOOST_TEST(r.by_tcp(0) == 10U);
+  BOOST_TEST(r.recv(1, 100) == 10);
+}
+
+BOOST_AUTO_TEST_CASE(rule_11_another_socket_under_the_number_gets_no_byte_of_ours) {
+  Rig r;
+  r.up();
+  BOOST_TEST(r.send(0, 1000) == 1000);
+  r.pair[1].handle().take_down(LaneReason::mode);
+  std::array<int, 2> stranger{};
+  connected_pair(stranger);
+  const int real = dup(r.pair[0].fd);
+  dup2(stranger[0], r.pair[0].fd);  // behind our back
+  r.serve(0);
+  std::byte x[10];
+  BOOST_TEST(::recv(stranger[1], x, sizeof x, 0) == -1);
+  BOOST_TEST(errno == EAGAIN);
+  close(real);
+  for (const int fd : stranger) close(fd);
+}
+
+BOOST_AUTO_TEST_CASE(rule_12_the_kernels_entry_keeps_what_the_lane_does_not_carry) {
+  Rig r;
+  constexpr std::uint32_t kAll = POLLIN | POLLOUT | POLLRDHUP;
+  BOOST_TEST(r.pair[0].handle().kernel_events(kAll) == kAll);
+  r.up();
+  BOOST_TEST(r.pair[0].handle().kernel_events(kAll) == static_cast<std::uint32_t>(POLLRDHUP));
+  r.pair[1].handle().take_down(LaneReason::mode);
+  (void)r.pair[0].handle().poll(kAll);
+  BOOST_TEST((r.pair[0].handle().kernel_events(kAll) & POLLIN) != 0U);
+}
+
+BOOST_AUTO_TEST_CASE(rule_12_no_ready_while_somebody_waits_without_the_bell) {
+  Rig r;
+  for (unsigned side : {0U, 1U}) r.pair.attach(side);
+  r.pair[1].handle().enter_plain_wait();
+  BOOST_TEST(r.recv(1, 10) == -EAGAIN);
+  BOOST_TEST(r.send(0, 10) == 10);
+  BOOST_TEST(r.by_tcp(0) == 10U);
+  r.pair[1].handle().leave_plain_wait();
+  BOOST_TEST(r.recv(1, 10) == 10);
+  BOOST_TEST(r.send(0, 10) == 10);
+  BOOST_TEST(r.by_tcp(0) == 10U);
+}
+
+}  // namespace
+}  // namespace sdp::sim

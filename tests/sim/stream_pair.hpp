@@ -1,0 +1,111 @@
+// Two StreamImpls over one TCP connection of the loopback device, with their lanes on two software devices tied to each other: what
+// two processes have, in one thread, so that a test decides who does what when.
+#pragma once
+
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <array>
+#include <memory>
+
+#include "rdma_core/drivers/shm/shm_device.hpp"
+#include "tests/rdma_core/shm_pair.hpp"
+#include "tests/sim/lane_ends.hpp"
+
+namespace sdp::sim {
+
+/// The devices of both processes. They outlive all seeds, as in a program.
+struct Hosts {
+  std::array<std::unique_ptr<rdma::shm::ShmDevice>, 2> device;
+  std::array<LaneHost, 2> host;
+
+  explicit Hosts(rdma::NodeType flavour) {
+    std::array<rdma::Path, 2> path;
+    for (auto& d : device)
+      d = std::move(*rdma::shm::ShmDevice::create({.flavour = flavour, .segment_bytes = std::size_t{256} << 20}));
+    rdma::shm::test::link_devices(*device[0], *device[1], path[0], path[1]);
+    for (unsigned i : {0U, 1U}) host[i].open(*device[i], path[i]);
+  }
+};
+
+inline void connected_pair(std::array<int, 2>& fds) {
+  const int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  sockaddr_in here{};
+  here.sin_family = AF_INET;
+  here.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t len = sizeof here;
+  const auto address = reinterpret_cast<sockaddr*>(&here);
+  if (bind(listener, address, len) != 0 || listen(listener, 1) != 0 || getsockname(listener, address, &len) != 0)
+    broken("no listener");
+  fds[0] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  if (connect(fds[0], address, len) != 0) broken("no connection");
+  fds[1] = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
+  close(listener);
+  for (const int fd : fds) fcntl(fd, F_SETFL, O_NONBLOCK);
+}
+
+/// One end: what a process knows of the connection.
+struct StreamEnd {
+  int fd = -1;
+  StreamImpl* stream = nullptr;
+  Lane* lane = nullptr;
+
+  Stream handle() const { return engine::handle_of(stream); }
+};
+
+/// Two ends whose lanes have said Hello and are not attached yet.
+class StreamPair {
+ public:
+  StreamPair(Hosts& hosts, const LaneLimits& limits) {
+    std::array<int, 2> fds{};
+    connected_pair(fds);
+    for (unsigned i : {0U, 1U}) {
+      StreamEnd& end = ends_[i];
+      end.fd = fds[i];
+      end.stream = engine::new_stream();
+      end.stream->fd = end.fd;
+      end.stream->nonblocking = true;
+      end.stream->phase = Phase::pursued;
+      socklen_t len = sizeof end.stream->cookie;
+      if (getsockopt(end.fd, SOL_SOCKET, SO_COOKIE, &end.stream->cookie, &len) != 0) broken("no cookie");
+      end.lane = hosts.host[i].make(limits);
+    }
+    for (unsigned i : {0U, 1U}) {
+      const auto peer = static_cast<std::uint32_t>(ends_[1 - i].lane->qp().qpn());
+      rdma::shm::test::qp_to_rts(ends_[i].lane->qp(), peer, hosts.device[i]->attr().node_type);
+      ends_[i].lane->set_peer(ends_[1 - i].lane->proposal());
+    }
+    ends_[1].lane->conn.await_hello();
+    ends_[0].lane->send_hello({});
+    for (int i = 0; i < 3; ++i)
+      for (StreamEnd& end : ends_) end.lane->drain();
+    for (const StreamEnd& end : ends_)
+      if (end.lane->conn.state() != ConnState::established) broken("no lane: ", end.lane->conn.error());
+  }
+  StreamPair(const StreamPair&) = delete;
+  StreamPair& operator=(const StreamPair&) = delete;
+  ~StreamPair() {
+    for (StreamEnd& end : ends_) {
+      if (end.fd < 0) continue;
+      if (end.stream != nullptr) end.handle().close(end.fd);
+      close(end.fd);
+    }
+    for (StreamEnd& end : ends_) free_lane(end.lane);
+  }
+  StreamEnd& operator[](unsigned side) { return ends_[side]; }
+  const StreamEnd& operator[](unsigned side) const { return ends_[side]; }
+
+  void attach(unsigned side) {
+    StreamImpl& s = *ends_[side].stream;
+    (void)s.lock.lock();
+    s.attach(ends_[side].lane);
+    s.lock.unlock();
+  }
+
+ private:
+  std::array<StreamEnd, 2> ends_;
+};
+
+}  // namespace sdp::sim
