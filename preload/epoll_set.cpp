@@ -100,33 +100,45 @@ void EpollSet::on_closing(int fd, sdp::Stream stream, bool last) noexcept {
     EpollSet* set = sets[i].load();
     if (set == nullptr || !set->has_members()) continue;
     std::lock_guard inner(set->mutex_);
-    for (std::uint32_t index = 0; index < set->members_.size(); ++index) {
-      Member& m = set->members_[index];
-      if (m.fd == kFree || m.stream.word() != stream.word()) continue;
-      if (last) {
-        if (m.tagged) set->tagged_.fetch_sub(1);
-        m = Member{};
-        set->members_in_use_.fetch_sub(1);
-      } else if (m.fd == fd) {
-        set->orphan(m, index);
-      }
+    if (Member* m = set->of(fd); m != nullptr && m->stream.word() == stream.word()) {
+      if (last)
+        set->release(*m);
+      else
+        set->orphan(*m);
     }
+    if (!last || set->orphans_ == 0) continue;
+    for (Member& m : set->members_)
+      if (m.fd == kOrphan && m.stream.word() == stream.word()) set->release(m);
   }
 }
 
 // Nobody can change the kernel's entry once its number is closed: it is left watching everything, under our tag.
-void EpollSet::orphan(Member& m, std::uint32_t index) noexcept {
-  epoll_event ev{m.disabled ? 0 : m.events, {.u64 = tag_base() | index}};
+void EpollSet::orphan(Member& m) noexcept {
+  epoll_event ev{m.disabled ? 0 : m.events, {.u64 = tag_base() | index_of(m)}};
   sys::call(SYS_epoll_ctl, epfd_, EPOLL_CTL_MOD, m.fd, sys::arg(&ev));
   if (!m.tagged) tagged_.fetch_add(1);
   m.tagged = true;
+  by_fd_.erase(m.fd);
   m.fd = kOrphan;
+  ++orphans_;
 }
 
+void EpollSet::release(Member& m) noexcept {
+  if (m.tagged) tagged_.fetch_sub(1);
+  if (m.fd == kOrphan)
+    --orphans_;
+  else
+    by_fd_.erase(m.fd);
+  m = Member{};
+  free_.push_back(index_of(m));
+  members_in_use_.fetch_sub(1);
+}
+
+std::uint32_t EpollSet::index_of(const Member& m) const noexcept { return static_cast<std::uint32_t>(&m - members_.data()); }
+
 EpollSet::Member* EpollSet::of(int fd) noexcept {
-  for (Member& m : members_)
-    if (m.fd == fd) return &m;
-  return nullptr;
+  const auto found = by_fd_.find(fd);
+  return found != by_fd_.end() ? &members_[found->second] : nullptr;
 }
 
 void EpollSet::ensure_bell() noexcept {
@@ -163,11 +175,15 @@ void EpollSet::sync(Member& m, std::uint32_t index) noexcept {
 void EpollSet::added(int fd, sdp::Stream stream, const epoll_event& event) noexcept {
   if (event.events & EPOLLEXCLUSIVE) return stream.take_down(sdp::LaneReason::mode);
   std::lock_guard guard(mutex_);
-  std::uint32_t index = 0;
-  while (index < members_.size() && members_[index].fd != kFree) ++index;
-  if (index == members_.size()) members_.emplace_back();
+  if (Member* stale = of(fd)) release(*stale);  // closed behind our back
+  if (free_.empty()) {
+    free_.push_back(static_cast<std::uint32_t>(members_.size()));
+    members_.emplace_back();
+  }
+  const std::uint32_t index = free_.back();
+  free_.pop_back();
+  by_fd_[fd] = index;
   Member& m = members_[index];
-  m = Member{};
   m.stream = stream;
   m.fd = fd;
   m.events = event.events;
@@ -188,7 +204,7 @@ bool EpollSet::modify(int fd, const epoll_event& event, int* result) noexcept {
   m->seen_rx = m->seen_tx = ~0ULL;
   if (!m->tagged && !m->stream.has_lane()) return false;
   m->kernel_mask = ~0U;
-  sync(*m, static_cast<std::uint32_t>(m - members_.data()));
+  sync(*m, index_of(*m));
   if (sleepers_.load() != 0) sdp::engine::ring_bell();
   *result = 0;
   return true;
@@ -196,11 +212,7 @@ bool EpollSet::modify(int fd, const epoll_event& event, int* result) noexcept {
 
 void EpollSet::removed(int fd) noexcept {
   std::lock_guard guard(mutex_);
-  Member* m = of(fd);
-  if (m == nullptr) return;
-  if (m->tagged) tagged_.fetch_sub(1);
-  *m = Member{};
-  members_in_use_.fetch_sub(1);
+  if (Member* m = of(fd)) release(*m);
 }
 
 int EpollSet::collect(epoll_event* events, int max) noexcept {

@@ -12,6 +12,7 @@
 #include <atomic>
 #include <cstdint>
 #include <mutex>
+#include <unordered_map>
 #include <vector>
 
 #include "sdp/stream.hpp"
@@ -67,7 +68,9 @@ class EpollSet {
   static bool may_have_changed(const sdp::Grace::Look& look, const Member& member) noexcept;
   bool maybe_ready() noexcept;
   Member* of(int fd) noexcept;
-  void orphan(Member& member, std::uint32_t index) noexcept;
+  void orphan(Member& member) noexcept;
+  void release(Member& member) noexcept;
+  std::uint32_t index_of(const Member& member) const noexcept;
   int wait_once(epoll_event* events, int max, std::int64_t timeout_ns, const sigset_t* mask);
   void arm() noexcept;
   void leave_armed() noexcept;
@@ -76,6 +79,9 @@ class EpollSet {
   std::atomic<int> bell_{-1};
   std::mutex mutex_;
   std::vector<Member> members_;
+  std::vector<std::uint32_t> free_;  ///< indices of members that are nobody's
+  std::unordered_map<int, std::uint32_t> by_fd_;
+  std::uint32_t orphans_ = 0;
   std::atomic<std::uint32_t> members_in_use_{0};
   std::atomic<std::uint32_t> tagged_{0};
   std::atomic<std::uint32_t> sleepers_{0};

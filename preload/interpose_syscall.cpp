@@ -1,8 +1,11 @@
 // syscall(): programs and run times that make their calls by number. What could touch a stream of ours goes the way of the call's
 // name; the rest is the kernel's.
+#include <pthread.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdarg>
 
 #include "preload/dispatch.hpp"
@@ -22,14 +25,20 @@ struct MaskAndSize {  // the sixth argument of pselect6
   size_t size;
 };
 
-}  // namespace
+constexpr auto kNamed = [] {
+  std::array numbers{
+      long{SYS_read},          long{SYS_write},     long{SYS_readv},      long{SYS_writev},     long{SYS_recvfrom},
+      long{SYS_sendto},        long{SYS_recvmsg},   long{SYS_sendmsg},    long{SYS_recvmmsg},   long{SYS_sendmmsg},
+      long{SYS_sendfile},      long{SYS_splice},    long{SYS_socket},     long{SYS_connect},    long{SYS_accept},
+      long{SYS_accept4},       long{SYS_shutdown},  long{SYS_setsockopt}, long{SYS_close},      long{SYS_close_range},
+      long{SYS_dup},           long{SYS_dup2},      long{SYS_dup3},       long{SYS_fcntl},      long{SYS_ioctl},
+      long{SYS_poll},          long{SYS_ppoll},     long{SYS_select},     long{SYS_pselect6},   long{SYS_epoll_create},
+      long{SYS_epoll_create1}, long{SYS_epoll_ctl}, long{SYS_epoll_wait}, long{SYS_epoll_pwait}};
+  std::sort(numbers.begin(), numbers.end());
+  return numbers;
+}();
 
-SDP_EXPORT long syscall(long number, ...) noexcept(false) {
-  va_list args;
-  va_start(args, number);
-  long a[6];
-  for (long& each : a) each = va_arg(args, long);
-  va_end(args);
+long call_by_name(long number, const long (&a)[6]) {
   const auto fd = static_cast<int>(a[0]);
   const auto flags = static_cast<int>(a[3]);
   const auto size = static_cast<size_t>(a[2]);
@@ -106,13 +115,32 @@ SDP_EXPORT long syscall(long number, ...) noexcept(false) {
       return epoll_wait(fd, pointer<epoll_event>(a[1]), static_cast<int>(a[2]), static_cast<int>(a[3]));
     case SYS_epoll_pwait:
       return epoll_pwait(fd, pointer<epoll_event>(a[1]), static_cast<int>(a[2]), static_cast<int>(a[3]), pointer<sigset_t>(a[4]));
-    default: {
-      const long r = rdma::sys::call(number, a[0], a[1], a[2], a[3], a[4], a[5]);
-      if (r < 0 && r > -4096) {
-        errno = static_cast<int>(-r);
-        return -1;
-      }
-      return r;
-    }
+    default:
+      errno = ENOSYS;
+      return -1;
   }
+}
+
+}  // namespace
+
+SDP_EXPORT long syscall(long number, ...) noexcept {
+  va_list args;
+  va_start(args, number);
+  long a[6];
+  for (long& each : a) each = va_arg(args, long);
+  va_end(args);
+  if (std::binary_search(kNamed.begin(), kNamed.end(), number)) {
+    // By number they are no cancellation points.
+    int state = PTHREAD_CANCEL_ENABLE;
+    pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &state);
+    const long result = call_by_name(number, a);
+    pthread_setcancelstate(state, nullptr);
+    return result;
+  }
+  const long result = rdma::sys::call(number, a[0], a[1], a[2], a[3], a[4], a[5]);
+  if (result < 0 && result > -4096) {
+    errno = static_cast<int>(-result);
+    return -1;
+  }
+  return result;
 }
