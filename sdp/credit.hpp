@@ -50,6 +50,8 @@ class CreditWindow {
   std::uint16_t posted() const noexcept { return static_cast<std::uint16_t>(posted_); }
   std::uint32_t received() const noexcept { return received_; }
   std::uint32_t acked() const noexcept { return acked_; }
+  /// How many messages the peer may still send, as far as it has been told.
+  std::int32_t told_left() const noexcept { return static_cast<std::int32_t>(told_ - received_); }
   /// How many buffers the peer had posted when it last spoke.
   std::uint32_t peer_posted() const noexcept { return limit_ - acked_; }
 
@@ -57,7 +59,7 @@ class CreditWindow {
   /// posted. With so few posted that the peer could send no payload after it, the rest is unread: then only a peer that cannot
   /// speak at all is told, or two sides that wait for each other would answer each update with an update for ever.
   bool update_is_due() const noexcept {
-    const auto left = static_cast<std::int32_t>(told_ - received_);
+    const std::int32_t left = told_left();
     const auto posted = static_cast<std::int32_t>(posted_);
     if (posted <= kReservedCredits + 1) return left <= 0 && posted > 0;
     return (left > kReservedCredits ? left + left / 2 : left) < posted;

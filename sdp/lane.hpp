@@ -116,6 +116,8 @@ class Lane {
   std::size_t discard(std::size_t bytes) noexcept;
   /// Handles what has come: headers, credits, control. Payload waits in the queue. Then sends the control messages that are due.
   void drain() noexcept;
+  /// Before a wait, and after the last receive: gives the peer what has been read, as buffers and credits.
+  void settle() noexcept;
   void send_due_control() noexcept { send_control(); }  ///< after something became due outside drain()
   bool maybe_ready() const noexcept { return cq_->maybe_ready(); }
   bool may_send() const noexcept {
@@ -191,6 +193,7 @@ class Lane {
   bool post_data(rdma::Sge* sges, std::uint8_t count, std::uint32_t payload) noexcept;
   void send_control() noexcept;
   void home(std::uint32_t buffer) noexcept;
+  bool may_not_wait() const noexcept;
   void flush_posts() noexcept;
   void show(bool outgoing, std::span<const std::byte> header, std::span<const std::byte> payload) noexcept;
   void grow_count() noexcept;

@@ -132,6 +132,17 @@ void Lane::home(std::uint32_t index) noexcept {
   if (pending_posts_ == post_list_.size()) flush_posts();
 }
 
+// Posting and credits are not what a message waits for: a receive leaves them to the wait that follows it, while the peer has more
+// than half of its credits.
+bool Lane::may_not_wait() const noexcept {
+  return pending_posts_ > buffer_count_ / 4U || conn.credit().told_left() <= buffer_count_ / 2;
+}
+
+void Lane::settle() noexcept {
+  if (pending_posts_ != 0) flush_posts();
+  if (conn.credit().update_is_due()) send_control();
+}
+
 void Lane::flush_posts() noexcept {
   constexpr std::uint16_t kBatch = 4;  // an array of them is cleared before it is filled: no larger than most calls need
   for (std::uint16_t first = 0; first < pending_posts_; first += kBatch) {
@@ -217,7 +228,7 @@ void Lane::reap() noexcept {
 void Lane::drain() noexcept {
   if (!cq_->maybe_ready()) return;
   reap();
-  if (pending_posts_ != 0) flush_posts();
+  if (may_not_wait()) flush_posts();
   if (rx_tail_ - rx_head_ > buffer_count_ / 2U && buffer_count_ <= limits_.recv_buffers_max) [[unlikely]] {
     grow_count();
     if (pending_posts_ != 0) flush_posts();
@@ -260,8 +271,7 @@ std::size_t Lane::recv(IovCursor& to, bool consume) noexcept {
   if (consume) {
     rx_bytes_queued_ -= total;
     rx_bytes_ += total;
-    if (pending_posts_ != 0) flush_posts();
-    if (conn.credit().update_is_due()) send_control();
+    if (may_not_wait()) settle();
   }
   return total;
 }
@@ -286,8 +296,7 @@ std::size_t Lane::discard(std::size_t bytes) noexcept {
   }
   rx_bytes_queued_ -= total;
   rx_bytes_ += total;
-  if (pending_posts_ != 0) flush_posts();
-  if (conn.credit().update_is_due()) send_control();
+  settle();
   return total;
 }
 

@@ -250,6 +250,7 @@ std::uint32_t Stream::poll(std::uint32_t events) const noexcept {
     if (s->abandoned()) s->handle_abandon(fd);
     s->advance_rx(fd);
     s->lane->drain();
+    s->lane->settle();
     s->leave_dead_lane(fd);
     if (s->tx.load(std::memory_order_relaxed) == TxState::prepared) s->try_switch(fd);
     if (s->rx.load(std::memory_order_relaxed) == RxState::lane) {

@@ -541,6 +541,7 @@ int StreamImpl::wait(bool for_send, std::int64_t deadline, bool has_timeout, Pat
            generation.load(std::memory_order_acquire) != gen;
   };
   Lane* const l = lane;
+  l->settle();
   Waiting waiting(*this);
   int result = 0;
   const bool found = Spinner().run(woken);
