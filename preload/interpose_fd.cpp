@@ -20,6 +20,7 @@ namespace {
 
 /// Everything that must happen before the kernel's close of `fd`.
 void before_close(int fd) noexcept {
+  if (fds().kind(fd) == preload::Kind::none || sdp::engine::in_vfork_child()) return;
   Stream stream;
   if (fds().kind(fd) == preload::Kind::epoll_set) EpollSet::drop(fd);
   const Stream named = fds().find(fd);
@@ -29,6 +30,9 @@ void before_close(int fd) noexcept {
 }
 
 void duplicated(int from, int to) noexcept {
+  if (fds().kind(from) == preload::Kind::none && fds().kind(to) == preload::Kind::none) return;
+  // The table is the parent's. What a vfork child duplicates is for the program that it is about to run.
+  if (sdp::engine::in_vfork_child()) return preload::leave_lane(from, sdp::LaneReason::exec);
   fds().duplicate(from, to);
   if (fds().kind(from) == preload::Kind::epoll_set) EpollSet::duplicate(from, to);
 }
@@ -81,7 +85,7 @@ SDP_EXPORT int fcntl(int fd, int command, ...) {
   const int r = libc().fcntl(fd, command, arg);
   if (r < 0) return r;
   if (command == F_DUPFD || command == F_DUPFD_CLOEXEC) duplicated(fd, r);
-  if (stream && command == F_SETFL) stream.set_nonblocking((number & O_NONBLOCK) != 0);
+  if (stream && command == F_SETFL && !sdp::engine::in_vfork_child()) stream.set_nonblocking((number & O_NONBLOCK) != 0);
   return r;
 }
 SDP_EXPORT int fcntl64(int fd, int command, ...) {
@@ -112,8 +116,8 @@ SDP_EXPORT int ioctl(int fd, unsigned long request, ...) noexcept {
 }
 
 SDP_EXPORT int close_range(unsigned first, unsigned last, int flags) noexcept {
-  static const auto real = reinterpret_cast<int (*)(unsigned, unsigned, int)>(preload::next_symbol("close_range"));
-  if (flags & CLOSE_RANGE_CLOEXEC) return real(first, last, flags);
+  const auto real = libc().close_range;
+  if (first > last || (flags & ~CLOSE_RANGE_UNSHARE) != 0) return real(first, last, flags);
   const unsigned high = std::min(last, 4096U);
   for (unsigned fd = first; fd <= std::min<unsigned>(last, static_cast<unsigned>(fds().highest())) && fd < preload::FdTable::kMax;
        ++fd)
@@ -129,7 +133,31 @@ SDP_EXPORT int close_range(unsigned first, unsigned last, int flags) noexcept {
 }
 SDP_EXPORT void closefrom(int first) noexcept { close_range(static_cast<unsigned>(std::max(first, 0)), ~0U, 0); }
 
-// --- stdio reads and writes inside libc, out of our sight
+// --- stdio reads, writes and closes inside libc, out of our sight
+
+namespace {
+/// What close() does before the kernel's close, for the descriptor of a stdio stream that is about to lose it.
+void before_stdio_close(FILE* file) noexcept {
+  if (file == nullptr) return;
+  const int saved = errno;
+  const int fd = fileno(file);
+  if (fd >= 0 && fds().kind(fd) != preload::Kind::none) {
+    std::fflush(file);
+    before_close(fd);
+  }
+  errno = saved;
+}
+}  // namespace
+
+SDP_EXPORT int fclose(FILE* file) {
+  before_stdio_close(file);
+  return libc().fclose(file);
+}
+SDP_EXPORT FILE* freopen(const char* path, const char* mode, FILE* file) {
+  before_stdio_close(file);
+  return libc().freopen(path, mode, file);
+}
+SDP_EXPORT FILE* freopen64(const char* path, const char* mode, FILE* file) { return freopen(path, mode, file); }
 
 SDP_EXPORT FILE* fdopen(int fd, const char* mode) noexcept {
   static const auto real = reinterpret_cast<decltype(&::fdopen)>(preload::next_symbol("fdopen"));

@@ -201,8 +201,12 @@ int wait_for(pollfd* set, nfds_t count, std::int64_t timeout_ns, const sigset_t*
   return preload::to_libc<int>(r);
 }
 
+/// -1: for ever. The caller has asked valid().
 std::int64_t to_ns(const timespec* ts) noexcept {
   return ts == nullptr ? -1 : static_cast<std::int64_t>(ts->tv_sec) * 1'000'000'000 + ts->tv_nsec;
+}
+bool valid(const timespec* ts) noexcept {
+  return ts == nullptr || (ts->tv_sec >= 0 && ts->tv_nsec >= 0 && ts->tv_nsec < 1'000'000'000);
 }
 
 template <class Plain>
@@ -267,9 +271,11 @@ SDP_EXPORT int poll(pollfd* set, nfds_t count, int timeout) {
                   [&] { return libc().poll(set, count, timeout); });
 }
 SDP_EXPORT int ppoll(pollfd* set, nfds_t count, const timespec* timeout, const sigset_t* mask) {
+  if (!valid(timeout)) return libc().ppoll(set, count, timeout, mask);  // which has the error
   return wait_for(set, count, to_ns(timeout), mask, [&] { return libc().ppoll(set, count, timeout, mask); });
 }
 SDP_EXPORT int select(int n, fd_set* r, fd_set* w, fd_set* e, timeval* timeout) {
+  if (timeout != nullptr && (timeout->tv_sec < 0 || timeout->tv_usec < 0)) return libc().select(n, r, w, e, timeout);
   std::int64_t ns = -1;
   if (timeout != nullptr)
     ns = static_cast<std::int64_t>(timeout->tv_sec) * 1'000'000'000 + static_cast<std::int64_t>(timeout->tv_usec) * 1000;
@@ -287,6 +293,7 @@ SDP_EXPORT int select(int n, fd_set* r, fd_set* w, fd_set* e, timeval* timeout) 
   return result;
 }
 SDP_EXPORT int pselect(int n, fd_set* r, fd_set* w, fd_set* e, const timespec* timeout, const sigset_t* mask) {
+  if (!valid(timeout)) return libc().pselect(n, r, w, e, timeout, mask);
   return select_for(n, r, w, e, to_ns(timeout), mask, [&] { return libc().pselect(n, r, w, e, timeout, mask); });
 }
 
@@ -359,6 +366,7 @@ SDP_EXPORT int epoll_pwait(int epfd, epoll_event* events, int max, int timeout, 
                    [&] { return libc().epoll_pwait(epfd, events, max, timeout, mask); });
 }
 SDP_EXPORT int epoll_pwait2(int epfd, epoll_event* events, int max, const timespec* timeout, const sigset_t* mask) {
+  if (!valid(timeout)) return preload::to_libc<int>(-EINVAL);
   return epoll_for(epfd, events, max, to_ns(timeout), mask, [&] {
     return preload::to_libc<int>(sys::call(SYS_epoll_pwait2, epfd, sys::arg(events), max, sys::arg(timeout), sys::arg(mask), 8));
   });

@@ -1,58 +1,106 @@
 // Programs that are started: what they would inherit goes back to TCP first, for they may not run the library. Take-downs are
 // stores only, so that this is right in a vfork child as well; nothing else is touched there.
+#include <alloca.h>
 #include <spawn.h>
 #include <unistd.h>
 
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
-#include <vector>
 
 #include "preload/dispatch.hpp"
 #include "preload/runtime.hpp"
 
+using preload::before_exec;
+using preload::libc;
+
+SDP_EXPORT int execve(const char* path, char* const argv[], char* const envp[]) noexcept {
+  before_exec();
+  return libc().execve(path, argv, envp);
+}
+SDP_EXPORT int execv(const char* path, char* const argv[]) noexcept {
+  before_exec();
+  return libc().execve(path, argv, environ);
+}
+SDP_EXPORT int execvp(const char* file, char* const argv[]) noexcept {
+  before_exec();
+  return libc().execvpe(file, argv, environ);
+}
+SDP_EXPORT int execvpe(const char* file, char* const argv[], char* const envp[]) noexcept {
+  before_exec();
+  return libc().execvpe(file, argv, envp);
+}
+SDP_EXPORT int fexecve(int fd, char* const argv[], char* const envp[]) noexcept {
+  before_exec();
+  return libc().fexecve(fd, argv, envp);
+}
+
+// libc's own forms with a list reach none of the names above. The list lies on the stack, for malloc() may be in use: by a vfork
+// child's parent.
 namespace {
-template <class F>
-F next(const char* name) noexcept {
-  return reinterpret_cast<F>(preload::next_symbol(name));
+std::size_t list_length(va_list args) noexcept {
+  va_list copy;
+  va_copy(copy, args);
+  std::size_t n = 1;
+  while (va_arg(copy, char*) != nullptr) ++n;
+  va_end(copy);
+  return n;
+}
+/// Up to and with the null; `args` is then at what follows it.
+void list_into(char** argv, const char* first, va_list& args, std::size_t count) noexcept {
+  argv[0] = const_cast<char*>(first);
+  for (std::size_t i = 1; i <= count; ++i) argv[i] = va_arg(args, char*);
 }
 }  // namespace
 
-SDP_EXPORT int execve(const char* path, char* const argv[], char* const envp[]) noexcept {
-  preload::before_exec();
-  return next<decltype(&::execve)>("execve")(path, argv, envp);
+SDP_EXPORT int execl(const char* path, const char* arg, ...) noexcept {
+  va_list args;
+  va_start(args, arg);
+  const std::size_t count = list_length(args);
+  auto** argv = static_cast<char**>(alloca((count + 1) * sizeof(char*)));
+  list_into(argv, arg, args, count);
+  va_end(args);
+  return execve(path, argv, environ);
 }
-SDP_EXPORT int execv(const char* path, char* const argv[]) noexcept {
-  preload::before_exec();
-  return next<decltype(&::execv)>("execv")(path, argv);
+SDP_EXPORT int execle(const char* path, const char* arg, ...) noexcept {
+  va_list args;
+  va_start(args, arg);
+  const std::size_t count = list_length(args);
+  auto** argv = static_cast<char**>(alloca((count + 1) * sizeof(char*)));
+  list_into(argv, arg, args, count);
+  char* const* envp = va_arg(args, char* const*);
+  va_end(args);
+  return execve(path, argv, envp);
 }
-SDP_EXPORT int execvp(const char* file, char* const argv[]) noexcept {
-  preload::before_exec();
-  return next<decltype(&::execvp)>("execvp")(file, argv);
+SDP_EXPORT int execlp(const char* file, const char* arg, ...) noexcept {
+  va_list args;
+  va_start(args, arg);
+  const std::size_t count = list_length(args);
+  auto** argv = static_cast<char**>(alloca((count + 1) * sizeof(char*)));
+  list_into(argv, arg, args, count);
+  va_end(args);
+  return execvpe(file, argv, environ);
 }
-SDP_EXPORT int execvpe(const char* file, char* const argv[], char* const envp[]) noexcept {
-  preload::before_exec();
-  return next<decltype(&::execvpe)>("execvpe")(file, argv, envp);
-}
-SDP_EXPORT int fexecve(int fd, char* const argv[], char* const envp[]) noexcept {
-  preload::before_exec();
-  return next<decltype(&::fexecve)>("fexecve")(fd, argv, envp);
-}
+
 SDP_EXPORT int posix_spawn(pid_t* pid, const char* path, const posix_spawn_file_actions_t* actions, const posix_spawnattr_t* attr,
                            char* const argv[], char* const envp[]) {
-  preload::before_exec();
-  return next<decltype(&::posix_spawn)>("posix_spawn")(pid, path, actions, attr, argv, envp);
+  before_exec();
+  return libc().posix_spawn(pid, path, actions, attr, argv, envp);
 }
 SDP_EXPORT int posix_spawnp(pid_t* pid, const char* file, const posix_spawn_file_actions_t* actions, const posix_spawnattr_t* attr,
                             char* const argv[], char* const envp[]) {
-  preload::before_exec();
-  return next<decltype(&::posix_spawnp)>("posix_spawnp")(pid, file, actions, attr, argv, envp);
+  before_exec();
+  return libc().posix_spawnp(pid, file, actions, attr, argv, envp);
+}
+SDP_EXPORT int posix_spawn_file_actions_adddup2(posix_spawn_file_actions_t* actions, int fd, int to) noexcept {
+  preload::leave_lane(fd, sdp::LaneReason::exec);  // `to` is for the program to be run; nothing tells us at that time
+  return libc().posix_spawn_file_actions_adddup2(actions, fd, to);
 }
 SDP_EXPORT int system(const char* command) {
-  preload::before_exec();
-  return next<decltype(&::system)>("system")(command);
+  before_exec();
+  return libc().system(command);
 }
 SDP_EXPORT FILE* popen(const char* command, const char* mode) {
-  preload::before_exec();
-  return next<decltype(&::popen)>("popen")(command, mode);
+  before_exec();
+  return libc().popen(command, mode);
 }

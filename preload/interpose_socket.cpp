@@ -2,6 +2,8 @@
 #include <netinet/in.h>
 #include <sys/time.h>
 
+#include <atomic>
+
 #include "preload/dispatch.hpp"
 #include "preload/epoll_set.hpp"
 #include "preload/mode_guard.hpp"
@@ -36,7 +38,11 @@ std::int64_t timeval_ns(const void* value, socklen_t len) noexcept {
   return static_cast<std::int64_t>(tv.tv_sec) * 1'000'000'000 + static_cast<std::int64_t>(tv.tv_usec) * 1000;
 }
 
+/// Some socket got a time-out before it was a stream: connect() has to look whether it was its own.
+std::atomic<bool> early_timeouts{false};
+
 void read_timeouts(int fd, Stream stream) noexcept {
+  if (!early_timeouts.load(std::memory_order_relaxed)) return;
   for (const int option : {SO_RCVTIMEO, SO_SNDTIMEO}) {
     timeval tv{};
     socklen_t len = sizeof tv;
@@ -113,7 +119,11 @@ SDP_EXPORT int setsockopt(int fd, int level, int name, const void* value, sockle
   const Stream stream = fds().find(fd);
   if (stream && preload::no_lane_with(level, name, value, len)) stream.take_down(sdp::LaneReason::mode);
   const int r = libc().setsockopt(fd, level, name, value, len);
-  if (r == 0 && stream && level == SOL_SOCKET && (name == SO_RCVTIMEO || name == SO_SNDTIMEO))
-    stream.set_timeout(name, timeval_ns(value, len));
+  if (r == 0 && level == SOL_SOCKET && (name == SO_RCVTIMEO || name == SO_SNDTIMEO)) {
+    if (stream)
+      stream.set_timeout(name, timeval_ns(value, len));
+    else
+      early_timeouts.store(true, std::memory_order_relaxed);
+  }
   return r;
 }

@@ -112,6 +112,8 @@ constexpr Libc make_raw() noexcept {
   raw<SYS_epoll_ctl>(table.epoll_ctl);
   raw<SYS_epoll_wait>(table.epoll_wait);
   table.epoll_pwait = raw_epoll_pwait;
+  raw<SYS_close_range>(table.close_range);
+  raw<SYS_execve>(table.execve);
   return table;
 }
 
@@ -158,6 +160,17 @@ void resolve() noexcept {
   take(t.epoll_ctl, "epoll_ctl");
   take(t.epoll_wait, "epoll_wait");
   take(t.epoll_pwait, "epoll_pwait");
+  take(t.close_range, "close_range");
+  take(t.execve, "execve");
+  take(t.execvpe, "execvpe");
+  take(t.fexecve, "fexecve");
+  take(t.posix_spawn, "posix_spawn");
+  take(t.posix_spawnp, "posix_spawnp");
+  take(t.posix_spawn_file_actions_adddup2, "posix_spawn_file_actions_adddup2");
+  take(t.system, "system");
+  take(t.popen, "popen");
+  take(t.fclose, "fclose");
+  take(t.freopen, "freopen");
   real_table = t;
 }
 

@@ -15,6 +15,9 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include <cstdio>
+#include <cstdlib>
+
 namespace preload {
 
 struct Libc {
@@ -49,6 +52,20 @@ struct Libc {
   decltype(&::epoll_ctl) epoll_ctl;
   decltype(&::epoll_wait) epoll_wait;
   decltype(&::epoll_pwait) epoll_pwait;
+  // Resolved with the rest, for a vfork child may not call dlsym. Those that are no plain system call stand at null before that.
+  decltype(&::close_range) close_range;
+  decltype(&::execve) execve;
+  decltype(&::execvpe) execvpe;
+  decltype(&::fexecve) fexecve;
+  int (*posix_spawn)(pid_t*, const char*, const posix_spawn_file_actions_t*, const posix_spawnattr_t*, char* const[],
+                     char* const[]);
+  int (*posix_spawnp)(pid_t*, const char*, const posix_spawn_file_actions_t*, const posix_spawnattr_t*, char* const[],
+                      char* const[]);
+  decltype(&::posix_spawn_file_actions_adddup2) posix_spawn_file_actions_adddup2;
+  int (*system)(const char*);
+  FILE* (*popen)(const char*, const char*);
+  int (*fclose)(FILE*);
+  FILE* (*freopen)(const char*, const char*, FILE*);
 };
 
 /// Resolves on first use.

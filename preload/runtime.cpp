@@ -8,6 +8,7 @@
 
 #include "preload/epoll_set.hpp"
 #include "preload/fd_table.hpp"
+#include "preload/libc.hpp"
 #include "rdma_core/base/log.hpp"
 #include "rdma_core/base/sys.hpp"
 #include "rdma_core/builtin_drivers.hpp"
@@ -66,13 +67,15 @@ void before_exec() noexcept {
     const sdp::Stream stream = fds().find(fd);
     if (!stream || !stream.has_lane()) continue;
     const long flags = rdma::sys::call(SYS_fcntl, fd, F_GETFD);
-    if (flags >= 0 && (flags & FD_CLOEXEC) == 0) stream.take_down(sdp::LaneReason::exec);
+    // In a vfork child the number may stand for another file by now.
+    if (flags >= 0 && (flags & FD_CLOEXEC) == 0 && stream.is_named_by(fd)) stream.take_down(sdp::LaneReason::exec);
   }
 }
 
 namespace {
 // Settings are read here, before main: programs such as nginx clear or overwrite their environment.
 __attribute__((constructor)) void at_load() {
+  (void)libc();
   if (sdp::engine::options().policy != sdp::Family::tcp) rdma::prepare_process();
 }
 __attribute__((destructor)) void at_exit() {

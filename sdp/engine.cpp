@@ -120,6 +120,8 @@ std::uint32_t process_id() noexcept {
   return pid;
 }
 
+bool in_vfork_child() noexcept { return process_id() != static_cast<std::uint32_t>(sys::call(SYS_getpid)); }
+
 int high_fd(int fd) noexcept {
   if (fd < 0) return fd;
   rlimit limit{};
@@ -176,6 +178,13 @@ void free_stream(StreamImpl* s) noexcept {
   s->next = e.free_streams;
   e.free_streams = s;
   e.lock.unlock();
+}
+
+bool free_at_once(StreamImpl* s) noexcept {
+  Engine& e = engine();
+  if (e.lock.held_by_me()) return false;
+  free_stream(s);
+  return true;
 }
 
 Stream handle_of(const StreamImpl* s) noexcept {

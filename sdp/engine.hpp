@@ -71,6 +71,9 @@ void spin_result(bool found) noexcept;
 /// What a look at streams without their locks begins with: Grace::Look look(engine::grace()).
 Grace& grace() noexcept;
 
+/// True in a vfork child: it has descriptors of its own but shares its parent's memory, where nothing may be changed for its sake.
+bool in_vfork_child() noexcept;
+
 /// True if `fd` is one of ours: close, dup2 and close_range must leave it alone.
 bool is_helper_fd(int fd) noexcept;
 

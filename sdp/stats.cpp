@@ -15,6 +15,7 @@
 #include "rdma_core/base/sys.hpp"
 #include "sdp/high_fd.hpp"
 #include "sdp/stats_process.hpp"
+#include "sdp/stream_impl.hpp"
 
 namespace sdp {
 namespace {
@@ -92,7 +93,7 @@ constinit Process process;
 /// Where connections are counted when nothing else can be had: shared by all of them, read by nobody.
 constinit ConnStats sink;
 
-std::uint32_t own_pid() noexcept { return static_cast<std::uint32_t>(sys::call(SYS_getpid)); }
+std::uint32_t own_pid() noexcept { return engine::process_id(); }
 
 /// A lock for rare moments that a fork's child finds open: a holder of another process does not count.
 class PidLock {

@@ -172,9 +172,11 @@ void Stream::close(int fd) const noexcept {
     lane->write_word(kGone, reset ? 1 : 0);
   }
   s->generation.fetch_add(1, std::memory_order_acq_rel);
-  s->phase.store(Phase::final, std::memory_order_release);
+  const Phase was = s->phase.exchange(Phase::final, std::memory_order_acq_rel);
   if (lane != nullptr) lane->wake_sleepers();
   s->lock.unlock();
+  // Most connections are over before they are worth a lane: the service thread has never heard of them and is not woken.
+  if ((was == Phase::plain || was == Phase::unjudged) && engine::free_at_once(s)) return;
   engine::closed(s, fd);
 }
 
@@ -234,6 +236,8 @@ void Stream::take_down(LaneReason reason) const noexcept {
   if (s->generation.load(std::memory_order_relaxed) == generation()) s->take_down_locked(reason);
   s->lock.unlock();
 }
+
+bool Stream::is_named_by(int fd) const noexcept { return impl()->names_us(fd); }
 
 bool Stream::has_lane() const noexcept {
   return impl()->phase.load(std::memory_order_acquire) == Phase::laned || impl()->strictly_waiting();

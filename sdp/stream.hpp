@@ -59,6 +59,8 @@ class Stream {
   /// an exec. Waits for nobody. Cheap when there is no lane.
   void take_down(LaneReason reason) const noexcept;
 
+  bool is_named_by(int fd) const noexcept;  ///< of a stream that has a lane: does `fd` still name its connection?
+
   // --- waiting for several descriptors (poll, select, epoll); see the protocol below
   bool has_lane() const noexcept;  ///< a lane may carry bytes now or soon: the call must take part in the protocol below
   std::uint32_t poll(

@@ -177,6 +177,7 @@ AnchorCounts anchor_counts(int fd) noexcept;
 namespace engine {
 StreamImpl* new_stream() noexcept;
 void free_stream(StreamImpl*) noexcept;
+bool free_at_once(StreamImpl*) noexcept;    ///< false: not now, for this is a signal handler's thread and it is inside already
 std::uint32_t process_id() noexcept;        ///< cached, right in a fork's child too
 void closed(StreamImpl*, int fd) noexcept;  ///< the program closed it: its lane is retired, the cell reused
 void pursue(StreamImpl*) noexcept;          ///< ask the service thread to make a lane
