@@ -1,11 +1,12 @@
-// The machine's floors, which nothing between two processes can beat: one cache line's round trip between two cores, and memcpy.
-// Prints one line of JSON: nanoseconds and GB/s (10^9 bytes copied a second).
+// The machine's floors, which nothing between two processes can beat: one cache line's round trip between two cores, memcpy, and
+// what two cores can hand on that copy into a ring and out of it, as any socket does. Prints one line of JSON: nanoseconds and GB/s (10^9 bytes copied a second).
 #include <pthread.h>
 #include <sched.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -70,6 +71,39 @@ double line_round_trip_ns(int cpu_a, int cpu_b) {
   return median(batches);
 }
 
+/// One thread copies into a ring of 16 slots of 64 KiB, another out of it; both from and to memory that fits their caches.
+double two_copies_gb_per_s(int cpu_a, int cpu_b) {
+  constexpr std::size_t kSlot = 64U << 10, kSlots = 16, kOwn = 128U << 10;
+  constexpr std::uint64_t kMessages = (std::uint64_t{2} << 30) / kSlot;
+  struct alignas(128) Count {
+    std::atomic<std::uint64_t> value{0};
+  };
+  Count written, read;
+  std::vector<char> ring(kSlot * kSlots, 1);
+  std::thread reader([&] {
+    pin_to(cpu_b);
+    std::vector<char> own(kOwn, 1);
+    for (std::uint64_t i = 0; i < kMessages; ++i) {
+      while (written.value.load(std::memory_order_acquire) <= i) {
+      }
+      std::memcpy(own.data() + i * kSlot % kOwn, ring.data() + i % kSlots * kSlot, kSlot);
+      asm volatile("" : : "r"(own.data()) : "memory");
+      read.value.store(i + 1, std::memory_order_release);
+    }
+  });
+  pin_to(cpu_a);
+  const std::vector<char> own(kOwn, 2);
+  const auto start = SteadyClock::now();
+  for (std::uint64_t i = 0; i < kMessages; ++i) {
+    while (i - read.value.load(std::memory_order_acquire) >= kSlots) {
+    }
+    std::memcpy(ring.data() + i % kSlots * kSlot, own.data() + i * kSlot % kOwn, kSlot);
+    written.value.store(i + 1, std::memory_order_release);
+  }
+  reader.join();
+  return static_cast<double>(kMessages * kSlot) / seconds_since(start) / 1e9;
+}
+
 double memcpy_gb_per_s(std::size_t bytes) {
   // On pages of their own: with operands a few bytes off each other's page offset some CPUs copy ten times slower.
   const std::unique_ptr<char, decltype(&std::free)> from(static_cast<char*>(std::aligned_alloc(4096, bytes)), &std::free);
@@ -95,9 +129,12 @@ double memcpy_gb_per_s(std::size_t bytes) {
 int main() {
   const std::vector<int> cpus = allowed_cpus();
   if (cpus.size() >= 2) {
-    std::printf("{\"cpus\": [%d, %d], \"line_round_trip_ns\": %.1f, ", cpus[0], cpus[1], line_round_trip_ns(cpus[0], cpus[1]));
+    std::vector<double> rates;
+    for (int i = 0; i < 5; ++i) rates.push_back(two_copies_gb_per_s(cpus[0], cpus[1]));
+    std::printf("{\"cpus\": [%d, %d], \"line_round_trip_ns\": %.1f, \"two_copies_gb_per_s\": %.1f, ", cpus[0], cpus[1],
+                line_round_trip_ns(cpus[0], cpus[1]), median(rates));
   } else {
-    std::printf("{\"line_round_trip_ns\": null, ");  // with one core there is no such thing
+    std::printf("{\"line_round_trip_ns\": null, \"two_copies_gb_per_s\": null, ");  // with one core there is no such thing
   }
   std::printf("\"memcpy_gb_per_s\": {\"16 KiB\": %.1f, \"1 MiB\": %.1f, \"16 MiB\": %.1f}}\n", memcpy_gb_per_s(16U << 10),
               memcpy_gb_per_s(1U << 20), memcpy_gb_per_s(16U << 20));
