@@ -1,5 +1,6 @@
 // The machine's floors, which nothing between two processes can beat: one cache line's round trip between two cores, memcpy, and
-// what two cores can hand on that copy into a ring and out of it, as any socket does. Prints one line of JSON: nanoseconds and GB/s (10^9 bytes copied a second).
+// what two cores can hand on that copy into a ring and out of it, as any socket does. Prints one line of JSON: nanoseconds and GB/s
+// (10^9 bytes copied a second).
 #include <pthread.h>
 #include <sched.h>
 
@@ -129,8 +130,8 @@ double memcpy_gb_per_s(std::size_t bytes) {
 int main() {
   const std::vector<int> cpus = allowed_cpus();
   if (cpus.size() >= 2) {
-    std::vector<double> rates;
-    for (int i = 0; i < 5; ++i) rates.push_back(two_copies_gb_per_s(cpus[0], cpus[1]));
+    std::vector<double> rates(5);
+    for (double& rate : rates) rate = two_copies_gb_per_s(cpus[0], cpus[1]);
     std::printf("{\"cpus\": [%d, %d], \"line_round_trip_ns\": %.1f, \"two_copies_gb_per_s\": %.1f, ", cpus[0], cpus[1],
                 line_round_trip_ns(cpus[0], cpus[1]), median(rates));
   } else {

@@ -891,6 +891,7 @@ CASE(self_threads_frame_records) {
   Pair pair = self_pair();
   constexpr int kThreads = 4, kRecords = 500;
   std::vector<std::thread> threads;
+  threads.reserve(kThreads);
   for (int t = 0; t < kThreads; ++t)
     threads.emplace_back([&, t] {
       std::mt19937 random(static_cast<unsigned>(t));
@@ -924,6 +925,7 @@ CASE(threads_read_one_socket) {
   constexpr long kBytes = 2'000'000;
   std::atomic<long> got{0};
   std::vector<std::thread> threads;
+  threads.reserve(4);
   for (int t = 0; t < 4; ++t)
     threads.emplace_back([&] {
       std::vector<char> buffer(10'000);

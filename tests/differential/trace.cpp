@@ -127,6 +127,7 @@ Peer::Peer() {
     if (std::strncmp(*e, "LD_PRELOAD=", 11) != 0) kept.emplace_back(*e);
   if (is_set("PEER_PRELOAD")) kept.push_back(std::string("LD_PRELOAD=") + std::getenv("PEER_PRELOAD"));
   std::vector<char*> env;
+  env.reserve(kept.size() + 1);
   for (std::string& e : kept) env.push_back(e.data());
   env.push_back(nullptr);
   std::string number = "3";
