@@ -8,6 +8,12 @@ namespace sdp {
 
 using wire::Mid;
 
+namespace {
+/// A peer may say any size up to 4 GiB. Longer messages than this bring nothing and could not be counted in memory for long.
+constexpr std::uint32_t kLongestMessage = std::uint32_t{16} << 20;
+constexpr std::uint32_t believable(std::uint32_t size) noexcept { return std::min(size, kLongestMessage); }
+}  // namespace
+
 bool Connection::move(ConnEvent event) noexcept {
   const auto next = next_state(state_, event);
   if (!next) return false;
@@ -43,7 +49,7 @@ void Connection::emit_hello_ack(std::span<std::byte, wire::kHelloAckBytes> out) 
 
 Rx Connection::on_message_slow(std::span<const std::byte> shared) noexcept {
   // The peer can still write to the message: everything but payload is judged on a copy.
-  std::byte copy[wire::kHelloBytes];
+  std::byte copy[wire::kNativeHelloAckBytes];
   const std::size_t n = std::min(shared.size(), sizeof copy);
   std::memcpy(copy, shared.data(), n);
   const std::span<const std::byte> msg(copy, n);
@@ -51,7 +57,7 @@ Rx Connection::on_message_slow(std::span<const std::byte> shared) noexcept {
   if (state_ == ConnState::hello_wait) {
     const auto hello = wire::parse_hello(msg);
     if (!hello) return fail(to_string(hello.error()));
-    peer_recv_size_ = hello.value().local_rcv_size;
+    peer_recv_size_ = believable(hello.value().local_rcv_size);
     credit_.start(rdma::load_be16(copy + 2), limits_.recv_buffers);
     hello_ack_due_ = true;
     move(ConnEvent::rx_hello);
@@ -60,7 +66,7 @@ Rx Connection::on_message_slow(std::span<const std::byte> shared) noexcept {
   if (state_ == ConnState::hello_sent) {
     const auto ack = wire::parse_hello_ack(msg);
     if (!ack) return fail(to_string(ack.error()));
-    peer_recv_size_ = ack.value().actual_rcv_size;
+    peer_recv_size_ = believable(ack.value().actual_rcv_size);
     credit_.start(rdma::load_be16(copy + 2), limits_.recv_buffers);
     move(ConnEvent::rx_hello_ack);
     return Rx::established;
@@ -103,8 +109,8 @@ Rx Connection::on_message_slow(std::span<const std::byte> shared) noexcept {
       const auto granted = wire::parse_ch_rcv_buf_ack(msg);
       if (!granted || !resize_asked_) return fail("bad ChRcvBufAck");
       resize_asked_ = false;
-      if (granted.value().size < peer_recv_size_) return fail("ChRcvBufAck shrinks the buffers");
-      peer_recv_size_ = granted.value().size;
+      if (believable(granted.value().size) < peer_recv_size_) return fail("ChRcvBufAck shrinks the buffers");
+      peer_recv_size_ = believable(granted.value().size);
       return Rx::resized;
     }
     // No completion, cancel or mode of zero copy is expected while we advertise nothing; adverts of the peer's are answered with

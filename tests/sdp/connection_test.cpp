@@ -49,6 +49,27 @@ BOOST_AUTO_TEST_CASE(hello_establishes_both_ends) {
   BOOST_TEST(p.a.credit().credits() == 6);
 }
 
+BOOST_AUTO_TEST_CASE(a_hello_of_the_length_of_native_private_data_is_taken) {
+  Connection a{{}}, b{{}};
+  std::array<std::byte, wire::kNativeHelloBytes> padded{};
+  wire::HelloHeader addresses;
+  addresses.local_port = 1;
+  a.emit_hello(addresses, std::span<std::byte, wire::kHelloBytes>(padded.data(), wire::kHelloBytes));
+  rdma::store_be32(padded.data() + 4, wire::kNativeHelloBytes);
+  b.await_hello();
+  BOOST_TEST((b.on_message(padded) == Rx::established), b.error());
+}
+
+BOOST_AUTO_TEST_CASE(a_peer_that_says_it_takes_four_gigabytes_is_not_believed) {
+  Connection a{{}}, b{{}};
+  std::array<std::byte, wire::kHelloBytes> hello{};
+  a.emit_hello({}, hello);
+  rdma::store_be32(hello.data() + 24, UINT32_MAX);
+  b.await_hello();
+  BOOST_TEST((b.on_message(hello) == Rx::established), b.error());
+  BOOST_TEST(b.max_payload() <= (16U << 20));
+}
+
 BOOST_AUTO_TEST_CASE(another_major_version_aborts) {
   Connection a{kLimits}, b{kLimits};
   std::array<std::byte, wire::kHelloBytes> hello;
