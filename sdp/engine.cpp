@@ -37,6 +37,7 @@ struct Engine {
   rdma::SharedSlab lanes{sizeof(Lane)};
   rdma::SharedLock lock;  ///< guards service creation and the free list
   StreamImpl* free_streams = nullptr;
+  StreamImpl* leaving_streams = nullptr;  ///< closed while a thread was inside: free when it has left
   std::atomic<Service*> service{nullptr};
   bool service_failed = false;
   std::unique_ptr<Capture> capture;  ///< made by the service thread
@@ -175,8 +176,18 @@ void free_stream(StreamImpl* s) noexcept {
   s->stash = s->resend = nullptr;
   Engine& e = engine();
   (void)e.lock.lock();
-  s->next = e.free_streams;
-  e.free_streams = s;
+  s->next = e.leaving_streams;
+  e.leaving_streams = s;
+  for (StreamImpl** at = &e.leaving_streams; *at != nullptr;) {
+    StreamImpl* const each = *at;
+    if (each->somebody_inside()) {
+      at = &each->next;
+      continue;
+    }
+    *at = each->next;
+    each->next = e.free_streams;
+    e.free_streams = each;
+  }
   e.lock.unlock();
 }
 
@@ -369,7 +380,7 @@ void after_fork_child() noexcept {
   }
   e->service.store(nullptr);
   e->service_failed = false;
-  e->free_streams = nullptr;  // the parent's cells
+  e->free_streams = e->leaving_streams = nullptr;  // the parent's cells
   if (e->capture != nullptr) {
     e->capture->abandon_in_child();
     (void)e->capture.release();  // the parent's lanes, which the child may still end, point to it

@@ -95,6 +95,11 @@ class alignas(64) StreamImpl {
   StreamImpl* next_command = nullptr;
   StreamImpl* next = nullptr;  ///< free list, or the service thread's list
 
+  /// A thread that is in the kernel, or in a wait, for this stream; it will take itself out of the counts.
+  bool somebody_inside() const noexcept {
+    return kernel_senders.load() != 0 || kernel_receivers.load() != 0 || plain_waiters.load() != 0 || waiters.load() != 0;
+  }
+
   /// Bytes that the kernel has moved for the program; enough of them, and the stream is worth a lane.
   void count_tcp(bool sent, std::int64_t bytes) noexcept;
 

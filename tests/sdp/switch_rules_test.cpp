@@ -313,6 +313,17 @@ BOOST_AUTO_TEST_CASE(rule_11_another_socket_under_the_number_gets_no_byte_of_our
   for (const int fd : stranger) close(fd);
 }
 
+BOOST_AUTO_TEST_CASE(a_closed_streams_cell_is_not_reused_while_a_thread_is_inside) {
+  StreamImpl* const s = engine::new_stream();
+  s->kernel_receivers = 1;  // it sits in recv(), which goes on after another thread's close()
+  engine::free_stream(s);
+  StreamImpl* const other = engine::new_stream();
+  BOOST_TEST((other != s));
+  s->kernel_receivers = 0;
+  engine::free_stream(other);
+  BOOST_TEST((engine::new_stream() == s || engine::new_stream() == s));
+}
+
 BOOST_AUTO_TEST_CASE(rule_12_the_kernels_entry_keeps_what_the_lane_does_not_carry) {
   Rig r;
   constexpr std::uint32_t kAll = POLLIN | POLLOUT | POLLRDHUP;
