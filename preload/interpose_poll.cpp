@@ -181,9 +181,9 @@ bool any_stream(const pollfd* set, nfds_t count) noexcept {
 
 /// `plain` is libc's way; it runs when no lane is concerned.
 template <class Plain>
-int wait_for(pollfd* set, nfds_t count, std::int64_t timeout_ns, const sigset_t* mask, Plain plain) {
+[[gnu::noinline]] int wait_for(pollfd* set, nfds_t count, std::int64_t timeout_ns, const sigset_t* mask, Plain plain) {
   constexpr nfds_t kOnStack = 64;
-  if (set == nullptr || count > (1U << 20) || fds().highest() < 0 || !any_stream(set, count)) return plain();
+  if (set == nullptr || count > (1U << 20) || !any_stream(set, count)) return plain();
   if (!any_lane(set, count)) {
     PlainWait counted(set, count);
     if (!any_lane(set, count)) return plain();  // either we saw the lane, or the switch sees us
@@ -266,16 +266,24 @@ int select_for(int n, fd_set* r, fd_set* w, fd_set* e, std::int64_t timeout_ns, 
 
 }  // namespace
 
+// A process without streams pays one look for each call; what follows has large frames.
+namespace {
+bool no_stream_yet() noexcept { return fds().highest() < 0; }
+}  // namespace
+
 SDP_EXPORT int poll(pollfd* set, nfds_t count, int timeout) {
+  if (no_stream_yet()) [[likely]]
+    return libc().poll(set, count, timeout);
   return wait_for(set, count, timeout < 0 ? -1 : static_cast<std::int64_t>(timeout) * 1'000'000, nullptr,
                   [&] { return libc().poll(set, count, timeout); });
 }
 SDP_EXPORT int ppoll(pollfd* set, nfds_t count, const timespec* timeout, const sigset_t* mask) {
-  if (!valid(timeout)) return libc().ppoll(set, count, timeout, mask);  // which has the error
+  if (no_stream_yet() || !valid(timeout)) return libc().ppoll(set, count, timeout, mask);
   return wait_for(set, count, to_ns(timeout), mask, [&] { return libc().ppoll(set, count, timeout, mask); });
 }
 SDP_EXPORT int select(int n, fd_set* r, fd_set* w, fd_set* e, timeval* timeout) {
-  if (timeout != nullptr && (timeout->tv_sec < 0 || timeout->tv_usec < 0)) return libc().select(n, r, w, e, timeout);
+  if (no_stream_yet() || (timeout != nullptr && (timeout->tv_sec < 0 || timeout->tv_usec < 0)))
+    return libc().select(n, r, w, e, timeout);
   std::int64_t ns = -1;
   if (timeout != nullptr)
     ns = static_cast<std::int64_t>(timeout->tv_sec) * 1'000'000'000 + static_cast<std::int64_t>(timeout->tv_usec) * 1000;
@@ -293,7 +301,7 @@ SDP_EXPORT int select(int n, fd_set* r, fd_set* w, fd_set* e, timeval* timeout) 
   return result;
 }
 SDP_EXPORT int pselect(int n, fd_set* r, fd_set* w, fd_set* e, const timespec* timeout, const sigset_t* mask) {
-  if (!valid(timeout)) return libc().pselect(n, r, w, e, timeout, mask);
+  if (no_stream_yet() || !valid(timeout)) return libc().pselect(n, r, w, e, timeout, mask);
   return select_for(n, r, w, e, to_ns(timeout), mask, [&] { return libc().pselect(n, r, w, e, timeout, mask); });
 }
 
