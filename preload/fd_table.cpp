@@ -20,6 +20,7 @@ FdTable& fds() noexcept { return table; }
 void FdTable::set(int fd, sdp::Stream stream) noexcept {
   if (static_cast<unsigned>(fd) >= kMax) return;
   streams_[fd].store(stream.word(), std::memory_order_release);
+  if (stream) used_.store(true, std::memory_order_relaxed);
   int high = highest_.load(std::memory_order_relaxed);
   while (fd > high && !highest_.compare_exchange_weak(high, fd, std::memory_order_relaxed)) {
   }

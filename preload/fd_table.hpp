@@ -37,12 +37,15 @@ class FdTable {
   void before_fork() noexcept;
   /// After fork, in the child: every stream is exchanged for the child's own.
   void inherit() noexcept;
+  /// Has there been a stream at all? Most processes have none.
+  bool ever_used() const noexcept { return used_.load(std::memory_order_relaxed); }
   int highest() const noexcept { return highest_.load(std::memory_order_relaxed); }
 
  private:
   std::atomic<std::uint64_t> streams_[kMax];
   std::atomic<Kind> kinds_[kMax];
   std::atomic<int> highest_;
+  std::atomic<bool> used_;
   std::atomic<bool> duplicates_;  ///< some stream has had two descriptors: closing must search
 };
 

@@ -268,7 +268,7 @@ int select_for(int n, fd_set* r, fd_set* w, fd_set* e, std::int64_t timeout_ns, 
 
 // A process without streams pays one look for each call; what follows has large frames.
 namespace {
-bool no_stream_yet() noexcept { return fds().highest() < 0; }
+bool no_stream_yet() noexcept { return !fds().ever_used(); }
 }  // namespace
 
 SDP_EXPORT int poll(pollfd* set, nfds_t count, int timeout) {
@@ -307,11 +307,13 @@ SDP_EXPORT int pselect(int n, fd_set* r, fd_set* w, fd_set* e, const timespec* t
 
 extern "C" void __chk_fail(void) __attribute__((noreturn));
 SDP_EXPORT int __poll_chk(pollfd* set, nfds_t count, int timeout, size_t room) {
-  if (room / sizeof(pollfd) < count) __chk_fail();
+  if (count > room / sizeof(pollfd)) __chk_fail();
+  if (no_stream_yet()) [[likely]]
+    return libc().poll(set, count, timeout);
   return poll(set, count, timeout);
 }
 SDP_EXPORT int __ppoll_chk(pollfd* set, nfds_t count, const timespec* timeout, const sigset_t* mask, size_t room) {
-  if (room / sizeof(pollfd) < count) __chk_fail();
+  if (count > room / sizeof(pollfd)) __chk_fail();
   return ppoll(set, count, timeout, mask);
 }
 
