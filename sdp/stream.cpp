@@ -89,16 +89,18 @@ std::int64_t Stream::recvmsg(int fd, msghdr* msg, int flags) const {
 // On a lane the file's bytes are read straight into a bounce buffer and sent from there; on TCP it is the kernel's sendfile.
 std::int64_t Stream::sendfile(int fd, int in_fd, std::int64_t* offset, std::size_t count) const {
   StreamImpl* s = impl();
-  if (s->phase.load(std::memory_order_acquire) == Phase::laned && s->tx.load(std::memory_order_acquire) == TxState::prepared &&
-      s->lock.enter()) {
+  bool resending = false;
+  if (s->phase.load(std::memory_order_acquire) == Phase::laned && s->lock.enter()) {
     if (s->generation.load(std::memory_order_relaxed) == generation() && s->phase.load(std::memory_order_relaxed) == Phase::laned &&
-        s->usable_here())
+        s->usable_here()) {
       s->try_switch(fd);
+      resending = s->resend != nullptr && !s->flush_resend(fd);  // then send() knows what comes first
+    }
     s->lock.unlock();
   }
   if (s->phase.load(std::memory_order_acquire) == Phase::unjudged) s->judge(fd);
-  const bool by_tcp =
-      s->phase.load(std::memory_order_acquire) != Phase::laned || s->tx.load(std::memory_order_acquire) != TxState::lane;
+  const bool by_tcp = !resending && (s->phase.load(std::memory_order_acquire) != Phase::laned ||
+                                     s->tx.load(std::memory_order_acquire) != TxState::lane);
   if (by_tcp && !(s->strict.load(std::memory_order_relaxed) && s->tx.load(std::memory_order_acquire) != TxState::ended)) {
     s->kernel_senders.fetch_add(1, std::memory_order_seq_cst);
     if (s->tx.load(std::memory_order_seq_cst) != TxState::lane) {
@@ -291,7 +293,9 @@ std::uint32_t Stream::kernel_events(std::uint32_t events) const noexcept {
   if (s->strictly_waiting()) return s->phase.load() == Phase::unjudged ? events : events & ~out;
   if (s->phase.load(std::memory_order_acquire) != Phase::laned) return events;
   if (s->strict.load(std::memory_order_relaxed) && s->tx.load(std::memory_order_acquire) == TxState::prepared) events &= ~out;
-  if (s->rx.load(std::memory_order_acquire) == RxState::lane) events &= ~static_cast<std::uint32_t>(POLLIN | POLLRDNORM);
+  // An abandoned direction reads nothing before the peer has said how it goes on, whatever lies on the anchor.
+  const RxState rx = s->rx.load(std::memory_order_acquire);
+  if (rx == RxState::lane || rx == RxState::abandoned) events &= ~static_cast<std::uint32_t>(POLLIN | POLLRDNORM);
   if (s->tx.load(std::memory_order_acquire) == TxState::lane) events &= ~static_cast<std::uint32_t>(POLLOUT | POLLWRNORM);
   return events;
 }

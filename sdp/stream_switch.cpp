@@ -105,8 +105,10 @@ void StreamImpl::advance_rx(int at) noexcept {
       resent_from = lane->said(kSwitch, &p) && p > received ? p : received;
       resent_to = resent_from + (end > lane->rx_bytes() ? end - lane->rx_bytes() : 0);
       rx.store(RxState::resent, std::memory_order_release);
+      state_edges.fetch_add(1, std::memory_order_relaxed);
     } else if (lane->said(kEnd) || lane_is_left()) {
       rx.store(before_abandon, std::memory_order_release);
+      state_edges.fetch_add(1, std::memory_order_relaxed);
     }
   }
   if (rx.load(std::memory_order_relaxed) == RxState::resent && tcp_received.load(std::memory_order_relaxed) >= resent_to) {
