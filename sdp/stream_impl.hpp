@@ -176,6 +176,7 @@ struct AnchorCounts {
   std::uint64_t sent = 0;
   std::uint64_t received = 0;  ///< by the kernel; consumed = received - SIOCINQ
   std::uint64_t queued = 0;    ///< SIOCINQ
+  bool may_send = false;       ///< our half is open
 };
 AnchorCounts anchor_counts(int fd) noexcept;
 

@@ -18,6 +18,11 @@ namespace sdp {
 
 namespace sys = rdma::sys;
 
+namespace {
+// The kernel's TCP_ESTABLISHED…, which no header shares.
+constexpr std::uint8_t kEstablished = 1, kFinWait1 = 4, kFinWait2 = 5, kCloseWait = 8;
+}  // namespace
+
 AnchorCounts anchor_counts(int fd) noexcept {
   AnchorCounts counts;
   tcp_info info{};
@@ -30,6 +35,7 @@ AnchorCounts anchor_counts(int fd) noexcept {
   counts.sent = info.tcpi_bytes_sent - info.tcpi_bytes_retrans + info.tcpi_notsent_bytes;
   counts.received = info.tcpi_bytes_received;
   counts.queued = static_cast<std::uint64_t>(queued);
+  counts.may_send = info.tcpi_state == kEstablished || info.tcpi_state == kCloseWait;
   return counts;
 }
 
@@ -39,7 +45,6 @@ bool has_fin(int fd) noexcept {
   tcp_info info{};
   socklen_t len = sizeof info;
   if (sys::call(SYS_getsockopt, fd, IPPROTO_TCP, TCP_INFO, sys::arg(&info), sys::arg(&len)) != 0) return true;
-  constexpr std::uint8_t kEstablished = 1, kFinWait1 = 4, kFinWait2 = 5;  // the kernel's TCP_ESTABLISHED…, which no header shares
   return info.tcpi_state != kEstablished && info.tcpi_state != kFinWait1 && info.tcpi_state != kFinWait2;
 }
 }  // namespace
@@ -89,6 +94,7 @@ void StreamImpl::try_switch(int at) noexcept {
     take_down_locked(LaneReason::foreign_use);
     return;
   }
+  if (!counts.may_send) return end_tx_locked();  // half-closed before the lane was up
   tx.store(TxState::lane, std::memory_order_release);
   state_edges.fetch_add(1, std::memory_order_relaxed);
   lane->write_word(kSwitch, counts.sent);
@@ -207,6 +213,7 @@ bool StreamImpl::resume_after_resend() noexcept {
   lane->drain();
   (void)lane->fetch_rest(nullptr);
   lane->discard(static_cast<std::size_t>(received - resent_from));
+  anchor_event.store(true, std::memory_order_release);  // its end is still to be seen
   rx.store(RxState::lane, std::memory_order_release);
   state_edges.fetch_add(1, std::memory_order_relaxed);
   return true;
