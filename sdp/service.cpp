@@ -14,7 +14,6 @@
 #include <cstring>
 #include <mutex>
 #include <new>
-#include <utility>
 
 #include "rdma_core/base/clock.hpp"
 #include "rdma_core/base/log.hpp"
@@ -547,17 +546,11 @@ void Service::on_anchor(StreamImpl* stream) noexcept {
 void Service::tend(StreamImpl* stream) noexcept {
   (void)stream->lock.lock();
   if (stream->lane != nullptr && stream->phase.load() == Phase::laned) {
-    if (stream->tx.load() != TxState::ended && stream->lane->said(kAbandon)) stream->handle_abandon(stream->fd);
-    if (stream->resend != nullptr) (void)stream->flush_resend(stream->fd);
+    stream->tend();
     stream->lane->wake_sleepers();
   }
   stream->lock.unlock();
   channel_->ring();
-}
-
-bool Service::lane_is_free(StreamImpl* stream) noexcept {
-  return stream->waiters == 0 && stream->resend == nullptr && stream->stash == nullptr && stream->tx.load() == TxState::ended &&
-         stream->rx.load() == RxState::ended;
 }
 
 // Lanes that are over on both sides: the stream forgets its lane; memory goes back when the peer writes no more.
@@ -567,13 +560,9 @@ void Service::look_after_lanes() noexcept {
     bool gone = false;
     const Stream handle = engine::handle_of(s);
     (void)s->lock.lock();
-    if (s->lane != nullptr && s->tx.load() != TxState::ended && s->lane->said(kAbandon)) s->handle_abandon(s->fd);
-    if (s->resend != nullptr) (void)s->flush_resend(s->fd);
-    if (s->lane != nullptr && s->phase.load() == Phase::laned && lane_is_free(s) && !s->reset_by_peer) {
-      s->lane->write_word(kGone, 0);
-      s->phase.store(Phase::final, std::memory_order_seq_cst);
-      s->published_lane.store(nullptr, std::memory_order_release);
-      retire(nullptr, std::exchange(s->lane, nullptr), s->conn, s->peer_gone);
+    s->tend();
+    if (Lane* const spent = s->take_spent_lane()) {
+      retire(nullptr, spent, s->conn, s->peer_gone);
       if (s->watched) sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_DEL, s->fd, 0);
       s->watched = false;
       streams_by_conn_.erase(s->conn);

@@ -68,7 +68,6 @@ class Service {
   void tend(StreamImpl* stream) noexcept;
   void look_after_lanes() noexcept;
   void flush_buffers() noexcept;
-  bool lane_is_free(StreamImpl* stream) noexcept;
 
   Options options_;
   engine::Compose compose_;

@@ -115,6 +115,8 @@ class alignas(64) StreamImpl {
   void look_at_anchor(int fd) noexcept;  ///< after anchor_event: FIN, RST or bytes beside the lane
   void handle_abandon(int fd) noexcept;  ///< the peer reads no further: the rest goes by the anchor
   bool flush_resend(int fd) noexcept;    ///< true: nothing left to resend
+  void tend() noexcept;                  ///< what is due though the program makes no call
+  Lane* take_spent_lane() noexcept;      ///< both directions are through with the lane: it is the caller's; nullptr: not yet
   void judge(int fd) noexcept;           ///< unjudged -> what the rules say, once the connection is made
   /// Strict: waits for the end of the search. 0: there is a lane; -EAGAIN, -EINTR; -ECONNREFUSED: there is none, the connection is
   /// over.

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include "rdma_core/base/log.hpp"
 #include "rdma_core/base/sys.hpp"
@@ -269,6 +270,22 @@ bool StreamImpl::flush_resend(int at) noexcept {
   resend = nullptr;
   resend_len = resend_off = 0;
   return true;
+}
+
+void StreamImpl::tend() noexcept {
+  if (lane != nullptr && tx.load(std::memory_order_relaxed) != TxState::ended && lane->said(kAbandon)) handle_abandon(fd);
+  if (resend != nullptr) (void)flush_resend(fd);
+}
+
+Lane* StreamImpl::take_spent_lane() noexcept {
+  if (lane == nullptr || phase.load(std::memory_order_relaxed) != Phase::laned || waiters != 0 || resend != nullptr ||
+      stash != nullptr || reset_by_peer || tx.load(std::memory_order_relaxed) != TxState::ended ||
+      rx.load(std::memory_order_relaxed) != RxState::ended)
+    return nullptr;
+  lane->write_word(kGone, 0);
+  phase.store(Phase::final, std::memory_order_seq_cst);
+  published_lane.store(nullptr, std::memory_order_release);
+  return std::exchange(lane, nullptr);
 }
 
 // Rule 8: stores only, waits for nobody; also in a fork's child and before exec.

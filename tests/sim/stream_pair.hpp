@@ -3,6 +3,7 @@
 #pragma once
 
 #include <fcntl.h>
+#include <linux/tcp.h>
 #include <netinet/in.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -30,7 +31,8 @@ struct Hosts {
   }
 };
 
-inline void connected_pair(std::array<int, 2>& fds) {
+/// `buffer`: bytes of each socket buffer of the kernel's; 0: as the system has them.
+inline void connected_pair(std::array<int, 2>& fds, int buffer = 0) {
   const int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
   sockaddr_in here{};
   here.sin_family = AF_INET;
@@ -40,10 +42,21 @@ inline void connected_pair(std::array<int, 2>& fds) {
   if (bind(listener, address, len) != 0 || listen(listener, 1) != 0 || getsockname(listener, address, &len) != 0)
     broken("no listener");
   fds[0] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  for (const int fd : {listener, fds[0]}) {
+    if (buffer == 0) break;
+    const int segment = 1024;  // well below the buffers, or TCP waits for its timers
+    setsockopt(fd, IPPROTO_TCP, TCP_MAXSEG, &segment, sizeof segment);
+    setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &buffer, sizeof buffer);
+    setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &buffer, sizeof buffer);
+  }
   if (connect(fds[0], address, len) != 0) broken("no connection");
   fds[1] = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
   close(listener);
-  for (const int fd : fds) fcntl(fd, F_SETFL, O_NONBLOCK);
+  for (const int fd : fds) {
+    const int on = 1;
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    fcntl(fd, F_SETFL, O_NONBLOCK);
+  }
 }
 
 /// One end: what a process knows of the connection.
@@ -58,9 +71,9 @@ struct StreamEnd {
 /// Two ends whose lanes have said Hello and are not attached yet.
 class StreamPair {
  public:
-  StreamPair(Hosts& hosts, const LaneLimits& limits) {
+  StreamPair(Hosts& hosts, const LaneLimits& limits, int kernel_buffer = 0) {
     std::array<int, 2> fds{};
-    connected_pair(fds);
+    connected_pair(fds, kernel_buffer);
     for (unsigned i : {0U, 1U}) {
       StreamEnd& end = ends_[i];
       end.fd = fds[i];

@@ -1,0 +1,146 @@
+// A StreamPair and what happens round its programs: the service thread of each process, one step at a time when the test says so,
+// and the kernel's part in a death.
+#pragma once
+
+#include <sys/epoll.h>
+#include <unistd.h>
+
+#include <array>
+
+#include "tests/sim/stream_pair.hpp"
+
+namespace sdp::sim {
+
+/// What carried the bytes: a test that passes because everything fell back to TCP is none.
+struct Carried {
+  std::uint64_t by_lane = 0, by_tcp = 0, switches_up = 0, switches_down = 0;
+};
+
+/// One process: its program's stream and what its service thread knows of the lane.
+struct Served {
+  int epoll = -1;             ///< the service thread's, with the anchor in it
+  bool open = true;           ///< the program has not closed it
+  bool dead = false;          ///< the process was killed
+  bool retiring = false;      ///< the stream is through with the lane; it goes when the peer writes no more
+  bool peer_gone = false;     ///< the CM said so
+  bool disconnected = false;  ///< the CM will say so
+};
+
+class ServedPair {
+ public:
+  ServedPair(Hosts& hosts, const LaneLimits& limits, int kernel_buffer) : hosts_(hosts), pair_(hosts, limits, kernel_buffer) {
+    for (unsigned i : {0U, 1U}) {
+      served_[i].epoll = epoll_create1(EPOLL_CLOEXEC);
+      pair_[i].stream->stats = acquire_stats(pair_[i].fd);
+    }
+  }
+  ~ServedPair() {
+    for (const Served& s : served_) ::close(s.epoll);
+  }
+  ServedPair(const ServedPair&) = delete;
+  ServedPair& operator=(const ServedPair&) = delete;
+
+  const Served& at(unsigned i) const { return served_[i]; }
+  StreamEnd& end(unsigned i) { return pair_[i]; }
+  const Carried& carried() const { return carried_; }
+
+  /// The end of the handshake on one side, if the stream still wants its lane.
+  void attach(unsigned i) {
+    Served& s = served_[i];
+    StreamEnd& e = pair_[i];
+    if (e.lane == nullptr || s.retiring || s.dead) return;
+    if (!s.open || e.stream->phase.load() != Phase::pursued) {
+      if (s.open && e.stream->lane != nullptr) return;
+      e.lane->write_word(kGone, 0);
+      s.retiring = s.peer_gone = true;
+      return;
+    }
+    epoll_event ev{EPOLLIN | EPOLLRDHUP | EPOLLET, {}};
+    epoll_ctl(s.epoll, EPOLL_CTL_ADD, e.fd, &ev);
+    e.stream->stats->set_transport(Transport::local);
+    pair_.attach(i);
+  }
+
+  /// One round of the service thread: the CM's news, the anchor's, and lanes that are over.
+  void serve(unsigned i) {
+    Served& s = served_[i];
+    StreamEnd& e = pair_[i];
+    if (s.dead) return;
+    if (s.disconnected && !s.peer_gone) {
+      s.peer_gone = true;
+      if (s.open) {
+        e.stream->peer_gone = true;
+        e.stream->state_edges.fetch_add(1);
+      }
+    }
+    if (s.open) serve_stream(s, e);
+    if (e.lane != nullptr && s.retiring && (s.peer_gone || e.lane->said(kGone))) {
+      free_lane(e.lane);
+      served_[1 - i].disconnected = true;
+    }
+  }
+
+  void close(unsigned i) {
+    StreamEnd& e = pair_[i];
+    count(e);
+    if (e.stream->lane != nullptr) served_[i].retiring = true;
+    e.handle().close(e.fd);
+    gone(i);
+  }
+
+  /// kill -9: the kernel closes what the process had. Nothing is said on the lane; what lies in shared memory stays there.
+  void kill(unsigned i) {
+    count(pair_[i]);
+    served_[i].dead = true;
+    served_[1 - i].disconnected = true;
+    gone(i);
+  }
+
+  void come_home() {
+    for (unsigned i : {0U, 1U}) {
+      StreamEnd& e = pair_[i];
+      if (served_[i].dead) {
+        e.stream->generation.fetch_add(1);
+        engine::free_stream(e.stream);
+        free_lane(e.lane);
+      }
+      if (e.lane != nullptr) broken("side ", i, " keeps its lane");
+      const std::size_t left = hosts_.host[i].context->heap->bytes_in_use();
+      if (left != 0) broken("side ", i, ": ", left, " bytes did not come home");
+    }
+  }
+
+ private:
+  void serve_stream(Served& s, StreamEnd& e) {
+    StreamImpl& stream = *e.stream;
+    epoll_event ev;
+    if (epoll_wait(s.epoll, &ev, 1, 0) == 1) stream.anchor_event = true;
+    (void)stream.lock.lock();
+    stream.tend();
+    if (stream.take_spent_lane() != nullptr) s.retiring = true;
+    if (stream.lane != nullptr && stream.tx.load() == TxState::lane && !stream.lane_is_over()) {
+      stream.lane->drain();
+      stream.lane->flush_buffer();
+      if (stream.lane->buffered() == 0) stream.lane->release_buffer();
+    }
+    stream.lock.unlock();
+  }
+  void gone(unsigned i) {
+    ::close(pair_[i].fd);
+    pair_[i].fd = -1;
+    served_[i].open = false;
+  }
+  void count(const StreamEnd& e) {
+    carried_.by_lane += e.stream->stats->lane.bytes_received.get();
+    carried_.by_tcp += e.stream->stats->tcp.bytes_received.get();
+    carried_.switches_up += e.stream->stats->switches_up.get();
+    carried_.switches_down += e.stream->stats->switches_down.get();
+  }
+
+  Hosts& hosts_;
+  StreamPair pair_;
+  std::array<Served, 2> served_;
+  Carried carried_;
+};
+
+}  // namespace sdp::sim
