@@ -5,6 +5,7 @@
 #include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -28,6 +29,14 @@ namespace sys = rdma::sys;
 
 namespace {
 
+/// A connection that the program closed with bytes of an abandoned lane still to send.
+struct Lingering {
+  int fd;
+  std::byte* bytes;
+  std::size_t len, off;
+  Lingering* next;
+};
+
 /// All there is per process. Constructed on first use and never destroyed: threads may be inside when the process exits.
 struct Engine {
   Compose compose = nullptr;
@@ -46,6 +55,7 @@ struct Engine {
   std::atomic<std::uint64_t> helper_fds[64] = {};  ///< bit set of descriptors kHelperBase..+4095
   std::atomic<std::uint32_t> spin_success{128};    ///< 0..255: how often spinning paid lately
   std::atomic<std::uint32_t> spin_probe{0};
+  Lingering* lingering = nullptr;  ///< guarded by `lock`
   Grace grace;
 };
 
@@ -285,6 +295,48 @@ void nudge() noexcept {
   const int fd = e.parents_wake_fd.load(std::memory_order_relaxed);
   const std::uint64_t one = 1;
   if (fd >= 0) sys::call(SYS_write, fd, sys::arg(&one), sizeof one);
+}
+
+void linger(int fd, std::byte* bytes, std::size_t len, std::size_t off) noexcept {
+  Engine& e = engine();
+  const bool can = !e.lock.held_by_me();  // a signal handler may close
+  const int own = can ? high_fd(static_cast<int>(sys::call(SYS_fcntl, fd, F_DUPFD_CLOEXEC, 0))) : -1;
+  auto* entry = own >= 0 ? new (std::nothrow) Lingering{own, bytes, len, off, nullptr} : nullptr;
+  if (entry == nullptr) {
+    RDMA_LOG(error, "fd %d: closed with %zu bytes unsent: no memory or descriptor to keep them", fd, len - off);
+    std::free(bytes);
+    return;
+  }
+  (void)e.lock.lock();
+  entry->next = e.lingering;
+  e.lingering = entry;
+  e.lock.unlock();
+  nudge();
+}
+
+bool flush_lingering() noexcept {
+  Engine& e = engine();
+  (void)e.lock.lock();
+  for (Lingering** at = &e.lingering; *at != nullptr;) {
+    Lingering& l = **at;
+    long n = 0;
+    while (l.off < l.len && n >= 0) {
+      n = sys::call(SYS_sendto, l.fd, sys::arg(l.bytes + l.off), static_cast<long>(l.len - l.off), MSG_DONTWAIT | MSG_NOSIGNAL);
+      if (n > 0) l.off += static_cast<std::size_t>(n);
+    }
+    if (n == -EAGAIN || n == -EINTR) {
+      at = &l.next;
+      continue;
+    }
+    *at = l.next;
+    forget_helper_fd(l.fd);
+    sys::call(SYS_close, l.fd);
+    std::free(l.bytes);
+    delete &l;
+  }
+  const bool none = e.lingering == nullptr;
+  e.lock.unlock();
+  return none;
 }
 
 void notify(Stream stream) noexcept {

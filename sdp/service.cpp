@@ -153,7 +153,8 @@ void Service::run() noexcept {
     int timeout = cm_->next_timeout_ms();
     const bool busy = !handshakes_.empty() || !dying_.empty();
     const bool resending = std::any_of(laned_.begin(), laned_.end(), [](const StreamImpl* s) { return s->resend != nullptr; });
-    if ((busy || resending) && (timeout < 0 || timeout > kTendMs)) timeout = kTendMs;
+    const bool lingering = !engine::flush_lingering();
+    if ((busy || resending || lingering) && (timeout < 0 || timeout > kTendMs)) timeout = kTendMs;
     if (flush_soon_) timeout = 1;
     epoll_event events[32];
     const long n = sys::call(SYS_epoll_pwait, epoll_fd_, sys::arg(events), 32, timeout, 0, 8);

@@ -145,9 +145,13 @@ int Stream::shutdown(int fd, int how) const noexcept {
       if (how != SHUT_WR) s->rx_shut = true;
       s->lane->wake_sleepers();
     }
-    const bool pending = s->resend != nullptr && !s->flush_resend(fd);
+    if (how != SHUT_RD && s->resend != nullptr && !s->flush_resend(fd)) {
+      s->fin_due = true;  // what send() took goes before the end
+      s->lock.unlock();
+      engine::nudge();
+      return how == SHUT_WR ? 0 : static_cast<int>(sys::call(SYS_shutdown, fd, SHUT_RD));
+    }
     s->lock.unlock();
-    if (pending) engine::nudge();
   }
   return static_cast<int>(sys::call(SYS_shutdown, fd, how));
 }
@@ -172,6 +176,10 @@ void Stream::close(int fd) const noexcept {
     // Rule 7: closing with bytes unread resets the connection; the peer reads what it has and then gets ECONNRESET.
     const bool reset = s->rx.load(std::memory_order_relaxed) == RxState::lane && lane->unread() != 0;
     lane->write_word(kGone, reset ? 1 : 0);
+  }
+  if (s->resend != nullptr && !s->flush_resend(fd)) {
+    engine::linger(fd, s->resend, s->resend_len, s->resend_off);
+    s->resend = nullptr;
   }
   s->generation.fetch_add(1, std::memory_order_acq_rel);
   const Phase was = s->phase.exchange(Phase::final, std::memory_order_acq_rel);
@@ -270,7 +278,7 @@ std::uint32_t Stream::poll(std::uint32_t events) const noexcept {
         ready |= POLLIN | POLLRDNORM;  // the end, or bytes of the anchor: either way a read returns
       }
     }
-    if (s->stash != nullptr || s->reset_by_peer) ready |= POLLIN | POLLRDNORM;
+    if (s->stash != nullptr || s->reset_by_peer || s->bytes_missing) ready |= POLLIN | POLLRDNORM;
     if (s->tx.load(std::memory_order_relaxed) == TxState::lane) {
       const bool gone = s->lane_is_over();
       if (gone) s->tx.store(TxState::ended, std::memory_order_release);  // how a write ends is the kernel's to say

@@ -57,7 +57,8 @@ class alignas(64) StreamImpl {
       false};  ///< the lane's send buffer may hold bytes: the service thread flushes what the program does not
   std::atomic<bool> tx_blocked{false};  ///< the program was told that it cannot write
   bool rx_shut = false;                 ///< SHUT_RD
-  bool reset_by_peer = false;           ///< the peer closed with lane bytes unread: one ECONNRESET is due
+  bool reset_by_peer = false;           ///< one ECONNRESET is due behind the bytes that the anchor still has
+  bool bytes_missing = false;           ///< bytes before those on the anchor are lost: one ECONNRESET is due at once
   std::atomic<bool> peer_gone{false};   ///< the peer's process or its lane is gone; what has come is still to be read
   bool watched = false;                 ///< the anchor is in the service thread's epoll
   std::uint8_t doubts = 0;              ///< how often our counts differed from the kernel's
@@ -86,6 +87,7 @@ class alignas(64) StreamImpl {
   std::size_t stash_len = 0, stash_off = 0;
   std::byte* resend = nullptr;  ///< lane bytes that the peer abandoned, on their way by the anchor
   std::size_t resend_len = 0, resend_off = 0;
+  bool fin_due = false;                   ///< half-closed while resending: FIN follows the last of those bytes
   std::atomic<std::uint32_t> waiters{0};  ///< threads between unlock and lock inside a wait on the lane
   std::uint64_t conn = 0;                 ///< the CM's ConnId
   /// In a fork's child: the parent's stream that this one stands for, until its first use takes the parent's lane down.
@@ -200,7 +202,10 @@ void remember_helper_fd(int fd) noexcept;
 void forget_helper_fd(int fd) noexcept;
 void bytes_are_buffered() noexcept;  ///< some stream's has_buffered went up
 void nudge() noexcept;               ///< the service thread should look at its streams
-void notify(Stream) noexcept;        ///< tell the shim (no lock held)
+/// The connection `fd` is closed with bytes to resend ([off, len), malloc's): they go out, and then FIN, by a descriptor of ours.
+void linger(int fd, std::byte* bytes, std::size_t len, std::size_t off) noexcept;
+bool flush_lingering() noexcept;  ///< false: some cannot go out yet
+void notify(Stream) noexcept;     ///< tell the shim (no lock held)
 }  // namespace engine
 
 }  // namespace sdp

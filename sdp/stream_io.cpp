@@ -197,7 +197,12 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
     }
     if (phase.load(std::memory_order_relaxed) != Phase::laned || tx.load(std::memory_order_relaxed) != TxState::lane) {
       if (resend != nullptr && !flush_resend(at)) {
+        const bool shut = fin_due;
         lock.unlock();
+        if (shut) {
+          if (!(flags & MSG_NOSIGNAL)) sys::call(SYS_tgkill, sys::call(SYS_getpid), sys::call(SYS_gettid), SIGPIPE);
+          return total > 0 ? total : -EPIPE;
+        }
         if (nowait) return total > 0 ? total : -EAGAIN;
         pollfd p{at, POLLOUT, 0};
         const long r = sys::blocking_call(SYS_poll, sys::arg(&p), 1, -1);
@@ -425,9 +430,9 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
       if (stash != nullptr && (flags & (MSG_OOB | MSG_ERRQUEUE)) == 0) {
         n = take_stash(to, !r.peek);
       } else {
-        if (reset_by_peer) {
+        if (bytes_missing) {
           if (r.total > 0) break;  // it is the next call's
-          reset_by_peer = false;
+          bytes_missing = false;
           r.result = -ECONNRESET;
           break;
         }
@@ -436,13 +441,14 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
         kernel_receivers.fetch_add(1, std::memory_order_seq_cst);
         lock.unlock();
         n = kernel_recv(at, to, kernel_flags);
-        if (r.total == 0) return n;
-        if (n < 0 && n != -EAGAIN && n != -EINTR) {  // the kernel tells its error once, and this call has bytes to return
-          (void)lock.lock();
-          reset_by_peer = true;
-          lock.unlock();
-        }
-        return n > 0 ? r.total + n : r.total;
+        if (n > 0) return r.total + n;
+        if (n == -EAGAIN || n == -EINTR || phase.load(std::memory_order_acquire) != Phase::laned) return r.total > 0 ? r.total : n;
+        // The end. The kernel tells an error once: what is owed, or cannot be told with bytes to return, is the next call's.
+        (void)lock.lock();
+        if (n == 0 && reset_by_peer) n = -ECONNRESET;
+        reset_by_peer = n < 0 && r.total > 0;
+        lock.unlock();
+        return r.total > 0 ? r.total : n;
       }
     } else if (state == RxState::lane) {
       n = take_from_lane(r);

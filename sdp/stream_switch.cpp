@@ -143,7 +143,7 @@ void StreamImpl::advance_rx(int at) noexcept {
   if (!(ended && lane->rx_bytes() == end)) {
     // Bytes that the peer's send() took and no message carries: they lie in its send buffer.
     if (lane->fetch_rest(ended ? &end : nullptr)) return;
-    if (ended) reset_by_peer = true;  // rule 7: the end is known and bytes before it are missing
+    if (ended) bytes_missing = true;  // rule 7: the end is known and bytes before it are missing
   }
   std::uint64_t gone = 0;
   if (lane->said(kGone, &gone) && gone != 0) reset_here(at);
@@ -269,6 +269,7 @@ bool StreamImpl::flush_resend(int at) noexcept {
   std::free(resend);
   resend = nullptr;
   resend_len = resend_off = 0;
+  if (std::exchange(fin_due, false)) sys::call(SYS_shutdown, at, SHUT_WR);
   return true;
 }
 
@@ -279,7 +280,7 @@ void StreamImpl::tend() noexcept {
 
 Lane* StreamImpl::take_spent_lane() noexcept {
   if (lane == nullptr || phase.load(std::memory_order_relaxed) != Phase::laned || waiters != 0 || resend != nullptr ||
-      stash != nullptr || reset_by_peer || tx.load(std::memory_order_relaxed) != TxState::ended ||
+      stash != nullptr || reset_by_peer || bytes_missing || tx.load(std::memory_order_relaxed) != TxState::ended ||
       rx.load(std::memory_order_relaxed) != RxState::ended)
     return nullptr;
   lane->write_word(kGone, 0);

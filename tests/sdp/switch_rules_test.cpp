@@ -11,6 +11,7 @@
 #include <linux/sockios.h>
 #include <poll.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 
 #include <cerrno>
 #include <string>
@@ -24,9 +25,10 @@ namespace {
 
 struct Rig {
   Hosts hosts{rdma::NodeType::ib_ca};
-  StreamPair pair{hosts, LaneLimits{}};
+  StreamPair pair;
   std::uint64_t sent[2] = {}, received[2] = {};
 
+  explicit Rig(int kernel_buffer = 0) : pair(hosts, LaneLimits{}, kernel_buffer) {}
   StreamImpl& stream(unsigned side) { return *pair[side].stream; }
   std::int64_t send(unsigned side, std::size_t bytes) {
     std::vector<std::byte> data(bytes);
@@ -59,6 +61,35 @@ struct Rig {
     if (s.tx.load() != TxState::ended && s.lane->said(kAbandon)) s.handle_abandon(pair[side].fd);
     if (s.resend != nullptr) (void)s.flush_resend(pair[side].fd);
     s.lock.unlock();
+  }
+  /// Side 1 leaves the lane with so much unread that side 0 cannot send all of it again at once.
+  void leave_with_much_unread() {
+    up();
+    while (send(0, 10'000) > 0) {
+    }
+    pair[1].handle().take_down(LaneReason::mode);
+    serve(0);
+    BOOST_REQUIRE(stream(0).resend != nullptr);
+  }
+  /// What side 1 became by exec reads to the end, without a library and its lane; `between` is done after each read.
+  template <class Between>
+  void read_to_the_end_by_tcp(Between between) {
+    std::vector<std::byte> data(1 << 20);
+    std::int64_t n = -1;
+    for (int patience = 0; n != 0 && patience < 100; ++patience) {
+      n = ::recv(pair[1].fd, data.data(), data.size(), 0);
+      BOOST_REQUIRE((n >= 0 || errno == EAGAIN));
+      if (n > 0) {
+        verify(data.data(), static_cast<std::size_t>(n), 0, received[1], "plain recv");
+        received[1] += static_cast<std::uint64_t>(n);
+        patience = 0;
+      }
+      between();
+      pollfd wait{pair[1].fd, POLLIN, 0};
+      if (n < 0) ::poll(&wait, 1, 100);
+    }
+    BOOST_TEST(n == 0);
+    BOOST_TEST(received[1] == sent[0]);
   }
   std::uint64_t by_tcp(unsigned side) { return anchor_counts(pair[side].fd).sent; }
 };
@@ -213,6 +244,50 @@ BOOST_AUTO_TEST_CASE(rule_7_closing_with_bytes_unread_is_a_reset) {
   BOOST_TEST(r.send(0, 1) == -EPIPE);
 }
 
+BOOST_AUTO_TEST_CASE(rule_7_a_reset_comes_behind_the_bytes_of_the_anchor) {
+  Rig r;
+  r.up();
+  BOOST_TEST(r.send(0, 50) == 50);
+  BOOST_TEST(r.send(1, 30) == 30);
+  r.pair[1].handle().shutdown(r.pair[1].fd, SHUT_RD);
+  {
+    StreamImpl& s = r.stream(1);
+    (void)s.lock.lock();
+    s.end_tx_locked();  // this direction goes back to TCP, the other stays on the lane
+    s.lock.unlock();
+  }
+  BOOST_TEST(r.send(1, 20) == 20);
+  BOOST_TEST(r.by_tcp(1) == 20U);
+  (void)r.pair[1].handle().poll(POLLIN);  // takes the 50 bytes in
+  r.pair[1].handle().close(r.pair[1].fd);
+  r.pair[1].stream = nullptr;
+  close(r.pair[1].fd);
+  r.pair[1].fd = -1;
+  BOOST_TEST(r.recv(0, 100) == 30);
+  BOOST_TEST(r.recv(0, 100) == 20);
+  BOOST_TEST(r.recv(0, 100) == -ECONNRESET);
+  BOOST_TEST(r.recv(0, 100) == 0);
+}
+
+BOOST_AUTO_TEST_CASE(rule_7_a_half_closed_before_the_lane_stays_closed) {
+  Rig r(4096);
+  while (r.send(0, 1000) > 0) {  // FIN has to wait behind what the kernel could not deliver
+  }
+  BOOST_TEST(r.pair[0].handle().shutdown(r.pair[0].fd, SHUT_WR) == 0);
+  for (unsigned side : {0U, 1U}) r.pair.attach(side);
+  BOOST_TEST(r.recv(1, 5) == 5);  // READY
+  BOOST_TEST(r.send(0, 10) == -EPIPE);
+  BOOST_TEST((r.stream(0).tx.load() != TxState::lane));
+  std::int64_t n = 1;
+  while (n > 0) {
+    pollfd wait{r.pair[1].fd, POLLIN, 0};
+    BOOST_REQUIRE(::poll(&wait, 1, 10'000) == 1);
+    n = r.recv(1, 100'000);
+  }
+  BOOST_TEST(n == 0);
+  BOOST_TEST(r.received[1] == r.sent[0]);
+}
+
 BOOST_AUTO_TEST_CASE(rule_8_a_take_down_waits_for_nobody_and_loses_nothing) {
   Rig r;
   r.up();
@@ -248,6 +323,46 @@ BOOST_AUTO_TEST_CASE(rule_8_a_reader_that_leaves_after_the_writer_shut_down) {
   r.pair[1].handle().take_down(LaneReason::mode);
   BOOST_TEST(r.recv(1, 5000) == 1000);
   BOOST_TEST(r.recv(1, 5000) == 0);
+}
+
+BOOST_AUTO_TEST_CASE(rule_8_shutdown_follows_what_is_sent_again) {
+  Rig r(4096);
+  r.leave_with_much_unread();
+  BOOST_TEST(r.pair[0].handle().shutdown(r.pair[0].fd, SHUT_WR) == 0);
+  BOOST_TEST(r.send(0, 1) == -EPIPE);
+  r.read_to_the_end_by_tcp([&] { r.serve(0); });
+}
+
+BOOST_AUTO_TEST_CASE(rule_8_the_end_after_close_follows_what_is_sent_again) {
+  Rig r(4096);
+  r.leave_with_much_unread();
+  r.pair[0].handle().close(r.pair[0].fd);
+  r.pair[0].stream = nullptr;
+  close(r.pair[0].fd);
+  r.pair[0].fd = -1;
+  r.read_to_the_end_by_tcp([] { engine::flush_lingering(); });
+  BOOST_TEST(engine::flush_lingering());
+}
+
+BOOST_AUTO_TEST_CASE(rule_8_sendfile_does_not_overtake_what_is_sent_again) {
+  Rig r(4096);
+  r.leave_with_much_unread();
+  std::vector<std::byte> data(100);
+  fill(data.data(), data.size(), 0, r.sent[0]);
+  const int file = memfd_create("bytes", MFD_CLOEXEC);
+  BOOST_REQUIRE(write(file, data.data(), data.size()) == 100);
+  // Room in the socket, and bytes of the lane still to come: the moment to overtake.
+  std::int64_t n = -EAGAIN;
+  const auto try_it = [&] {
+    std::int64_t offset = 0;
+    if (n == -EAGAIN) n = r.pair[0].handle().sendfile(r.pair[0].fd, file, &offset, data.size());
+    if (n <= 0) return;
+    r.sent[0] += static_cast<std::uint64_t>(n);
+    n = 0;
+    r.pair[0].handle().shutdown(r.pair[0].fd, SHUT_WR);
+  };
+  r.read_to_the_end_by_tcp(try_it);
+  close(file);
 }
 
 BOOST_AUTO_TEST_CASE(rule_8_a_writer_that_dies_before_it_has_sent_the_rest_again) {
@@ -333,6 +448,24 @@ BOOST_AUTO_TEST_CASE(rule_12_the_kernels_entry_keeps_what_the_lane_does_not_carr
   r.pair[1].handle().take_down(LaneReason::mode);
   (void)r.pair[0].handle().poll(kAll);
   BOOST_TEST((r.pair[0].handle().kernel_events(kAll) & POLLIN) != 0U);
+}
+
+BOOST_AUTO_TEST_CASE(rule_12_a_direction_that_waits_for_its_peer_is_not_readable) {
+  Rig r;
+  for (unsigned side : {0U, 1U}) r.pair.attach(side);
+  BOOST_TEST(r.recv(1, 10) == -EAGAIN);  // READY
+  BOOST_TEST(r.send(0, 10) == 10);       // SWITCH
+  BOOST_TEST(r.send(0, 10) == 10);
+  std::byte x[7];
+  fill(x, sizeof x, 0, r.sent[0]);
+  BOOST_TEST(::send(r.pair[0].fd, x, sizeof x, 0) == 7);  // something lies on the anchor
+  r.pair[1].handle().take_down(LaneReason::mode);
+  BOOST_TEST(r.recv(1, 100) == -EAGAIN);
+  BOOST_TEST((r.pair[1].handle().poll(POLLIN) & POLLIN) == 0U);
+  BOOST_TEST((r.pair[1].handle().kernel_events(POLLIN) & POLLIN) == 0U);
+  r.serve(0);
+  const std::uint32_t by_lane = r.pair[1].handle().poll(POLLIN);
+  BOOST_TEST(((by_lane | r.pair[1].handle().kernel_events(POLLIN)) & POLLIN) != 0U);
 }
 
 BOOST_AUTO_TEST_CASE(rule_12_no_ready_while_somebody_waits_without_the_bell) {

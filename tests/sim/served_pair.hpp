@@ -65,6 +65,7 @@ class ServedPair {
   void serve(unsigned i) {
     Served& s = served_[i];
     StreamEnd& e = pair_[i];
+    engine::flush_lingering();
     if (s.dead) return;
     if (s.disconnected && !s.peer_gone) {
       s.peer_gone = true;

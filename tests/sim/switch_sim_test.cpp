@@ -241,6 +241,7 @@ class Rig {
     pollfd anchor{e.fd, static_cast<short>(e.handle().kernel_events(POLLIN | POLLOUT)), 0};
     ::poll(&anchor, 1, 0);
     const std::uint32_t ready = by_lane | static_cast<std::uint32_t>(anchor.revents);
+    if (anchor.revents & (POLLHUP | POLLERR)) ends_.serve(i);  // the service thread hears of it as well
     const bool readable = (ready & (POLLIN | POLLHUP | POLLERR)) != 0;
     if (chance_.percent(50)) {
       in_.assign(1, std::byte{});
