@@ -298,6 +298,13 @@ void nudge() noexcept {
 }
 
 void linger(int fd, std::byte* bytes, std::size_t len, std::size_t off) noexcept {
+  ::linger option{};
+  socklen_t option_len = sizeof option;
+  sys::call(SYS_getsockopt, fd, SOL_SOCKET, SO_LINGER, sys::arg(&option), sys::arg(&option_len));
+  if (option.l_onoff != 0 && option.l_linger == 0) {  // the program wants a reset, which drops what is unsent
+    std::free(bytes);
+    return;
+  }
   Engine& e = engine();
   const bool can = !e.lock.held_by_me();  // a signal handler may close
   const int own = can ? high_fd(static_cast<int>(sys::call(SYS_fcntl, fd, F_DUPFD_CLOEXEC, 0))) : -1;
@@ -316,6 +323,7 @@ void linger(int fd, std::byte* bytes, std::size_t len, std::size_t off) noexcept
 
 bool flush_lingering() noexcept {
   Engine& e = engine();
+  if (e.lock.held_by_me()) return true;  // exit() in a signal handler
   (void)e.lock.lock();
   for (Lingering** at = &e.lingering; *at != nullptr;) {
     Lingering& l = **at;
@@ -433,6 +441,10 @@ void after_fork_child() noexcept {
   e->service.store(nullptr);
   e->service_failed = false;
   e->free_streams = e->leaving_streams = nullptr;  // the parent's cells
+  for (Lingering* l = std::exchange(e->lingering, nullptr); l != nullptr; l = l->next) {  // the parent sends their bytes
+    forget_helper_fd(l->fd);
+    sys::call(SYS_close, l->fd);
+  }
   if (e->capture != nullptr) {
     e->capture->abandon_in_child();
     (void)e->capture.release();  // the parent's lanes, which the child may still end, point to it
@@ -444,9 +456,12 @@ void after_fork_child() noexcept {
 }
 
 void at_exit() noexcept {
+  constexpr int kPatienceMs = 1000, kStepMs = 5;
   Engine* e = engine_pointer.load(std::memory_order_acquire);
   if (e == nullptr) return;
   if (Service* running = e->service.load(std::memory_order_acquire)) running->stop_at_exit();
+  // The kernel sends on after a process has ended, we cannot: what the lanes' readers gave back gets a moment.
+  for (int waited = 0; waited < kPatienceMs && !flush_lingering(); waited += kStepMs) sys::call(SYS_poll, 0, 0, kStepMs);
   if (e->capture != nullptr) e->capture->flush();
   if (!e->options.stats_file.empty()) write_stats_report(e->options);
 }

@@ -14,6 +14,7 @@
 #include <cstring>
 #include <mutex>
 #include <new>
+#include <utility>
 
 #include "rdma_core/base/clock.hpp"
 #include "rdma_core/base/log.hpp"
@@ -603,7 +604,9 @@ void Service::stop_at_exit() noexcept {
   for (StreamImpl* s : laned_) {
     if (!s->lock.try_lock()) continue;
     if (s->lane != nullptr && s->phase.load() == Phase::laned) {
+      s->tend();
       if (s->tx.load() != TxState::ended) s->end_tx_locked();
+      if (s->resend != nullptr) engine::linger(s->fd, std::exchange(s->resend, nullptr), s->resend_len, s->resend_off);
       s->lane->write_word(kGone, s->rx.load() == RxState::lane && s->lane->unread() != 0 ? 1 : 0);
     }
     s->lock.unlock();

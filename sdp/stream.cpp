@@ -178,8 +178,7 @@ void Stream::close(int fd) const noexcept {
     lane->write_word(kGone, reset ? 1 : 0);
   }
   if (s->resend != nullptr && !s->flush_resend(fd)) {
-    engine::linger(fd, s->resend, s->resend_len, s->resend_off);
-    s->resend = nullptr;
+    engine::linger(fd, std::exchange(s->resend, nullptr), s->resend_len, s->resend_off);
   }
   s->generation.fetch_add(1, std::memory_order_acq_rel);
   const Phase was = s->phase.exchange(Phase::final, std::memory_order_acq_rel);
