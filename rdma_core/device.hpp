@@ -37,6 +37,7 @@ struct DeviceAttr {
   bool rnr_retry = false;               ///< a Send without a posted receive waits instead of failing
   bool rdma_write_wakes = false;        ///< kSolicited on an RDMA Write wakes a peer that armed its receive CQ
   bool remembers_sent_data = false;     ///< bytes in flight survive the sender's death (they lie in the receiver's memory)
+  bool maps_peer_memory = false;        ///< Qp::remote_view() works; RDMA Writes are seen in the order in which they were posted
 };
 
 // clang-format 14 takes an enum with an attribute for a function.
@@ -119,6 +120,13 @@ class Qp {
   virtual std::span<const std::byte> sent_message(std::uint64_t number) const noexcept {
     (void)number;
     return {};
+  }
+  /// The peer's registered memory as this process maps it, for loads in place of an RDMA Read; only if
+  /// DeviceAttr::maps_peer_memory. It stays readable while the Qp lives; what it holds is the peer's to change: untrusted.
+  /// nullptr: the key does not allow remote reads there.
+  virtual const std::byte* remote_view(std::uint64_t remote_addr, std::size_t bytes, Rkey rkey) noexcept {
+    (void)remote_addr, (void)bytes, (void)rkey;
+    return nullptr;
   }
   // Control path: may block and allocate. Legal moves and required attributes: the tables in qp_attr.hpp.
   virtual Result<Unit> modify(const QpAttributes&) = 0;

@@ -834,6 +834,33 @@ BOOST_AUTO_TEST_CASE_TEMPLATE(sent_data_are_remembered_where_the_device_says_so,
   BOOST_TEST(ends.wait(*ends.b.recv_cq, 4).size() == 4u);
 }
 
+BOOST_AUTO_TEST_CASE_TEMPLATE(the_peers_memory_is_in_view_where_the_device_says_so, F, DeviceFixtures) {
+  Ends<F> ends;
+  End& b = ends.b;
+  const std::uint64_t base = b.memory->remote_base, length = b.memory->length;
+  const Rkey key = b.memory->rkey;
+  if (!ends.a.device->attr().maps_peer_memory) {
+    BOOST_TEST(ends.a.qp->remote_view(base, 64, key) == nullptr);
+    return;
+  }
+  b.fill(2, 64, 9);
+  const std::byte* view = ends.a.qp->remote_view(b.remote(b.slot(2)), 64, key);
+  BOOST_REQUIRE(view != nullptr);
+  for (std::uint32_t k = 0; k < 64; ++k) BOOST_REQUIRE(view[k] == End::pattern(9, k));
+  b.fill(2, 64, 10);
+  BOOST_TEST((view[5] == End::pattern(10, 5)));
+  BOOST_TEST(ends.a.qp->remote_view(base, length, key) != nullptr);
+  BOOST_TEST(ends.a.qp->remote_view(base, length + 1, key) == nullptr);
+  BOOST_TEST(ends.a.qp->remote_view(base - 1, 64, key) == nullptr);
+  BOOST_TEST(ends.a.qp->remote_view(base + length - 63, 64, key) == nullptr);
+  BOOST_TEST(ends.a.qp->remote_view(~std::uint64_t{0} - 10, 64, key) == nullptr);
+  BOOST_TEST(ends.a.qp->remote_view(base, ~std::size_t{0}, key) == nullptr);
+  BOOST_TEST(ends.a.qp->remote_view(base, 64, Rkey{0}) == nullptr);
+  BOOST_TEST(ends.a.qp->remote_view(base, 64, Rkey{static_cast<std::uint32_t>(key) ^ 0x00F0'0000u}) == nullptr);
+  auto writable = Ends<F>::must(b.pd->register_memory({b.slot(6), 1024}, Access::local_write | Access::remote_write));
+  BOOST_TEST(ends.a.qp->remote_view(writable->remote_base, 64, writable->rkey) == nullptr);
+}
+
 BOOST_AUTO_TEST_CASE_TEMPLATE(a_removed_device_flushes_and_refuses, F, DeviceFixtures) {
   if constexpr (requires(F & f) { f.remove_device(Side::a); }) {
     Ends<F> ends({.recvs = 5});

@@ -120,8 +120,8 @@ bool ShmQp::local_sges_ok(const SendWr& wr, Access need) const noexcept {
 }
 
 /// Where remote_addr lies in our mapping, or nullptr. Everything in the entry can change while we look: each field is read once.
-std::byte* ShmQp::remote_range(const SendWr& wr, std::uint64_t bytes, Access need) noexcept {
-  const auto rkey = static_cast<std::uint32_t>(wr.rkey);
+std::byte* ShmQp::remote_range(std::uint64_t remote_addr, std::uint64_t bytes, Rkey remote_key, Access need) noexcept {
+  const auto rkey = static_cast<std::uint32_t>(remote_key);
   const MrEntry& entry = at<const MrEntry>(peer_base_ + kMrOffset)[rkey & (kMrCapacity - 1)];
   const std::uint32_t key = entry.key.load(std::memory_order_acquire);
   const std::uint64_t base = entry.base.load(std::memory_order_relaxed);
@@ -129,9 +129,13 @@ std::byte* ShmQp::remote_range(const SendWr& wr, std::uint64_t bytes, Access nee
   const std::uint64_t length = entry.bytes.load(std::memory_order_relaxed);
   const auto access = static_cast<Access>(entry.access.load(std::memory_order_relaxed));
   if (key != rkey || key == 0 || !allows(access, need)) return nullptr;
-  if (wr.remote_addr < base || wr.remote_addr - base > length || bytes > length - (wr.remote_addr - base)) return nullptr;
+  if (remote_addr < base || remote_addr - base > length || bytes > length - (remote_addr - base)) return nullptr;
   if (offset > peer_bytes_ || length > peer_bytes_ - offset) return nullptr;
-  return peer_base_ + offset + (wr.remote_addr - base);
+  return peer_base_ + offset + (remote_addr - base);
+}
+
+const std::byte* ShmQp::remote_view(std::uint64_t remote_addr, std::size_t bytes, Rkey rkey) noexcept {
+  return peer_base_ == nullptr ? nullptr : remote_range(remote_addr, bytes, rkey, Access::remote_read);
 }
 
 Post ShmQp::post_rdma(const SendWr& wr) noexcept {
@@ -148,7 +152,7 @@ Post ShmQp::post_rdma(const SendWr& wr) noexcept {
 
   enter_window();
   if (peer_page_->closed.load(std::memory_order_relaxed) != 0) return fail_send(wr, WcStatus::retry_exceeded);
-  std::byte* remote = remote_range(wr, total, read ? Access::remote_read : Access::remote_write);
+  std::byte* remote = remote_range(wr.remote_addr, total, wr.rkey, read ? Access::remote_read : Access::remote_write);
   if (remote == nullptr) return fail_send(wr, WcStatus::remote_access_error);
   if (read) {
     for (unsigned i = 0; i < wr.sge_count; ++i) {

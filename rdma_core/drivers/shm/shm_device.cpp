@@ -27,6 +27,7 @@ ShmDevice::ShmDevice(const ShmOptions& options) noexcept : segment_bytes_(option
   attr_.rnr_retry = false;
   attr_.rdma_write_wakes = true;
   attr_.remembers_sent_data = true;
+  attr_.maps_peer_memory = true;
 }
 
 Result<std::unique_ptr<ShmDevice>> ShmDevice::create(const ShmOptions& options) {

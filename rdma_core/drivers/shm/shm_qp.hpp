@@ -110,6 +110,7 @@ class ShmQp final : public Qp {
   Post post_recv(std::span<const RecvWr> wrs) noexcept override;
   Result<Unit> modify(const QpAttributes& attr) override;
   std::span<const std::byte> sent_message(std::uint64_t number) const noexcept override;
+  const std::byte* remote_view(std::uint64_t remote_addr, std::size_t bytes, Rkey rkey) noexcept override;
 
   bool recv_ready() const noexcept {
     const std::uint64_t word = next_flag_.load(std::memory_order_relaxed)->load(std::memory_order_acquire);
@@ -136,7 +137,7 @@ class ShmQp final : public Qp {
   Post post_message(const SendWr& wr, std::uint64_t total) noexcept;
   Post post_rdma(const SendWr& wr) noexcept;
   Post fail_send(const SendWr& wr, WcStatus status) noexcept;
-  std::byte* remote_range(const SendWr& wr, std::uint64_t bytes, Access need) noexcept;
+  std::byte* remote_range(std::uint64_t remote_addr, std::uint64_t bytes, Rkey rkey, Access need) noexcept;
   bool local_sges_ok(const SendWr& wr, Access need) const noexcept;
   bool ring_full() const noexcept {
     return send_tail_.load(std::memory_order_relaxed) - send_head_.load(std::memory_order_relaxed) >= send_depth_;

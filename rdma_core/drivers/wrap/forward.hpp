@@ -35,6 +35,9 @@ class ForwardQp : public Qp {
   Post post_send(const SendWr& wr) noexcept override { return inner_->post_send(wr); }
   Post post_recv(std::span<const RecvWr> wrs) noexcept override { return inner_->post_recv(wrs); }
   std::span<const std::byte> sent_message(std::uint64_t number) const noexcept override { return inner_->sent_message(number); }
+  const std::byte* remote_view(std::uint64_t remote_addr, std::size_t bytes, Rkey rkey) noexcept override {
+    return inner_->remote_view(remote_addr, bytes, rkey);
+  }
   Result<Unit> modify(const QpAttributes& attr) override { return inner_->modify(attr); }
   Qp& inner() noexcept { return *inner_; }
 
