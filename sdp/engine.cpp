@@ -285,8 +285,8 @@ void pursue(StreamImpl* s) noexcept {
   s->lock.unlock();
 }
 
-void bytes_are_buffered() noexcept {
-  if (Service* running = engine().service.load(std::memory_order_acquire)) running->bytes_are_buffered();
+void buffer_is_large() noexcept {
+  if (Service* running = engine().service.load(std::memory_order_acquire)) running->buffer_is_large();
 }
 
 void nudge() noexcept {
@@ -440,7 +440,7 @@ void after_fork_child() noexcept {
   }
   e->service.store(nullptr);
   e->service_failed = false;
-  e->free_streams = e->leaving_streams = nullptr;  // the parent's cells
+  e->free_streams = e->leaving_streams = nullptr;                                         // the parent's cells
   for (Lingering* l = std::exchange(e->lingering, nullptr); l != nullptr; l = l->next) {  // the parent sends their bytes
     forget_helper_fd(l->fd);
     sys::call(SYS_close, l->fd);

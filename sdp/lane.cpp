@@ -32,11 +32,13 @@ bool Lane::allocate_buffer(Buffer& buffer, std::uint32_t size) noexcept {
 Result<Unit> Lane::open(rdma::CompletionChannel* channel) noexcept {
   PeerContext& peer = **peer_;
   device_ = peer.device;
+  may_buffer_ = device_->attr().maps_peer_memory;
   max_sge_ = device_->attr().max_sge < 8 ? device_->attr().max_sge : 8;
   auto words = peer.heap->allocate(sizeof(LaneBlock), 64);
   if (!words) return rdma::Err{words.error()};
   block_ = new (words->addr) LaneBlock{};
   words_ = &block_->words;
+  peer_buffer_.look_at(block_->cursors);
   words_mr_view_.addr = words->mr->addr;
   words_mr_view_.remote_base = words->mr->remote_base;
   words_mr_view_.rkey = words->mr->rkey;
@@ -72,7 +74,7 @@ void Lane::close() noexcept {
   if (block_ != nullptr) (*peer_)->heap->deallocate(reinterpret_cast<std::byte*>(block_));
   block_ = nullptr;
   words_ = nullptr;
-  send_buffer_.release(*(*peer_)->heap);
+  send_buffer_.release_all(*(*peer_)->heap);
   for (Buffer& b : buffers_)
     if (b.block != nullptr) (*peer_)->heap->deallocate(b.block);
   buffers_ = {};
@@ -116,6 +118,7 @@ void Lane::send_hello(const wire::HelloHeader& addresses) noexcept {
   post_message(&sge, 1);
 }
 
+// Never signalled: in a fork's child nobody would reap it.
 void Lane::write_word(Word which, std::uint64_t value) noexcept {
   if (peer_words_addr_ == 0 || qp_ == nullptr) return;
   const std::uint64_t raw = value + 1;
@@ -134,14 +137,15 @@ void Lane::write_word(Word which, std::uint64_t value) noexcept {
 }
 
 void Lane::release_buffer() noexcept {
-  if (frozen_ || send_buffer_.buffered() != 0) return;  // frozen: the peer may be reading it
-  block_->cursor.ring_addr.store(0, std::memory_order_release);
-  send_buffer_.release(*(*peer_)->heap);
+  if (buffered() == 0) send_buffer_.release_large(*(*peer_)->heap);
 }
 
 bool Lane::read_back(std::uint64_t from, std::byte* out, std::size_t bytes) const noexcept {
   const CreditWindow& credit = conn.credit();
-  const std::size_t posted = from < tx_bytes_ ? std::min<std::uint64_t>(tx_bytes_ - from, bytes) : 0;
+  const std::uint64_t pulled = block_->pulled.load(std::memory_order_acquire);
+  // Messages first, then the buffer: no message follows bytes that it holds.
+  const std::uint64_t by_messages = buffered() != 0 ? send_buffer_.front(pulled) : tx_bytes_;
+  const std::size_t posted = from < by_messages ? std::min<std::uint64_t>(by_messages - from, bytes) : 0;
   std::size_t done = 0;
   // The oldest unread message is at most kMaxInFlight back; walk forward from there.
   const std::uint32_t depth = kMaxInFlight < credit.sent() ? kMaxInFlight : credit.sent();
@@ -158,55 +162,6 @@ bool Lane::read_back(std::uint64_t from, std::byte* out, std::size_t bytes) cons
   }
   if (done != posted) return false;
   if (done < bytes) send_buffer_.copy_from(from + done, out + done);
-  return true;
-}
-
-bool Lane::read_peer(std::uint64_t remote, std::uint32_t rkey, const rdma::RegisteredHeap::Block& to, std::size_t offset,
-                     std::size_t bytes) noexcept {
-  const rdma::Sge sge{to.addr + offset, static_cast<std::uint32_t>(bytes), to.mr->lkey};
-  rdma::SendWr wr;
-  wr.opcode = rdma::WrOpcode::rdma_read;
-  wr.flags = rdma::kSignalled;
-  wr.sge_count = 1;
-  wr.sges = &sge;
-  wr.remote_addr = remote;
-  wr.rkey = static_cast<rdma::Rkey>(rkey);
-  wr.wr_id = signalled_ = ++requests_;
-  if (qp_->post_send(wr) != rdma::Post::ok) return false;
-  // Devices that remember sent data complete at once; the bound only keeps a broken one from holding us.
-  for (int i = 0; i < 1000 && reaped_ < wr.wr_id && !dead(); ++i) reap();
-  return reaped_ >= wr.wr_id && !dead();
-}
-
-bool Lane::fetch_rest(const std::uint64_t* end) noexcept {
-  if (rest_fetched_ || dead() || peer_words_addr_ == 0 || !device_->attr().remembers_sent_data) return false;
-  rest_fetched_ = true;
-  rdma::RegisteredHeap& heap = *(*peer_)->heap;
-  auto head = heap.allocate(sizeof(SendCursor), 64);
-  if (!head) return false;
-  std::uint64_t cursor[3] = {};  // end, ring address, rkey: copied once, then judged
-  const bool got = read_peer(peer_words_addr_ + offsetof(LaneBlock, cursor), static_cast<std::uint32_t>(peer_words_rkey_), *head, 0,
-                             sizeof(SendCursor));
-  if (got) std::memcpy(cursor, head->addr, sizeof cursor);
-  heap.deallocate(head->addr);
-  const std::uint64_t from = rx_bytes_ + rx_bytes_queued_;
-  const std::uint64_t stop = end != nullptr ? *end : cursor[0];
-  if (!got || cursor[1] == 0 || stop <= from || stop - from > SendBuffer::kCapacity || cursor[0] < stop) return false;
-  const auto bytes = static_cast<std::size_t>(stop - from);
-  auto block = heap.allocate(bytes, 64);
-  if (!block) return false;
-  const std::size_t offset = from % SendBuffer::kCapacity;
-  const std::size_t first = std::min(bytes, SendBuffer::kCapacity - offset);
-  const auto rkey = static_cast<std::uint32_t>(cursor[2]);
-  if (!read_peer(cursor[1] + offset, rkey, *block, 0, first) ||
-      (first < bytes && !read_peer(cursor[1], rkey, *block, first, bytes - first))) {
-    heap.deallocate(block->addr);
-    return false;
-  }
-  buffers_[kRest] = Buffer{block->addr, block->addr, static_cast<std::uint32_t>(bytes), {}};
-  unread_[rx_tail_++ % kRing] = Unread{kRest, 0, static_cast<std::uint32_t>(bytes)};
-  rx_bytes_queued_ += bytes;
-  ++rx_arrivals_;
   return true;
 }
 

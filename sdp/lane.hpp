@@ -49,17 +49,19 @@ struct alignas(64) SwitchWords {
 };
 static_assert(sizeof(SwitchWords) == 64);
 
-/// The registered block of a lane: what the peer writes, and what it may read.
+/// The registered block of a lane, all of it written by the peer: as sender of one direction the cursors, as reader of the other
+/// how far it has pulled.
 struct LaneBlock {
   SwitchWords words;
-  alignas(64) SendCursor cursor;
+  alignas(64) std::array<RingCursor, kRings> cursors;
+  alignas(64) std::atomic<std::uint64_t> pulled;
 };
-static_assert(sizeof(LaneBlock) == 128 && offsetof(LaneBlock, cursor) == 64);
+static_assert(sizeof(LaneBlock) == 192 && offsetof(LaneBlock, cursors) == 64 && offsetof(LaneBlock, pulled) == 128);
 
 /// Private data of the CM's request and reply: where our switch words lie, and the byte counts that both ends compare.
 struct LaneProposal {
   static constexpr std::uint32_t kMagic = 0x4C504453;  // "SDPL"
-  static constexpr std::uint32_t kVersion = 1;
+  static constexpr std::uint32_t kVersion = 2;
   std::uint32_t magic = kMagic;
   std::uint32_t version = kVersion;
   std::uint64_t words_addr = 0;
@@ -82,6 +84,10 @@ class Lane {
   static constexpr std::uint32_t kSendDepth = 256;    ///< entries of the send queue
   static constexpr std::uint32_t kSpareSends = 32;    ///< entries that payload leaves to control messages and switch words
   static constexpr std::uint32_t kSignalEvery = 32;   ///< requests for which one completion is asked
+  static constexpr std::size_t kBurstSend = 16384;    ///< bytes: sends so small are a burst's, if many follow each other
+  static constexpr std::uint32_t kBurstBegins = 8;    ///< sends that go out as messages of their own first
+  static constexpr std::size_t kLittle = 8192;        ///< bytes: a receive of less has caught up with the burst
+  static constexpr std::int64_t kGatherNs = 1000;     ///< between two looks of a reader that has caught up
 
   Lane(std::shared_ptr<PeerContext>* peer, const LaneLimits& limits) noexcept : conn(limits.conn), limits_(limits), peer_(peer) {}
 
@@ -100,15 +106,14 @@ class Lane {
   void capture_to(Capture* capture, const Capture::Endpoint& endpoint) noexcept;
 
   // --- datapath (lane_datapath.cpp)
-  /// Takes what credits allow; returns the bytes taken. `from` advances.
+  /// Takes what credits allow, and small sends of a burst in any case; returns the bytes taken. `from` advances.
   std::size_t send(IovCursor& from) noexcept;
-  /// Keeps what credits do not allow, up to `limit` bytes in all; it goes out as they come. Returns the bytes taken; `from`
-  /// advances.
+  /// Keeps what send() did not take, up to `limit` bytes in all; the peer fetches it. Returns the bytes taken; `from` advances.
   std::size_t buffer(IovCursor& from, std::size_t limit) noexcept;
-  /// Sends what is buffered as far as credits allow. drain() does it too.
-  void flush_buffer() noexcept;
-  std::uint64_t buffered() const noexcept { return send_buffer_.buffered(); }
-  /// Gives the empty send buffer's memory back.
+  /// Bytes that the peer has still to fetch. Any thread.
+  std::uint64_t buffered() const noexcept { return send_buffer_.buffered(block_->pulled.load(std::memory_order_acquire)); }
+  /// The send buffer has memory that is worth to be given back when it is empty.
+  bool has_large_buffer() const noexcept { return send_buffer_.has_large(); }
   void release_buffer() noexcept;
   /// Copies unread payload; `consume` false leaves it (MSG_PEEK). Returns the bytes copied.
   std::size_t recv(IovCursor& to, bool consume) noexcept;
@@ -119,15 +124,20 @@ class Lane {
   /// Before a wait, and after the last receive: gives the peer what has been read, as buffers and credits.
   void settle() noexcept;
   void send_due_control() noexcept { send_control(); }  ///< after something became due outside drain()
-  bool maybe_ready() const noexcept { return cq_->maybe_ready(); }
+  /// Something that drain() will take in.
+  bool maybe_ready() const noexcept {
+    return cq_->maybe_ready() || peer_buffer_.ends() != seen_ends_.load(std::memory_order_relaxed);
+  }
+  /// A message may go; while the buffer holds bytes none may.
   bool may_send() const noexcept {
     return conn.may_send_payload() && conn.credit().sent() - conn.credit().acked() < kMaxInFlight &&
-           requests_ - reaped_ < kSendDepth - kSpareSends && !dead();
+           requests_ - reaped_ < kSendDepth - kSpareSends && !dead() && buffered() == 0;
   }
-  std::uint64_t unread() const noexcept { return rx_bytes_queued_; }
+  /// Bytes that recv() finds.
+  std::uint64_t unread() const noexcept { return rx_bytes_queued_ + peer_buffer_.held(arrived_.load(std::memory_order_relaxed)); }
 
   /// Position of the sending direction: payload taken since the lane came up, buffered or sent.
-  std::uint64_t tx_bytes() const noexcept { return tx_bytes_ + send_buffer_.buffered(); }
+  std::uint64_t tx_bytes() const noexcept { return tx_bytes_; }
   std::uint64_t rx_bytes() const noexcept { return rx_bytes_; }  ///< payload that the program has read
   std::uint64_t rx_arrivals() const noexcept { return rx_arrivals_; }
   std::uint64_t tx_messages() const noexcept { return tx_messages_; }
@@ -152,11 +162,6 @@ class Lane {
     std::uint64_t end = 0;
     return said(kEnd, &end) && rx_bytes_ == end;
   }
-  /// No more messages of payload: END has been said, or is about to be; what is buffered is fetched by the peer.
-  void freeze() noexcept { frozen_ = true; }
-  /// The peer said END at `end`, or is gone (nullptr: up to where it had come): queues what it had taken and not sent. False: there
-  /// is nothing, or it cannot be had. At most once.
-  bool fetch_rest(const std::uint64_t* end) noexcept;
   /// Copies lane bytes [from, tx_bytes) that the peer has not read, out of its memory and the send buffer, for the anchor. False:
   /// they are not there.
   bool read_back(std::uint64_t from, std::byte* out, std::size_t bytes) const noexcept;
@@ -183,8 +188,7 @@ class Lane {
     std::uint32_t offset;
     std::uint32_t length;
   };
-  static constexpr std::uint32_t kRest = kMaxBuffers;  ///< the buffer that holds what fetch_rest() brought; never posted
-  static constexpr std::uint32_t kRing = 256;          ///< power of two, above kMaxBuffers
+  static constexpr std::uint32_t kRing = 256;  ///< power of two, above kMaxBuffers
 
   std::uint32_t shown_qpn() const noexcept;
   std::size_t block_bytes(std::uint32_t size) const noexcept;
@@ -196,9 +200,14 @@ class Lane {
   bool may_not_wait() const noexcept;
   void flush_posts() noexcept;
   void show(bool outgoing, std::span<const std::byte> header, std::span<const std::byte> payload) noexcept;
+  void show_read(bool outgoing, IovCursor at, std::size_t bytes) noexcept;
   void grow_count() noexcept;
-  bool read_peer(std::uint64_t remote, std::uint32_t rkey, const rdma::RegisteredHeap::Block& to, std::size_t offset,
-                 std::size_t bytes) noexcept;
+  void number_request(rdma::SendWr& wr) noexcept;
+  bool write_peer(std::size_t offset, const std::uint64_t* words, unsigned count, bool wake) noexcept;
+  std::span<const std::byte> peer_bytes(std::uint64_t at, bool* last) noexcept;
+  void let_gather() noexcept;
+  void say_pulled() noexcept;
+  void took(std::size_t total, std::size_t pulled) noexcept;
   void on_completion(const rdma::Wc& wc) noexcept;
   void reap() noexcept;
 
@@ -206,8 +215,7 @@ class Lane {
   std::atomic<bool> dead_{false};
   bool violated_ = false;
   bool peer_disconn_ = false;
-  bool frozen_ = false;
-  bool rest_fetched_ = false;
+  bool may_buffer_ = false;
   std::uint16_t buffer_count_ = 0;
   std::uint16_t small_left_ = 0;  ///< buffers still below wanted_recv_size
   std::uint16_t pending_posts_ = 0;
@@ -217,6 +225,11 @@ class Lane {
   std::uint32_t rx_head_ = 0, rx_tail_ = 0;  ///< unread queue: [head, tail)
   std::uint64_t rx_bytes_queued_ = 0, rx_bytes_ = 0, rx_arrivals_ = 0;
   std::uint64_t tx_bytes_ = 0, tx_messages_ = 0;
+  std::uint32_t burst_ = 0;                   ///< small sends in a row, without a receive or a wait
+  std::atomic<std::uint64_t> arrived_{0};     ///< position up to which messages have come and buffered bytes been read
+  std::atomic<std::uint64_t> seen_ends_{0};   ///< PeerBuffer::ends() as drain() saw it last
+  std::int64_t caught_up_at_ = 0;             ///< when the last receive emptied the peer's buffer and found little; 0: it did not
+  std::uint64_t pulled_loudly_ = 0;           ///< position at which the peer's writer was woken last
   std::uint64_t sends_ = 0;                   ///< Sends posted since the QP was made, of every kind
   std::uint64_t requests_ = 0;                ///< those and the RDMA Writes: what takes an entry of the send queue
   std::uint64_t signalled_ = 0, reaped_ = 0;  ///< the last of them that asked for a completion; that completed
@@ -231,13 +244,14 @@ class Lane {
   LaneBlock* block_ = nullptr;
   SwitchWords* words_ = nullptr;  ///< block_'s
   SendBuffer send_buffer_;
+  PeerBuffer peer_buffer_;
   std::shared_ptr<PeerContext>* peer_;
   rdma::Mr words_mr_view_;
   std::uint64_t peer_words_addr_ = 0;
   rdma::Rkey peer_words_rkey_{};
   std::size_t buffer_bytes_ = 0;
 
-  std::array<Buffer, kMaxBuffers + 1> buffers_{};
+  std::array<Buffer, kMaxBuffers> buffers_{};
   std::array<Unread, kRing> unread_{};
   std::array<std::uint32_t, 32> post_list_{};
   struct Sent {

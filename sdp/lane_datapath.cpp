@@ -1,7 +1,9 @@
 // The per-message code of a lane: no allocation but when buffers grow, no lock, no system call beyond the device's bell.
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
+#include "rdma_core/base/clock.hpp"
 #include "rdma_core/base/log.hpp"
 #include "sdp/lane.hpp"
 
@@ -17,17 +19,30 @@ void Lane::show(bool outgoing, std::span<const std::byte> header, std::span<cons
   capture_->message(capture_conn_, outgoing, header, payload);
 }
 
+void Lane::show_read(bool outgoing, IovCursor at, std::size_t bytes) noexcept {
+  while (bytes != 0) {
+    const std::size_t n = std::min(bytes, at.chunk());
+    capture_->read_response(capture_conn_, outgoing, {at.data(), n});
+    at.advance(n);
+    bytes -= n;
+  }
+}
+
+// Entries of the send queue come back only when a completion behind them is polled.
+inline void Lane::number_request(SendWr& wr) noexcept {
+  wr.wr_id = ++requests_;
+  if (requests_ - signalled_ >= kSignalEvery) [[unlikely]] {
+    signalled_ = requests_;
+    wr.flags |= rdma::kSignalled;
+  }
+}
+
 bool Lane::post_message(const Sge* sges, std::uint8_t count) noexcept {
   SendWr wr;
   wr.flags = rdma::kInline;
   wr.sge_count = count;
   wr.sges = sges;
-  wr.wr_id = ++requests_;
-  // Entries of the send queue come back only when a completion behind them is polled.
-  if (requests_ - signalled_ >= kSignalEvery) [[unlikely]] {
-    signalled_ = requests_;
-    wr.flags |= rdma::kSignalled;
-  }
+  number_request(wr);
   if (qp_->post_send(wr) != Post::ok) [[unlikely]] {
     // Credits and the in-flight bound keep the queues from filling: what is left is a QP in error.
     dead_ = true;
@@ -60,10 +75,11 @@ bool Lane::post_data(Sge* sges, std::uint8_t count, std::uint32_t payload) noexc
 }
 
 std::size_t Lane::send(IovCursor& from) noexcept {
-  if (send_buffer_.buffered() != 0) [[unlikely]] {
-    flush_buffer();
-    if (send_buffer_.buffered() != 0) return 0;
-  }
+  const std::size_t bytes = from.remaining();
+  if (bytes > kBurstSend)
+    burst_ = 0;
+  else if (++burst_ > kBurstBegins && may_buffer_)
+    return buffer(from, SendBuffer::kSmallBytes);
   std::size_t total = 0;
   while (!from.done() && may_send()) {
     Sge sges[8];
@@ -83,18 +99,74 @@ std::size_t Lane::send(IovCursor& from) noexcept {
 }
 
 std::size_t Lane::buffer(IovCursor& from, std::size_t limit) noexcept {
-  if (frozen_ || dead() || !device_->attr().remembers_sent_data) return 0;
-  return send_buffer_.append(from, std::min(limit, SendBuffer::kCapacity), tx_bytes_, *(*peer_)->heap, block_->cursor);
+  if (dead() || !may_buffer_) return 0;
+  IovCursor shown = from;
+  const std::size_t taken =
+      send_buffer_.append(from, std::min(limit, SendBuffer::kCapacity), tx_bytes_, block_->pulled, *(*peer_)->heap);
+  tx_bytes_ += taken;
+  if (capture_ != nullptr) [[unlikely]]
+    show_read(true, shown, taken);
+  for (unsigned ring = 0; ring < kRings; ++ring) {
+    SendBuffer::News& news = send_buffer_.news(ring);
+    if (news.first == 4) continue;
+    const std::size_t offset = offsetof(LaneBlock, cursors) + ring * sizeof(RingCursor) + 8 * news.first;
+    if (!write_peer(offset, news.word.data() + news.first, 4 - news.first, true)) break;
+    news.first = 4;
+  }
+  return taken;
 }
 
-void Lane::flush_buffer() noexcept {
-  while (send_buffer_.buffered() != 0 && !frozen_ && may_send()) {
-    const auto piece = send_buffer_.front(conn.max_payload());
-    Sge sges[2];
-    sges[1] = Sge{piece.data(), static_cast<std::uint32_t>(piece.size()), {}};
-    if (!post_data(sges, 2, static_cast<std::uint32_t>(piece.size()))) return;
-    send_buffer_.pop(piece.size());
+bool Lane::write_peer(std::size_t offset, const std::uint64_t* words, unsigned count, bool wake) noexcept {
+  const Sge sge{reinterpret_cast<const std::byte*>(words), static_cast<std::uint32_t>(8 * count), {}};
+  SendWr wr;
+  wr.opcode = rdma::WrOpcode::rdma_write;
+  wr.flags = wake ? rdma::kInline | rdma::kSolicited : rdma::kInline;
+  wr.sge_count = 1;
+  wr.sges = &sge;
+  wr.remote_addr = peer_words_addr_ + offset;
+  wr.rkey = peer_words_rkey_;
+  number_request(wr);
+  if (requests_ - reaped_ >= kSendDepth / 2) [[unlikely]]
+    reap();
+  if (qp_->post_send(wr) == Post::ok) [[likely]]
+    return true;
+  dead_ = true;
+  conn.abort("the QP is in error");
+  return false;
+}
+
+/// What the peer's buffer holds from position `at` on, as far as it lies together.
+std::span<const std::byte> Lane::peer_bytes(std::uint64_t at, bool* last) noexcept {
+  PeerBuffer::Piece piece;
+  const bool sound = peer_buffer_.find(at, piece);
+  if (sound && piece.bytes == 0) [[likely]]
+    return {};
+  const std::byte* const bytes = sound ? qp_->remote_view(piece.addr, piece.bytes, static_cast<rdma::Rkey>(piece.rkey)) : nullptr;
+  if (bytes == nullptr) [[unlikely]] {
+    conn.abort("the peer's send buffer is not where it says");
+    RDMA_LOG(warn, "lane ended: %s", conn.error());
+    peer_buffer_.look_at(kNoCursors);
+    violated_ = true;
+    dead_ = true;
+    return {};
   }
+  *last = piece.last;
+  return {bytes, piece.bytes};
+}
+
+/// The reader has caught up with a burst of small sends. Were it to look for the next one at once, both would do nothing but hand
+/// the cursor's cache line to and fro; a microsecond later there are many.
+void Lane::let_gather() noexcept {
+  const std::int64_t until = std::exchange(caught_up_at_, 0) + kGatherNs;
+  while (rdma::SteadyClock{}.now() < until) rdma::cpu_relax();
+}
+
+/// The peer may use the room of what has been read. Its writer, if it sleeps, is woken for each quarter of the small ring: it went
+/// to sleep with more than that in the buffer.
+void Lane::say_pulled() noexcept {
+  const bool loudly = rx_bytes_ - pulled_loudly_ >= SendBuffer::kSmallBytes / 4;
+  if (loudly) pulled_loudly_ = rx_bytes_;
+  (void)write_peer(offsetof(LaneBlock, pulled), &rx_bytes_, 1, loudly);
 }
 
 void Lane::send_control() noexcept {
@@ -114,11 +186,6 @@ void Lane::send_control() noexcept {
 
 void Lane::home(std::uint32_t index) noexcept {
   Buffer& b = buffers_[index];
-  if (index == kRest) [[unlikely]] {
-    (*peer_)->heap->deallocate(b.block);
-    b = Buffer{};
-    return;
-  }
   if (small_left_ != 0 && b.size < conn.wanted_recv_size()) [[unlikely]] {
     Buffer larger;
     if (allocate_buffer(larger, conn.wanted_recv_size())) {
@@ -139,6 +206,7 @@ bool Lane::may_not_wait() const noexcept {
 }
 
 void Lane::settle() noexcept {
+  burst_ = 0;
   if (pending_posts_ != 0) flush_posts();
   if (conn.credit().update_is_due()) send_control();
 }
@@ -191,6 +259,7 @@ void Lane::on_completion(const Wc& wc) noexcept {
     constexpr auto kHead = static_cast<std::uint32_t>(wire::kBsdhBytes);
     unread_[rx_tail_++ % kRing] = Unread{index, kHead, wc.byte_len - kHead};
     rx_bytes_queued_ += wc.byte_len - kHead;
+    arrived_.store(arrived_.load(std::memory_order_relaxed) + wc.byte_len - kHead, std::memory_order_relaxed);
     ++rx_arrivals_;
     return;
   }
@@ -226,6 +295,10 @@ void Lane::reap() noexcept {
 }
 
 void Lane::drain() noexcept {
+  if (const std::uint64_t ends = peer_buffer_.ends(); ends != seen_ends_.load(std::memory_order_relaxed)) {
+    seen_ends_.store(ends, std::memory_order_relaxed);
+    ++rx_arrivals_;
+  }
   if (!cq_->maybe_ready()) return;
   reap();
   if (may_not_wait()) flush_posts();
@@ -233,18 +306,31 @@ void Lane::drain() noexcept {
     grow_count();
     if (pending_posts_ != 0) flush_posts();
   }
-  if (send_buffer_.buffered() != 0) flush_buffer();
   send_control();
 }
 
 std::size_t Lane::recv(IovCursor& to, bool consume) noexcept {
-  std::size_t total = 0;
+  burst_ = 0;
+  const IovCursor start = to;
+  std::size_t total = 0, pulled = 0;
   std::uint32_t at = rx_head_;
   std::uint32_t offset_in_front = 0;
-  while (!to.done()) {
+  bool last = false;
+  while (!to.done() && !last) {
     if (at == rx_tail_) {
+      if (caught_up_at_ != 0 && total == 0) let_gather();
       drain();
-      if (at == rx_tail_) break;
+      if (at == rx_tail_) {
+        const std::span<const std::byte> piece = peer_bytes(rx_bytes_ + total, &last);
+        if (piece.empty()) break;
+        const std::size_t n = std::min(piece.size(), to.chunk());
+        std::memcpy(to.data(), piece.data(), n);
+        to.advance(n);
+        total += n;
+        pulled += n;
+        last = last && n == piece.size();
+        continue;
+      }
     }
     Unread& u = unread_[at % kRing];
     const std::uint32_t skip = consume ? 0 : offset_in_front;
@@ -269,19 +355,42 @@ std::size_t Lane::recv(IovCursor& to, bool consume) noexcept {
     }
   }
   if (consume) {
-    rx_bytes_queued_ -= total;
-    rx_bytes_ += total;
+    if (capture_ != nullptr && pulled != 0) [[unlikely]] {
+      IovCursor shown = start;
+      shown.skip(total - pulled);
+      show_read(false, shown, pulled);
+    }
+    caught_up_at_ = last && pulled < kLittle ? rdma::SteadyClock{}.now() : 0;
+    took(total, pulled);
     if (may_not_wait()) settle();
   }
   return total;
 }
 
+/// The program has read `total` bytes, the last `pulled` of them from the peer's buffer.
+void Lane::took(std::size_t total, std::size_t pulled) noexcept {
+  rx_bytes_queued_ -= total - pulled;
+  rx_bytes_ += total;
+  if (pulled == 0) return;
+  arrived_.store(rx_bytes_, std::memory_order_relaxed);
+  say_pulled();
+}
+
 std::size_t Lane::discard(std::size_t bytes) noexcept {
-  std::size_t total = 0;
+  std::size_t total = 0, pulled = 0;
   while (total < bytes) {
     if (rx_head_ == rx_tail_) {
       drain();
-      if (rx_head_ == rx_tail_) break;
+      if (rx_head_ == rx_tail_) {
+        bool last = false;
+        const std::span<const std::byte> piece = peer_bytes(rx_bytes_ + total, &last);
+        const std::size_t n = std::min(piece.size(), bytes - total);
+        if (n == 0) break;
+        if (capture_ != nullptr) capture_->read_response(capture_conn_, false, piece.first(n));
+        total += n;
+        pulled += n;
+        continue;
+      }
     }
     Unread& u = unread_[rx_head_ % kRing];
     const std::size_t n = std::min<std::size_t>(u.length, bytes - total);
@@ -294,8 +403,7 @@ std::size_t Lane::discard(std::size_t bytes) noexcept {
       home(buffer);
     }
   }
-  rx_bytes_queued_ -= total;
-  rx_bytes_ += total;
+  took(total, pulled);
   settle();
   return total;
 }

@@ -33,6 +33,7 @@ constexpr std::uint64_t kWakeTag = 1, kCmTag = 2, kBellTag = 3;  // all others a
 constexpr unsigned kMeetMs = 3000;                               // how long a connection looks for its peer
 constexpr std::int64_t kHandshakeNs = 3'000'000'000;
 constexpr int kTendMs = 20;
+constexpr int kReleaseMs = 250;
 
 std::int64_t now_ns() noexcept { return rdma::SteadyClock{}.now(); }
 
@@ -150,13 +151,13 @@ void Service::run() noexcept {
     take_commands();
     poll_handshakes();
     look_after_lanes();
-    flush_buffers();
+    release_buffers();
     int timeout = cm_->next_timeout_ms();
     const bool busy = !handshakes_.empty() || !dying_.empty();
     const bool resending = std::any_of(laned_.begin(), laned_.end(), [](const StreamImpl* s) { return s->resend != nullptr; });
     const bool lingering = !engine::flush_lingering();
     if ((busy || resending || lingering) && (timeout < 0 || timeout > kTendMs)) timeout = kTendMs;
-    if (flush_soon_) timeout = 1;
+    if (releasing_.load(std::memory_order_relaxed) && (timeout < 0 || timeout > kReleaseMs)) timeout = kReleaseMs;
     epoll_event events[32];
     const long n = sys::call(SYS_epoll_pwait, epoll_fd_, sys::arg(events), 32, timeout, 0, 8);
     for (long i = 0; i < n; ++i) {
@@ -191,48 +192,26 @@ void Service::closed(StreamImpl* stream, int fd) noexcept {
   submit(stream, kClosed);
 }
 
-void Service::bytes_are_buffered() noexcept {
-  if (!flushing_.exchange(true, std::memory_order_seq_cst)) nudge();
+void Service::buffer_is_large() noexcept {
+  if (!releasing_.exchange(true, std::memory_order_seq_cst)) nudge();
 }
 
-// Buffered bytes go out with the program's own calls. Where it makes none, this thread looks every millisecond for as long as that
-// brings something, and is woken by the next credits afterwards.
-void Service::flush_buffers() noexcept {
-  flush_soon_ = false;
-  if (!flushing_.load(std::memory_order_acquire)) return;
-  constexpr int kPatience = 4;
-  bool left = false, progress = false;
-  for (int pass = 0; pass < 2; ++pass) {
-    left = false;
-    for (StreamImpl* s : laned_) {
-      if (!s->has_buffered.load(std::memory_order_seq_cst)) continue;
-      (void)s->lock.lock();
-      const bool ours = s->phase.load() == Phase::laned && s->tx.load() == TxState::lane && !s->lane_is_over();
-      const std::uint64_t before = ours ? s->lane->buffered() : 0;
-      if (ours) {
-        s->lane->drain();
-        s->lane->flush_buffer();
-      }
-      const std::uint64_t after = ours ? s->lane->buffered() : 0;
-      progress = progress || after < before;
-      if (after == 0) {
-        s->has_buffered.store(false, std::memory_order_seq_cst);
-        if (ours) s->lane->release_buffer();
-      } else if (pass == 0 && idle_flushes_ >= kPatience) {
-        s->lane->arm(rdma::kWakeChannel);
-      }
-      left = left || after != 0;
-      s->lock.unlock();
+// A large send buffer is for the moment in which a reader is far behind. This thread looks now and then whether that is over.
+void Service::release_buffers() noexcept {
+  if (!releasing_.exchange(false, std::memory_order_seq_cst)) return;
+  bool left = false;
+  for (StreamImpl* s : laned_) {
+    if (!s->has_large_buffer.load(std::memory_order_seq_cst)) continue;
+    (void)s->lock.lock();
+    const bool empty = s->lane == nullptr || s->lane->buffered() == 0;
+    if (empty) {
+      if (s->lane != nullptr) s->lane->release_buffer();
+      s->has_large_buffer.store(false, std::memory_order_seq_cst);
     }
-    if (!left || idle_flushes_ < kPatience) break;
-    device_->arm_fence();  // then look once more
+    left = left || !empty;
+    s->lock.unlock();
   }
-  idle_flushes_ = progress ? 0 : idle_flushes_ + 1;
-  flush_soon_ = left && idle_flushes_ <= kPatience;
-  if (left) return;
-  flushing_.store(false, std::memory_order_seq_cst);
-  for (const StreamImpl* s : laned_)
-    if (s->has_buffered.load(std::memory_order_seq_cst)) return bytes_are_buffered();
+  if (left) releasing_.store(true, std::memory_order_seq_cst);
 }
 
 void Service::nudge() noexcept {

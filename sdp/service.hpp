@@ -24,7 +24,7 @@ class Service {
   void pursue(StreamImpl* stream) noexcept;
   void closed(StreamImpl* stream, int fd) noexcept;  ///< the stream's cell comes back through engine::free_stream
   void nudge() noexcept;
-  void bytes_are_buffered() noexcept;
+  void buffer_is_large() noexcept;
   int wake_fd() const noexcept { return wake_fd_.load(std::memory_order_relaxed); }
   int bell_fd() const noexcept { return bell_fd_.load(std::memory_order_acquire); }
   rdma::CompletionChannel* channel() const noexcept { return channel_.get(); }
@@ -67,7 +67,7 @@ class Service {
   void on_anchor(StreamImpl* stream) noexcept;
   void tend(StreamImpl* stream) noexcept;
   void look_after_lanes() noexcept;
-  void flush_buffers() noexcept;
+  void release_buffers() noexcept;
 
   Options options_;
   engine::Compose compose_;
@@ -79,9 +79,7 @@ class Service {
   std::atomic<int> wake_fd_{-1};
   int epoll_fd_ = -1;
 
-  std::atomic<bool> flushing_{false};  ///< this thread looks at streams with has_buffered by itself
-  int idle_flushes_ = 0;               ///< looks in a row that brought nothing
-  bool flush_soon_ = false;
+  std::atomic<bool> releasing_{false};                       ///< some stream has a large send buffer
   std::atomic<StreamImpl*> inbox_{nullptr};                  ///< streams with commands, newest first
   std::unordered_map<std::uint64_t, Handshake> handshakes_;  ///< by anchor cookie
   std::unordered_map<std::uint64_t, StreamImpl*> streams_by_conn_;

@@ -31,10 +31,9 @@ bool writable(const StreamImpl& s, const Lane& lane) noexcept {
   return lane.may_send() && credit.credits() >= (s.tx_blocked ? std::max(kReservedCredits + 1, quarter) : kReservedCredits + 1);
 }
 
-/// END, and SDP's DisConn if every byte is on its way as a message. What is still buffered the peer fetches itself.
+/// END, and SDP's DisConn if every byte is on its way as a message. What is buffered the peer fetches itself.
 void end_sending(StreamImpl& s) noexcept {
   s.lane->drain();
-  s.lane->flush_buffer();
   s.end_tx_locked();
   if (s.lane->buffered() == 0) s.lane->conn.want_disconn();
   s.lane->send_due_control();

@@ -52,16 +52,16 @@ class alignas(64) StreamImpl {
   Lane* lane = nullptr;
   std::atomic<Lane*> published_lane{nullptr};  ///< the same, for those who look without the lock
   ConnStats* stats = nullptr;
-  std::atomic<bool> anchor_event{false};  ///< the service thread saw something on the anchor
-  std::atomic<bool> has_buffered{
-      false};  ///< the lane's send buffer may hold bytes: the service thread flushes what the program does not
-  std::atomic<bool> tx_blocked{false};  ///< the program was told that it cannot write
-  bool rx_shut = false;                 ///< SHUT_RD
-  bool reset_by_peer = false;           ///< one ECONNRESET is due behind the bytes that the anchor still has
-  bool bytes_missing = false;           ///< bytes before those on the anchor are lost: one ECONNRESET is due at once
-  std::atomic<bool> peer_gone{false};   ///< the peer's process or its lane is gone; what has come is still to be read
-  bool watched = false;                 ///< the anchor is in the service thread's epoll
-  std::uint8_t doubts = 0;              ///< how often our counts differed from the kernel's
+  std::atomic<bool> anchor_event{false};      ///< the service thread saw something on the anchor
+  std::atomic<bool> has_large_buffer{false};  ///< the lane has memory that the service thread takes back when it is empty
+  std::atomic<bool> tx_blocked{false};        ///< the program was told that it cannot write
+  std::atomic<std::uint32_t> full_at{0};      ///< bytes that the lane's buffer took at the most when it refused the last ones
+  bool rx_shut = false;                       ///< SHUT_RD
+  bool reset_by_peer = false;                 ///< one ECONNRESET is due behind the bytes that the anchor still has
+  bool bytes_missing = false;                 ///< bytes before those on the anchor are lost: one ECONNRESET is due at once
+  std::atomic<bool> peer_gone{false};         ///< the peer's process or its lane is gone; what has come is still to be read
+  bool watched = false;                       ///< the anchor is in the service thread's epoll
+  std::uint8_t doubts = 0;                    ///< how often our counts differed from the kernel's
 
   // --- TCP side, counted on every connection
   alignas(64) std::atomic<std::uint64_t> tcp_sent{0};
@@ -200,8 +200,8 @@ LaneReason policy_reason() noexcept;  ///< why policy_for() says tcp
 int high_fd(int fd) noexcept;         ///< moves a helper descriptor out of the program's way and remembers it; closes the low one
 void remember_helper_fd(int fd) noexcept;
 void forget_helper_fd(int fd) noexcept;
-void bytes_are_buffered() noexcept;  ///< some stream's has_buffered went up
-void nudge() noexcept;               ///< the service thread should look at its streams
+void buffer_is_large() noexcept;  ///< some stream's has_large_buffer went up
+void nudge() noexcept;            ///< the service thread should look at its streams
 /// The connection `fd` is closed with bytes to resend ([off, len), malloc's): they go out, and then FIN, by a descriptor of ours.
 void linger(int fd, std::byte* bytes, std::size_t len, std::size_t off) noexcept;
 bool flush_lingering() noexcept;  ///< false: some cannot go out yet

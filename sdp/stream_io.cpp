@@ -156,14 +156,15 @@ std::int64_t StreamImpl::send(int at, IovCursor& from, int flags, std::uint16_t 
 
 std::size_t StreamImpl::keep_unsent(IovCursor& from, std::size_t limit) noexcept {
   const std::size_t kept = lane->buffer(from, limit);
+  full_at.store(static_cast<std::uint32_t>(limit), std::memory_order_relaxed);
   if (kept == 0) return 0;
   if (stats != nullptr) {
     stats->lane.bytes_sent.add(kept);
     stats->lane.messages_sent.add(1);
   }
-  if (!has_buffered.load(std::memory_order_relaxed)) {
-    has_buffered.store(true, std::memory_order_seq_cst);
-    engine::bytes_are_buffered();
+  if (lane->has_large_buffer() && !has_large_buffer.load(std::memory_order_relaxed)) {
+    has_large_buffer.store(true, std::memory_order_seq_cst);
+    engine::buffer_is_large();
   }
   return kept;
 }
@@ -237,13 +238,14 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
     if (from.done()) break;
     lane->drain();
     if (lane->may_send()) continue;
-    // No credits. What is small, or would have to sleep, is taken all the same, as far as a TCP socket would.
+    // No credits, or bytes that no message may overtake. What is small, or would have to sleep, is taken all the same, as far as a
+    // TCP socket would.
     const std::size_t left = from.remaining();
     if (left <= kSmallSend || nowait) {
       // A socket that was full stays so for small sends too, until it has room again.
       const bool full = tx_blocked && lane->buffered() >= kBufferAhead;
       total += static_cast<std::int64_t>(keep_unsent(from, left <= kSmallSend && !full ? SendBuffer::kCapacity : kBufferAhead));
-    } else if (wait(true, 0, false, Patience::spin) != kNothingYet) {
+    } else if (lane->buffered() == 0 && wait(true, 0, false, Patience::spin) != kNothingYet) {
       continue;
     } else if (phase.load(std::memory_order_relaxed) == Phase::laned && tx.load(std::memory_order_relaxed) == TxState::lane &&
                generation.load(std::memory_order_relaxed) == gen && !lane_is_over() && !lane->said(kAbandon)) {
@@ -493,7 +495,10 @@ bool StreamImpl::changed(bool for_send) const noexcept {
   if (tx.load(std::memory_order_relaxed) == TxState::lane && lane->said(kAbandon)) return true;
   // Another thread may have taken the message in: what it brought counts, not only what is still in the CQ.
   if (for_send && tx.load(std::memory_order_relaxed) == TxState::prepared) return lane->said(kReady) || lane_is_over();
-  if (for_send) return lane_is_over() || lane->may_send();
+  if (for_send) {
+    const std::uint64_t buffered = lane->buffered();
+    return lane_is_over() || lane->may_send() || (buffered != 0 && buffered < full_at / 2);
+  }
   if (anchor_event.load(std::memory_order_acquire)) return true;
   switch (rx.load(std::memory_order_relaxed)) {
     case RxState::tcp:

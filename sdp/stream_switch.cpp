@@ -140,11 +140,7 @@ void StreamImpl::advance_rx(int at) noexcept {
   if (lane->unread() != 0) return;
   std::uint64_t end = 0;
   const bool ended = lane->said(kEnd, &end);
-  if (!(ended && lane->rx_bytes() == end)) {
-    // Bytes that the peer's send() took and no message carries: they lie in its send buffer.
-    if (lane->fetch_rest(ended ? &end : nullptr)) return;
-    if (ended) bytes_missing = true;  // rule 7: the end is known and bytes before it are missing
-  }
+  if (ended && lane->rx_bytes() != end) bytes_missing = true;  // rule 7: the end is known and bytes before it are missing
   std::uint64_t gone = 0;
   if (lane->said(kGone, &gone) && gone != 0) reset_here(at);
   rx.store(RxState::ended, std::memory_order_release);
@@ -165,10 +161,6 @@ void StreamImpl::look_at_anchor(int at) noexcept {
     return;
   }
   if (lane->said(kEnd)) return;  // advance_rx() knows what to do
-  if (n == 0 && lane->fetch_rest(nullptr)) {
-    anchor_event.store(true, std::memory_order_release);
-    return;
-  }
   std::uint64_t gone = 0;
   if (lane->said(kGone, &gone) && gone != 0) reset_here(at);
   rx.store(RxState::ended, std::memory_order_release);
@@ -181,7 +173,6 @@ void StreamImpl::reset_here(int at) noexcept {
 }
 
 void StreamImpl::end_tx_locked() noexcept {
-  lane->freeze();
   if (tx.load(std::memory_order_relaxed) == TxState::lane) {
     if (stats != nullptr) stats->switches_down.add(1);
     lane->write_word(kEnd, lane->tx_bytes());
@@ -212,7 +203,6 @@ bool StreamImpl::resume_after_resend() noexcept {
   const std::uint64_t received = tcp_received.load(std::memory_order_relaxed);
   if (received < resent_from || received >= resent_to) return false;
   lane->drain();
-  (void)lane->fetch_rest(nullptr);
   lane->discard(static_cast<std::size_t>(received - resent_from));
   anchor_event.store(true, std::memory_order_release);  // its end is still to be seen
   rx.store(RxState::lane, std::memory_order_release);
@@ -226,7 +216,6 @@ void StreamImpl::handle_abandon(int at) noexcept {
   const TxState now = tx.load(std::memory_order_relaxed);
   if (now == TxState::ended || !lane->said(kAbandon, &from)) return;
   if (now != TxState::lane) return end_tx_locked();
-  lane->freeze();
   const std::uint64_t sent = lane->tx_bytes();
   const std::size_t bytes = from < sent ? static_cast<std::size_t>(sent - from) : 0;
   resend = bytes != 0 ? static_cast<std::byte*>(std::malloc(bytes)) : nullptr;

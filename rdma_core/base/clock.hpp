@@ -34,4 +34,13 @@ inline void cpu_relax() noexcept {
 #endif
 }
 
+/// Asks for the cache line of `at` as its only owner; does nothing to memory, whatever the address.
+inline void prefetch_for_write(const void* at) noexcept {
+#if defined(__x86_64__)
+  asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(at)));  // not among what the compiler may assume of every x86-64
+#else
+  __builtin_prefetch(at, 1);
+#endif
+}
+
 }  // namespace rdma

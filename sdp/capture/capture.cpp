@@ -6,6 +6,7 @@
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
+#include <algorithm>
 
 #include <cerrno>
 #include <climits>
@@ -168,8 +169,9 @@ void Capture::message(std::uint32_t conn, bool outgoing, std::span<const std::by
                       std::span<const std::byte> payload) noexcept {
   if (foreign_process()) return;
   const std::lock_guard lock(mutex_);
-  if (conn >= connections_.size() || !connections_[conn].used || fd_ < 0) return;
-  Connection& c = connections_[conn];
+  Connection* const known = find_locked(conn);
+  if (known == nullptr) return;
+  Connection& c = *known;
   const std::size_t total = header.size() + payload.size();
   if (total <= kMaxFrameBytes) {
     write_packet_locked(c, outgoing, capture::kSendOnly, header, payload);
@@ -184,7 +186,27 @@ void Capture::message(std::uint32_t conn, bool outgoing, std::span<const std::by
     }
   }
   const bool is_data = !header.empty() && header[0] == static_cast<std::byte>(wire::Mid::data);
-  if (!is_data || clock_nanos(CLOCK_MONOTONIC) - last_flush_ >= kFlushNanos) flush_locked();
+  is_data ? maybe_flush_locked() : flush_locked();
+}
+
+void Capture::read_response(std::uint32_t conn, bool outgoing, std::span<const std::byte> bytes) noexcept {
+  if (foreign_process()) return;
+  const std::lock_guard lock(mutex_);
+  Connection* const c = find_locked(conn);
+  while (c != nullptr && !bytes.empty()) {
+    const std::span<const std::byte> now = bytes.first(std::min(bytes.size(), kSegmentBytes));
+    write_packet_locked(*c, outgoing, capture::kReadResponseOnly, capture::kAeth, now);
+    bytes = bytes.subspan(now.size());
+  }
+  maybe_flush_locked();
+}
+
+Capture::Connection* Capture::find_locked(std::uint32_t conn) noexcept {
+  return conn < connections_.size() && connections_[conn].used && fd_ >= 0 ? &connections_[conn] : nullptr;
+}
+
+void Capture::maybe_flush_locked() noexcept {
+  if (clock_nanos(CLOCK_MONOTONIC) - last_flush_ >= kFlushNanos) flush_locked();
 }
 
 void Capture::flush() noexcept {

@@ -7,6 +7,9 @@
 //
 //   tshark -2 -r FILE -Y 'infiniband_sdp && infiniband.bth.opcode in {0,4}'
 //
+// Bytes that the reader fetches from the sender's buffer are RDMA READ Responses (opcode 16): the reader's side shows them as they
+// are read, the sender's as they are put there.
+//
 // Two things look malformed to Wireshark and are not: the REQ, in whose few private bytes it looks for a Hello, and Data without
 // payload, behind whose header it wants a byte. All fields of such Data are shown.
 //
@@ -68,6 +71,9 @@ class Capture {
   /// killed program tells its story; Data at the latest with the first message after kFlushNanos.
   void message(std::uint32_t conn, bool outgoing, std::span<const std::byte> header, std::span<const std::byte> payload) noexcept;
 
+  /// Bytes that need no message: fetched from the peer's memory, or put (`outgoing`) where the peer will fetch them.
+  void read_response(std::uint32_t conn, bool outgoing, std::span<const std::byte> bytes) noexcept;
+
   /// What is buffered goes to the file now.
   void flush() noexcept;
   /// Flushes and ends the capture, as the destructor does. Later calls do nothing.
@@ -91,6 +97,8 @@ class Capture {
 
   Capture(int fd, std::int32_t pid, std::uint64_t device, std::uint64_t inode) noexcept;
   bool foreign_process() const noexcept;
+  Connection* find_locked(std::uint32_t conn) noexcept;
+  void maybe_flush_locked() noexcept;
   void write_cm_locked(const Connection&, bool active) noexcept;
   void write_packet_locked(Connection&, bool outgoing, std::uint8_t opcode, std::span<const std::byte> header,
                            std::span<const std::byte> payload) noexcept;

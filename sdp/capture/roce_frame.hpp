@@ -12,6 +12,8 @@
 namespace sdp::capture {
 
 inline constexpr std::uint8_t kSendFirst = 0x00, kSendMiddle = 0x01, kSendLast = 0x02, kSendOnly = 0x04;
+inline constexpr std::uint8_t kReadResponseOnly = 0x10;            ///< its payload begins with an AETH
+inline constexpr std::array<std::byte, 4> kAeth{std::byte{0x1F}};  ///< ACK without end-to-end credits
 inline constexpr std::size_t kMadBytes = 256;
 inline constexpr std::size_t kMaxOverhead = 14 + 40 + 8 + 12 + 8 + 3 + 4;
 inline constexpr std::size_t kIcrcBytes = 4;

@@ -5,9 +5,11 @@
 
 Checked on every message that starts a packet: Hello and HelloAck come first, with fields that make sense; MSeq grows by one in each
 direction; MSeqAck never exceeds what the other side has sent; Len is the length of the message; and no side sends with credits that it
-does not have: Data with payload only with three or more before it.
+does not have: Data with payload only with three or more before it. And every byte that the lanes carried is there, in a message or, small sends of a
+burst, in an RDMA READ Response.
 """
 import argparse
+import json
 import os
 import shutil
 import signal
@@ -54,25 +56,31 @@ def check(rows):
     return seen
 
 
+def tshark(capture, env, which, fields):
+    words = [word for field in fields for word in ("-e", field)]
+    out = subprocess.run([need("tshark"), "-2", "-r", capture, "-Y", which, "-T", "fields", *words], env=env, capture_output=True, text=True, check=True)
+    return [[number(v) for v in line.split("\t")] for line in out.stdout.splitlines()]
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--lib", required=True)
     library = os.path.abspath(parser.parse_args().lib)
     enter_private_network()
     directory = tempfile.mkdtemp(prefix="sdpreload-pcap-")
-    capture = os.path.join(directory, "lane.pcapng")
+    capture, stats = os.path.join(directory, "lane.pcapng"), os.path.join(directory, "stats.json")
     base = {k: v for k, v in os.environ.items() if not k.startswith("SDP_")}
     env = dict(base, LD_PRELOAD=library)
     server = subprocess.Popen(["netserver", "-D", "-4", "-p", "12865"], env=env, stdout=subprocess.DEVNULL)
     try:
         wait_for(lambda: listening(12865), 20, "netserver")
-        for test, options in (("TCP_RR", ["-r", "100,3000"]), ("TCP_STREAM", ["-m", "4000"])):
-            subprocess.run(["netperf", "-P", "0", "-4", "-H", "127.0.0.1", "-p", "12865", "-l", "1", "-t", test, "--", *options],
-                           env=dict(env, SDP_PCAP=capture), check=True, stdout=subprocess.DEVNULL)
-            out = subprocess.run([need("tshark"), "-2", "-r", capture, "-Y", "infiniband_sdp && infiniband.bth.opcode in {0,4}", "-T", "fields",
-                                  *[word for field in FIELDS for word in ("-e", field)]], env=base, capture_output=True, text=True, check=True).stdout
+        # -l with a minus: so many transactions, or bytes.
+        for test, length, options in (("TCP_RR", "-20000", ["-r", "100,3000"]), ("TCP_STREAM", "-100000000", ["-m", "32000"]),
+                                      ("TCP_STREAM", "-100000000", ["-m", "4000"])):
+            subprocess.run(["netperf", "-P", "0", "-4", "-H", "127.0.0.1", "-p", "12865", "-l", length, "-t", test, "--", *options],
+                           env=dict(env, SDP_PCAP=capture, SDP_STATS=stats), check=True, stdout=subprocess.DEVNULL)
             lanes = {}
-            rows = [[number(v) for v in line.split("\t")] for line in out.splitlines()]
+            rows = tshark(capture, base, "infiniband_sdp && infiniband.bth.opcode in {0,4}", FIELDS)
             # The control connection and the data connection may both have had a lane: a pair of QPs each, apart from the first Hello on.
             for row in rows:
                 if row[0] == HELLO:
@@ -84,9 +92,16 @@ def main():
                 else:
                     lanes[row[6]].append(row)
             counts = [check(lane) for lane in {id(v): v for v in lanes.values()}.values()]
-            assert max(c.get(DATA, 0) for c in counts) > 1000, counts
-            assert any(DISCONN in c for c in counts), counts
-            print(f"{test}: {len(rows)} messages keep the rules: {counts}")
+            # Headers of UDP, BTH and AETH, and the ICRC, are no payload.
+            reads = [udp - 8 - 12 - 4 - 4 - pad for udp, pad in tshark(capture, base, "infiniband.bth.opcode == 16", ["udp.length", "infiniband.bth.padcnt"])]
+            burst = options[1] == "4000"
+            assert (len(reads) if burst else max(c.get(DATA, 0) for c in counts)) > 1000, (counts, len(reads))
+            assert burst or any(DISCONN in c for c in counts), counts
+            messages = sum(row[3] - 16 for row in rows if row[0] == DATA)
+            report = json.load(open(stats, encoding="utf-8"))["bytes"]["lane"]
+            carried = report["sent"] + report["received"]
+            assert messages + sum(reads) == carried, f"{messages} bytes in messages and {sum(reads)} in reads of {carried}"
+            print(f"{test}: {len(rows)} messages keep the rules: {counts}; with {len(reads)} reads they hold all {carried} bytes")
             os.unlink(capture)
     finally:
         server.send_signal(signal.SIGTERM)

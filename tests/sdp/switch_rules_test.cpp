@@ -315,6 +315,67 @@ BOOST_AUTO_TEST_CASE(rule_8_both_ends_at_once) {
   BOOST_TEST(r.recv(0, 5000) == 2000);
 }
 
+BOOST_AUTO_TEST_CASE(rule_8_a_burst_that_is_half_read) {
+  for (const bool by_tcp : {false, true}) {
+    Rig r;
+    r.up();
+    const std::uint64_t messages = r.stream(0).lane->tx_messages();
+    for (int i = 0; i < 300; ++i) BOOST_REQUIRE(r.send(0, 100) == 100);
+    BOOST_TEST(r.stream(0).lane->tx_messages() - messages < 20U);  // the rest is fetched
+    BOOST_TEST(r.pair[1].handle().inq(r.pair[1].fd) == 30'000);    // all of it is there, with nobody's help
+    BOOST_TEST(r.recv(1, 100'000, MSG_PEEK) == 30'000);
+    BOOST_TEST(r.recv(1, 17'777) == 17'777);
+    if (by_tcp) {
+      r.pair[1].handle().take_down(LaneReason::mode);
+      r.serve(0);
+      BOOST_TEST(r.by_tcp(0) == 12'223U);
+    }
+    BOOST_TEST(r.recv(1, 100'000) == 12'223);
+    BOOST_TEST(r.recv(1, 1) == -EAGAIN);
+    BOOST_TEST(r.send(0, 100) == 100);
+    BOOST_TEST(r.recv(1, 200) == 100);
+  }
+}
+
+BOOST_AUTO_TEST_CASE(rule_8_the_rest_of_a_burst_outlives_its_writer) {
+  Rig r;
+  r.up();
+  for (int i = 0; i < 300; ++i) BOOST_REQUIRE(r.send(0, 1000) == 1000);  // into the large ring
+  BOOST_TEST(r.stream(0).lane->has_large_buffer());
+  close(r.pair[0].fd);
+  r.pair[0].fd = -1;
+  r.stream(1).peer_gone = true;
+  r.stream(1).anchor_event = true;
+  BOOST_TEST(r.recv(1, 1 << 20) == 300'000);
+  BOOST_TEST(r.recv(1, 1) == 0);
+}
+
+BOOST_AUTO_TEST_CASE(rule_14_a_buffer_that_is_not_where_it_says_ends_the_lane) {
+  Rig r;
+  r.up();
+  for (int i = 0; i < 20; ++i) BOOST_REQUIRE(r.send(0, 100) == 100);
+  const LaneProposal words = r.stream(1).lane->proposal();
+  const std::uint64_t nowhere[2] = {64, std::uint64_t{65536} << 32 | 0xABCD};
+  const rdma::Sge sge{reinterpret_cast<const std::byte*>(nowhere), sizeof nowhere, {}};
+  rdma::SendWr wr;
+  wr.opcode = rdma::WrOpcode::rdma_write;
+  wr.flags = rdma::kInline;
+  wr.sge_count = 1;
+  wr.sges = &sge;
+  wr.remote_addr = words.words_addr + offsetof(LaneBlock, cursors);
+  wr.rkey = static_cast<rdma::Rkey>(words.words_rkey);
+  BOOST_REQUIRE((r.stream(0).lane->qp().post_send(wr) == rdma::Post::ok));
+  std::int64_t n = 1;
+  while (n > 0) n = r.recv(1, 10'000);  // the messages before it
+  BOOST_TEST(n == -EAGAIN);
+  r.serve(0);  // what the reader could not find comes by TCP
+  while ((n = r.recv(1, 10'000)) > 0) {
+  }
+  BOOST_TEST(n == -EAGAIN);
+  BOOST_TEST(r.received[1] == r.sent[0]);
+  BOOST_TEST(r.by_tcp(0) != 0U);
+}
+
 BOOST_AUTO_TEST_CASE(rule_8_a_reader_that_leaves_after_the_writer_shut_down) {
   Rig r;
   r.up();

@@ -121,8 +121,7 @@ class ServedPair {
     if (stream.take_spent_lane() != nullptr) s.retiring = true;
     if (stream.lane != nullptr && stream.tx.load() == TxState::lane && !stream.lane_is_over()) {
       stream.lane->drain();
-      stream.lane->flush_buffer();
-      if (stream.lane->buffered() == 0) stream.lane->release_buffer();
+      stream.lane->release_buffer();
     }
     stream.lock.unlock();
   }
