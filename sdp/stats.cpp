@@ -86,6 +86,7 @@ struct Process {
   std::atomic<bool> keep_closed{false};
   std::atomic<std::uint32_t> history_lock{0};
   ProcessTotals totals;
+  std::atomic<std::uint64_t> moves_begun{0}, moves_ended{0};  ///< of a slot's counts into the totals
   ClosedConnections* closed = nullptr;
 };
 constinit Process process;
@@ -176,6 +177,8 @@ void start_anew(std::uint32_t pid) noexcept {
   if (still_ours(fd)) sys::call(SYS_close, fd);
   for (auto& table : process.tables) table.store(nullptr, std::memory_order_relaxed);
   process.totals.reset();
+  process.moves_begun.store(0, std::memory_order_relaxed);
+  process.moves_ended.store(0, std::memory_order_relaxed);
   if (process.closed != nullptr) process.closed->count = 0;
   process.pid.store(pid, std::memory_order_release);
 }
@@ -303,6 +306,7 @@ void release_stats(ConnStats* s) noexcept {
   if (process.pid.load(std::memory_order_acquire) != pid) return;
   StatsHeader* table = table_of(s);
   if (table == nullptr) return;
+  process.moves_begun.fetch_add(1, std::memory_order_seq_cst);
   process.totals.add(*s);
   if (process.closed != nullptr && process.keep_closed.load(std::memory_order_relaxed)) {
     const PidLock lock(process.history_lock, pid);
@@ -310,6 +314,7 @@ void release_stats(ConnStats* s) noexcept {
   }
   const auto slot = static_cast<std::size_t>(s - slots_of(table));
   table->used[slot / 64].fetch_and(~(std::uint64_t{1} << (slot % 64)), std::memory_order_release);
+  process.moves_ended.fetch_add(1, std::memory_order_seq_cst);
 }
 
 void forget_stats_in_child() noexcept {
@@ -362,6 +367,18 @@ void ProcessTotals::reset() noexcept {
   for (auto& count : reasons) count.store(0, std::memory_order_relaxed);
 }
 
+void ProcessTotals::copy(const ProcessTotals& from) noexcept {
+  const auto one = [](std::atomic<std::uint64_t>& to, const std::atomic<std::uint64_t>& a) noexcept {
+    to.store(a.load(std::memory_order_relaxed), std::memory_order_relaxed);
+  };
+  one(sockets, from.sockets);
+  for (int i = 0; i < 4; ++i) one(lane[i], from.lane[i]), one(tcp[i], from.tcp[i]);
+  one(up, from.up);
+  one(down, from.down);
+  for (std::size_t i = 0; i < kTransports; ++i) one(lanes[i], from.lanes[i]);
+  for (std::size_t i = 0; i < kLaneReasons; ++i) one(reasons[i], from.reasons[i]);
+}
+
 void ProcessTotals::add(const ConnStats& s) noexcept {
   const auto bump = [](std::atomic<std::uint64_t>& a, std::uint64_t n) noexcept {
     if (n != 0) a.fetch_add(n, std::memory_order_relaxed);
@@ -385,7 +402,20 @@ void ProcessTotals::add(const ConnStats& s) noexcept {
 void ClosedConnections::push(const ConnStats& s) noexcept { item[count++ % kMaxReported] = view_of(s); }
 
 bool is_own_process() noexcept { return process.pid.load(std::memory_order_acquire) == own_pid(); }
-const ProcessTotals& process_totals() noexcept { return process.totals; }
+
+// No lock: a handler's close() may be among the moves.
+void sum_up(ProcessTotals& sum) noexcept {
+  constexpr int kTries = 1000;
+  for (int i = 0; i < kTries; ++i) {
+    const std::uint64_t begun = process.moves_begun.load(std::memory_order_seq_cst);
+    const bool still = process.moves_ended.load(std::memory_order_seq_cst) == begun;
+    sum.reset();
+    if (is_own_process()) sum.copy(process.totals);
+    for_each_open([](const ConnStats& s, void* all) { static_cast<ProcessTotals*>(all)->add(s); }, &sum);
+    if (still && process.moves_begun.load(std::memory_order_seq_cst) == begun) return;
+    sys::call(SYS_sched_yield);
+  }
+}
 const ClosedConnections* closed_connections() noexcept { return process.closed; }
 
 void for_each_open(void (*each)(const ConnStats&, void* context), void* context) noexcept {

@@ -38,6 +38,7 @@ struct ProcessTotals {
 
   void reset() noexcept;
   void add(const ConnStats& stats) noexcept;
+  void copy(const ProcessTotals& from) noexcept;
 };
 
 inline constexpr std::size_t kMaxReported = 256;
@@ -50,7 +51,8 @@ struct ClosedConnections {
 };
 
 bool is_own_process() noexcept;  ///< false in a fork's child that has tracked nothing: what follows is then its parent's
-const ProcessTotals& process_totals() noexcept;
+/// All connections, open and closed, each counted once though some close meanwhile.
+void sum_up(ProcessTotals& sum) noexcept;
 const ClosedConnections* closed_connections() noexcept;  ///< nullptr: not kept
 void for_each_open(void (*each)(const ConnStats&, void* context), void* context) noexcept;
 

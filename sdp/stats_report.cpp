@@ -172,23 +172,10 @@ void emit_totals(Json& out, const ProcessTotals& t) noexcept {
   out.end_object();
 }
 
-void copy(const ProcessTotals& from, ProcessTotals& to) noexcept {
-  const auto one = [](const std::atomic<std::uint64_t>& a, std::atomic<std::uint64_t>& b) noexcept {
-    b.store(a.load(std::memory_order_relaxed), std::memory_order_relaxed);
-  };
-  one(from.sockets, to.sockets);
-  for (int i = 0; i < 4; ++i) one(from.lane[i], to.lane[i]), one(from.tcp[i], to.tcp[i]);
-  one(from.up, to.up);
-  one(from.down, to.down);
-  for (std::size_t i = 0; i < kTransports; ++i) one(from.lanes[i], to.lanes[i]);
-  for (std::size_t i = 0; i < kLaneReasons; ++i) one(from.reasons[i], to.reasons[i]);
-}
-
 bool emit_report(int fd, const Options& options) noexcept {
   const bool own = is_own_process();
   ProcessTotals totals;
-  if (own) copy(process_totals(), totals);
-  for_each_open([](const ConnStats& s, void* sum) { static_cast<ProcessTotals*>(sum)->add(s); }, &totals);
+  sum_up(totals);
 
   Json out(fd);
   out.object();

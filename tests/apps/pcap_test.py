@@ -95,8 +95,8 @@ def main():
             # Headers of UDP, BTH and AETH, and the ICRC, are no payload.
             reads = [udp - 8 - 12 - 4 - 4 - pad for udp, pad in tshark(capture, base, "infiniband.bth.opcode == 16", ["udp.length", "infiniband.bth.padcnt"])]
             burst = options[1] == "4000"
-            assert (len(reads) if burst else max(c.get(DATA, 0) for c in counts)) > 1000, (counts, len(reads))
-            assert burst or any(DISCONN in c for c in counts), counts
+            assert (len(reads) if burst else max(c.get(DATA, 0) for c in counts)) > 100, (counts, len(reads))
+            assert test != "TCP_RR" or any(DISCONN in c for c in counts), counts  # said where no byte is left to be fetched
             messages = sum(row[3] - 16 for row in rows if row[0] == DATA)
             report = json.load(open(stats, encoding="utf-8"))["bytes"]["lane"]
             carried = report["sent"] + report["received"]

@@ -9,12 +9,15 @@
 #include <boost/test/unit_test.hpp>
 #include <nlohmann/json.hpp>
 
+#include <atomic>
 #include <cstring>
 #include <fstream>
 #include <set>
 #include <string>
 #include <thread>
 #include <vector>
+
+#include "sdp/stats_process.hpp"
 
 using namespace sdp;
 using nlohmann::json;
@@ -228,6 +231,29 @@ BOOST_AUTO_TEST_CASE(threads_never_share_a_slot) {
     const json j = report();
     EXPECT(j["sockets"] == 16000);
     EXPECT(j["bytes"]["lane"]["sent"] == 16000);
+    return true;
+  });
+}
+
+BOOST_AUTO_TEST_CASE(a_connection_that_closes_meanwhile_is_counted_once) {
+  in_child([] {
+    constexpr int kConnections = 20'000;
+    std::vector<ConnStats*> all;
+    for (int i = 0; i < kConnections; ++i) all.push_back(acquire_stats(i));
+    for (ConnStats* s : all) s->tcp.bytes_sent.add(1);
+    std::atomic<bool> over{false};
+    std::thread closing([&] {
+      for (ConnStats* s : all) release_stats(s);
+      over = true;
+    });
+    bool right = true;
+    while (!over) {
+      ProcessTotals sum;
+      sum_up(sum);
+      right = right && sum.tcp[0] == kConnections && sum.sockets == kConnections;
+    }
+    closing.join();
+    EXPECT(right);
     return true;
   });
 }
