@@ -78,7 +78,7 @@ std::size_t Lane::send(IovCursor& from) noexcept {
   const std::size_t bytes = from.remaining();
   if (bytes > kBurstSend)
     burst_ = 0;
-  else if (++burst_ > kBurstBegins && may_buffer_)
+  else if (may_buffer_ && (++burst_ > kBurstBegins || buffered() != 0))
     return buffer(from, SendBuffer::kSmallBytes);
   std::size_t total = 0;
   while (!from.done() && may_send()) {
@@ -206,7 +206,6 @@ bool Lane::may_not_wait() const noexcept {
 }
 
 void Lane::settle() noexcept {
-  burst_ = 0;
   if (pending_posts_ != 0) flush_posts();
   if (conn.credit().update_is_due()) send_control();
 }

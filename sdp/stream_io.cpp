@@ -174,6 +174,7 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
   std::int64_t deadline = 0;
   std::int64_t total = 0;
   if (!lock.enter()) return -EAGAIN;
+  const bool was_full = tx_blocked;
   for (;;) {
     if (generation.load(std::memory_order_relaxed) != gen) {
       lock.unlock();
@@ -241,15 +242,18 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
     // No credits, or bytes that no message may overtake. What is small, or would have to sleep, is taken all the same, as far as a
     // TCP socket would.
     const std::size_t left = from.remaining();
-    if (left <= kSmallSend || nowait) {
-      // A socket that was full stays so for small sends too, until it has room again.
-      const bool full = tx_blocked && lane->buffered() >= kBufferAhead;
-      total += static_cast<std::int64_t>(keep_unsent(from, left <= kSmallSend && !full ? SendBuffer::kCapacity : kBufferAhead));
-    } else if (lane->buffered() == 0 && wait(true, 0, false, Patience::spin) != kNothingYet) {
-      continue;
-    } else if (phase.load(std::memory_order_relaxed) == Phase::laned && tx.load(std::memory_order_relaxed) == TxState::lane &&
-               generation.load(std::memory_order_relaxed) == gen && !lane_is_over() && !lane->said(kAbandon)) {
-      total += static_cast<std::int64_t>(keep_unsent(from, SendBuffer::kCapacity));
+    // A socket that was full stays so for small sends too, until it has room again.
+    const bool full = was_full && tx_blocked && lane->buffered() >= kBufferAhead;
+    const std::size_t most = full || (nowait && left > kSmallSend) ? kBufferAhead : SendBuffer::kCapacity;
+    if (nowait || (left <= kSmallSend && lane->buffered() == 0)) {
+      total += static_cast<std::int64_t>(keep_unsent(from, most));
+    } else {
+      // A reader that is just a little behind is waited for, while the bytes still lie in the cache.
+      full_at = left <= Lane::kBurstSend ? SendBuffer::kSmallBytes : 0;
+      if (!lane->is_far_ahead() && wait(true, 0, false, Patience::spin) != kNothingYet) continue;
+      if (phase.load(std::memory_order_relaxed) == Phase::laned && tx.load(std::memory_order_relaxed) == TxState::lane &&
+          generation.load(std::memory_order_relaxed) == gen && !lane_is_over() && !lane->said(kAbandon))
+        total += static_cast<std::int64_t>(keep_unsent(from, most));
     }
     if (from.done()) break;
     tx_blocked = true;
@@ -553,6 +557,7 @@ int StreamImpl::wait(bool for_send, std::int64_t deadline, bool has_timeout, Pat
   };
   Lane* const l = lane;
   l->settle();
+  if (!for_send) l->burst_is_over();
   Waiting waiting(*this);
   int result = 0;
   const bool found = Spinner().run(woken);
