@@ -112,8 +112,6 @@ class Lane {
   std::size_t buffer(IovCursor& from, std::size_t limit) noexcept;
   /// Bytes that the peer has still to fetch. Any thread.
   std::uint64_t buffered() const noexcept { return send_buffer_.buffered(block_->pulled.load(std::memory_order_acquire)); }
-  /// The reader is so far behind that bytes lie in the buffer's large ring.
-  bool is_far_ahead() const noexcept { return send_buffer_.in_large() && buffered() != 0; }
   /// The program waits for bytes: what it sends next is a message again.
   void burst_is_over() noexcept { burst_ = 0; }
   /// The send buffer has memory that is worth to be given back when it is empty.

@@ -127,7 +127,6 @@ class SendBuffer {
     }
   }
 
-  bool in_large() const noexcept { return in_large_; }
   bool has_large() const noexcept { return rings_[1].memory != nullptr; }
   /// The buffer is empty: the large ring's memory goes back.
   void release_large(rdma::RegisteredHeap& heap) noexcept { release(rings_[1], heap); }

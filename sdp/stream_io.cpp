@@ -245,16 +245,10 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
     // A socket that was full stays so for small sends too, until it has room again.
     const bool full = was_full && tx_blocked && lane->buffered() >= kBufferAhead;
     const std::size_t most = full || (nowait && left > kSmallSend) ? kBufferAhead : SendBuffer::kCapacity;
-    if (nowait || (left <= kSmallSend && lane->buffered() == 0)) {
+    if (!nowait && left > kSmallSend && lane->buffered() == 0 && wait(true, 0, false, Patience::spin) != kNothingYet) continue;
+    if (phase.load(std::memory_order_relaxed) == Phase::laned && tx.load(std::memory_order_relaxed) == TxState::lane &&
+        generation.load(std::memory_order_relaxed) == gen && !lane_is_over() && !lane->said(kAbandon))
       total += static_cast<std::int64_t>(keep_unsent(from, most));
-    } else {
-      // A reader that is just a little behind is waited for, while the bytes still lie in the cache.
-      full_at = left <= Lane::kBurstSend ? SendBuffer::kSmallBytes : 0;
-      if (!lane->is_far_ahead() && wait(true, 0, false, Patience::spin) != kNothingYet) continue;
-      if (phase.load(std::memory_order_relaxed) == Phase::laned && tx.load(std::memory_order_relaxed) == TxState::lane &&
-          generation.load(std::memory_order_relaxed) == gen && !lane_is_over() && !lane->said(kAbandon))
-        total += static_cast<std::int64_t>(keep_unsent(from, most));
-    }
     if (from.done()) break;
     tx_blocked = true;
     if (nowait) {
