@@ -72,17 +72,17 @@ struct Options {
   TransportOrder transports;     ///< SDP_TRANSPORT
   PathText config_file;          ///< SDP_CONFIG, else LIBSDP_CONFIG_FILE; empty: no rules
   rdma::log::Level log_level = rdma::log::Level::warn;
-  bool log_is_set = false;                  ///< by SDP_LOG: log statements among the rules are then ignored
-  PathText log_file;                        ///< empty: standard error
-  PathText stats_file;                      ///< SDP_STATS; %p is the process id; empty: no report
-  PathText pcap_file;                       ///< SDP_PCAP, likewise
-  std::uint32_t spin_us = 50;               ///< microseconds before a waiting thread sleeps; 0: never spin
-  std::uint32_t recv_buffer_bytes = 2048;   ///< of each receive buffer at first; a power of two
-  std::uint32_t recv_buffer_max = 65536;    ///< bytes to which they may grow; a power of two
-  std::uint32_t recv_buffers_initial = 16;  ///< receive buffers of a lane at first
-  std::uint32_t recv_buffers = 64;          ///< to which their number may grow
-  std::uint32_t upgrade_messages = 8;       ///< messages that a connection has carried before it gets a lane; 0: at once
-  std::uint32_t upgrade_bytes = 65536;      ///< or bytes; 0: at once
+  bool log_is_set = false;                 ///< by SDP_LOG: log statements among the rules are then ignored
+  PathText log_file;                       ///< empty: standard error
+  PathText stats_file;                     ///< SDP_STATS; %p is the process id; empty: no report
+  PathText pcap_file;                      ///< SDP_PCAP, likewise
+  std::uint32_t spin_us = 50;              ///< microseconds before a waiting thread sleeps; 0: never spin
+  std::uint32_t recv_buffer_bytes = 2048;  ///< of each receive buffer at first; a power of two
+  std::uint32_t recv_buffer_max = 65536;   ///< bytes to which they may grow; a power of two
+  std::uint32_t recv_buffers_initial = 8;  ///< receive buffers of a lane at first
+  std::uint32_t recv_buffers = 64;         ///< to which their number may grow
+  std::uint32_t upgrade_messages = 8;      ///< messages that a connection has carried before it gets a lane; 0: at once
+  std::uint32_t upgrade_bytes = 65536;     ///< or bytes; 0: at once
   rdma::NodeType device_flavour = rdma::NodeType::ib_ca;  ///< of the software device: ib_ca or rnic
 
   /// The variable whose wrong value put everything on TCP; nullptr if none did.

@@ -210,8 +210,8 @@ CASE(any_stdio_on_a_socket) {
   told("fclose", fclose(file));
   told("peer", peer.call(Do::recv, 0, 10));
   told("peer sees the end", peer.call(Do::drain));
-  // The number is free again, and means what the kernel gives it to next. A descriptor of the library's in the making may have it, or a
-  // lower one, for a moment.
+  // The number is free again, and means what the kernel gives it to next. A descriptor of the library's in the making may have it,
+  // or a lower one, for a moment.
   int next = -1;
   for (int i = 0; i < 1000 && next != c.fd; ++i) {
     if (next > c.fd) {
