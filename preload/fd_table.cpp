@@ -1,5 +1,6 @@
 #include "preload/fd_table.hpp"
 
+#include <algorithm>
 #include <vector>
 
 #include "sdp/engine.hpp"
@@ -9,9 +10,16 @@ namespace preload {
 namespace {
 constinit FdTable table{};  // zero pages until touched
 
-std::vector<sdp::engine::StreamSnapshot>& snapshots() noexcept {
-  static std::vector<sdp::engine::StreamSnapshot> noted;
-  return noted;
+/// A stream of the parent's and the child's own in its place.
+struct Noted {
+  sdp::engine::StreamSnapshot was;
+  sdp::Stream mine;
+  std::uint64_t word() const noexcept { return was.parents.word(); }
+};
+/// By word. Never destroyed: a program may fork while it exits.
+std::vector<Noted>& noted_streams() noexcept {
+  static auto* const noted = new std::vector<Noted>;
+  return *noted;
 }
 }  // namespace
 
@@ -50,22 +58,25 @@ bool FdTable::take(int fd, sdp::Stream* stream) noexcept {
 }
 
 void FdTable::before_fork() noexcept {
-  auto& noted = snapshots();
+  auto& noted = noted_streams();
   noted.clear();
   const int high = highest();
   for (int i = 0; i <= high; ++i)
-    if (const sdp::Stream stream = find(i)) noted.push_back(sdp::engine::snapshot(stream));
+    if (const sdp::Stream stream = find(i)) noted.push_back({sdp::engine::snapshot(stream), {}});
+  std::sort(noted.begin(), noted.end(), [](const Noted& a, const Noted& b) { return a.word() < b.word(); });
 }
 
 void FdTable::inherit() noexcept {
+  auto& noted = noted_streams();
   const int high = highest();
-  for (const sdp::engine::StreamSnapshot& was : snapshots()) {
-    sdp::Stream mine;
-    for (int i = 0; i <= high; ++i) {
-      if (streams_[i].load(std::memory_order_relaxed) != was.parents.word()) continue;
-      if (!mine) mine = sdp::engine::inherit(was);
-      streams_[i].store(mine.word(), std::memory_order_relaxed);
-    }
+  for (int i = 0; i <= high; ++i) {
+    const std::uint64_t word = streams_[i].load(std::memory_order_relaxed);
+    if (word == 0) continue;
+    const auto at =
+        std::lower_bound(noted.begin(), noted.end(), word, [](const Noted& n, std::uint64_t w) { return n.word() < w; });
+    if (at == noted.end() || at->word() != word) continue;
+    if (!at->mine) at->mine = sdp::engine::inherit(at->was);
+    streams_[i].store(at->mine.word(), std::memory_order_relaxed);
   }
 }
 

@@ -52,7 +52,7 @@ struct Engine {
   std::unique_ptr<Capture> capture;  ///< made by the service thread
   bool capture_tried = false;
   std::atomic<int> parents_wake_fd{-1};
-  std::atomic<std::uint64_t> helper_fds[64] = {};  ///< bit set of descriptors kHelperBase..+4095
+  std::atomic<std::uint64_t> helper_fds[64] = {};  ///< bit set of descriptors 0..4095
   std::atomic<std::uint32_t> spin_success{128};    ///< 0..255: how often spinning paid lately
   std::atomic<std::uint32_t> spin_probe{0};
   Lingering* lingering = nullptr;  ///< guarded by `lock`
@@ -94,8 +94,6 @@ Service* service() noexcept {
   e.lock.unlock();
   return s;
 }
-
-constexpr int kHelperBase = 0;
 
 struct ThreadBell {
   int fd = -1;
@@ -394,8 +392,6 @@ void arm_fence() noexcept {
   Service* s = engine().service.load(std::memory_order_acquire);
   if (s != nullptr && s->device() != nullptr) s->device()->arm_fence();
 }
-
-void end_sleep() noexcept {}
 
 void ring_bell() noexcept {
   Service* s = engine().service.load(std::memory_order_acquire);

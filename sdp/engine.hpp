@@ -60,7 +60,6 @@ int thread_bell_fd() noexcept;
 int bell_fd() noexcept;
 void prepare_sleep() noexcept;  ///< before arm(): empties this thread's bell
 void arm_fence() noexcept;      ///< after the arm()s
-void end_sleep() noexcept;
 /// Wakes other sleepers of this process (more is ready than one of them will take).
 void ring_bell() noexcept;
 

@@ -93,5 +93,5 @@ class Stream {
 //   return.
 //   2. spin for engine::spin_budget(): maybe_ready() of each, then poll() where true; the kernel every few microseconds.
 //   3. engine::prepare_sleep(); arm() each; engine::arm_fence(); poll() each once more.
-//   4. sleep in the kernel on kernel_events() of each and engine::bell_fd(); then engine::end_sleep() and back to 1.
+//   4. sleep in the kernel on kernel_events() of each and engine::bell_fd(); then back to 1.
 }  // namespace sdp
