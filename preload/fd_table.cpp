@@ -1,6 +1,8 @@
 #include "preload/fd_table.hpp"
 
 #include <algorithm>
+#include <cstddef>
+#include <new>
 #include <vector>
 
 #include "sdp/engine.hpp"
@@ -18,7 +20,8 @@ struct Noted {
 };
 /// By word. Never destroyed: a program may fork while it exits.
 std::vector<Noted>& noted_streams() noexcept {
-  static auto* const noted = new std::vector<Noted>;
+  alignas(std::vector<Noted>) static std::byte memory[sizeof(std::vector<Noted>)];
+  static auto* const noted = new (memory) std::vector<Noted>;
   return *noted;
 }
 }  // namespace
