@@ -13,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include "blocking.hpp"
 #include "trace.hpp"
 
 using namespace differential;
@@ -41,16 +42,6 @@ int waited(const char* what, int epfd, int timeout_ms, int max = 8) {
     say("  %llu: %s", static_cast<unsigned long long>(got[static_cast<std::size_t>(i)].data.u64),
         events(got[static_cast<std::size_t>(i)].events).c_str());
   return n;
-}
-void fill_up(Conn& c) {
-  for (int quiet = 0; quiet < 3;) {
-    if (c.send(65536, MSG_DONTWAIT) > 0) {
-      quiet = 0;
-    } else {
-      ++quiet;
-      settle(5);
-    }
-  }
 }
 void ignore_signal(int) {}
 
