@@ -123,14 +123,7 @@ void Lane::write_word(Word which, std::uint64_t value) noexcept {
   if (peer_words_addr_ == 0 || qp_ == nullptr) return;
   const std::uint64_t raw = value + 1;
   const rdma::Sge sge{reinterpret_cast<const std::byte*>(&raw), sizeof raw, {}};
-  rdma::SendWr wr;
-  wr.opcode = rdma::WrOpcode::rdma_write;
-  wr.flags = rdma::kInline | rdma::kSolicited;
-  wr.sge_count = 1;
-  wr.sges = &sge;
-  wr.remote_addr = peer_words_addr_ + 8 * which;
-  wr.rkey = peer_words_rkey_;
-  if (qp_->post_send(wr) == rdma::Post::ok)
+  if (qp_->post_send(to_peers_block(offsetof(LaneBlock, words) + 8 * std::size_t{which}, sge, true)) == rdma::Post::ok)
     ++requests_;
   else
     dead_ = true;

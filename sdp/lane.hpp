@@ -205,6 +205,17 @@ class Lane {
   void show_read(bool outgoing, IovCursor at, std::size_t bytes) noexcept;
   void grow_count() noexcept;
   void number_request(rdma::SendWr& wr) noexcept;
+  /// An RDMA Write of words into the peer's LaneBlock.
+  rdma::SendWr to_peers_block(std::size_t offset, const rdma::Sge& words, bool wake) const noexcept {
+    rdma::SendWr wr;
+    wr.opcode = rdma::WrOpcode::rdma_write;
+    wr.flags = wake ? rdma::kInline | rdma::kSolicited : rdma::kInline;
+    wr.sge_count = 1;
+    wr.sges = &words;
+    wr.remote_addr = peer_words_addr_ + offset;
+    wr.rkey = peer_words_rkey_;
+    return wr;
+  }
   bool write_peer(std::size_t offset, const std::uint64_t* words, unsigned count, bool wake) noexcept;
   std::span<const std::byte> peer_bytes(std::uint64_t at, bool* last) noexcept;
   void let_gather() noexcept;

@@ -118,13 +118,7 @@ std::size_t Lane::buffer(IovCursor& from, std::size_t limit) noexcept {
 
 bool Lane::write_peer(std::size_t offset, const std::uint64_t* words, unsigned count, bool wake) noexcept {
   const Sge sge{reinterpret_cast<const std::byte*>(words), static_cast<std::uint32_t>(8 * count), {}};
-  SendWr wr;
-  wr.opcode = rdma::WrOpcode::rdma_write;
-  wr.flags = wake ? rdma::kInline | rdma::kSolicited : rdma::kInline;
-  wr.sge_count = 1;
-  wr.sges = &sge;
-  wr.remote_addr = peer_words_addr_ + offset;
-  wr.rkey = peer_words_rkey_;
+  SendWr wr = to_peers_block(offset, sge, wake);
   number_request(wr);
   if (requests_ - reaped_ >= kSendDepth / 2) [[unlikely]]
     reap();

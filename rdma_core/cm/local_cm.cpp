@@ -15,8 +15,6 @@ using shm::ShmLink;
 constexpr std::size_t kMaxUnsent = 4096;
 constexpr Nanos kIdleCheck = 5000 * kMillisecond;
 
-Nanos now() noexcept { return SteadyClock{}.now(); }
-
 }  // namespace
 
 void LocalCm::State::emit_unreachable(std::uint64_t cookie, Reason reason) {

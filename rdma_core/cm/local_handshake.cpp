@@ -25,8 +25,6 @@ constexpr std::size_t kMaxLinksOfOther = 64;       ///< with one other user
 constexpr int kBackoffMs[] = {1, 2, 5, 10, 25, 50, 100};
 constexpr wire::Plain kRing = wire::make_plain(wire::Type::ring, 0);
 
-Nanos now() noexcept { return SteadyClock{}.now(); }
-
 }  // namespace
 
 Result<Unit> bring_up(Qp& qp, NodeType node, std::uint32_t peer_qpn) {

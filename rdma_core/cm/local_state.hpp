@@ -21,6 +21,7 @@
 namespace rdma::cm {
 
 inline constexpr Nanos kMillisecond = 1'000'000;
+inline Nanos now() noexcept { return SteadyClock{}.now(); }
 
 /// The moves of a QP of the software device to RTS, towards the peer's.
 Result<Unit> bring_up(Qp& qp, NodeType node, std::uint32_t peer_qpn);
