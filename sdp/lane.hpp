@@ -87,7 +87,7 @@ class Lane {
   static constexpr std::size_t kBurstSend = 16384;    ///< bytes: sends so small are a burst's, if many follow each other
   static constexpr std::uint32_t kBurstBegins = 8;    ///< sends that go out as messages of their own first
   static constexpr std::size_t kLittle = 8192;        ///< bytes: a receive of less has caught up with the burst
-  static constexpr std::int64_t kGatherNs = 1000;     ///< between two looks of a reader that has caught up
+  static constexpr std::int64_t kGatherNs = 2500;     ///< between two looks of a reader that has caught up
 
   Lane(std::shared_ptr<PeerContext>* peer, const LaneLimits& limits) noexcept : conn(limits.conn), limits_(limits), peer_(peer) {}
 

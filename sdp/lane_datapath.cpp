@@ -149,7 +149,7 @@ std::span<const std::byte> Lane::peer_bytes(std::uint64_t at, bool* last) noexce
 }
 
 /// The reader has caught up with a burst of small sends. Were it to look for the next one at once, both would do nothing but hand
-/// the cursor's cache line to and fro; a microsecond later there are many.
+/// the cursor's cache line to and fro; two microseconds later there are many.
 void Lane::let_gather() noexcept {
   const std::int64_t until = std::exchange(caught_up_at_, 0) + kGatherNs;
   while (rdma::SteadyClock{}.now() < until) rdma::cpu_relax();
