@@ -159,6 +159,7 @@ class SendBuffer {
     ring.bytes = bytes;
     ring.rkey = static_cast<std::uint32_t>(block->mr->rkey);
     ring.addr = block->mr->remote_base + static_cast<std::uint64_t>(ring.memory - block->mr->addr);
+    ring.news.first = 0;  // wherever it lay before, if anywhere
     return true;
   }
   static void release(Ring& ring, rdma::RegisteredHeap& heap) noexcept {

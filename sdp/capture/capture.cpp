@@ -6,8 +6,8 @@
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
-#include <algorithm>
 
+#include <algorithm>
 #include <cerrno>
 #include <climits>
 #include <cstdio>

@@ -110,6 +110,20 @@ BOOST_AUTO_TEST_CASE(it_takes_no_more_than_the_limit) {
   BOOST_TEST(e.put(10) == 1U);
 }
 
+BOOST_AUTO_TEST_CASE(a_ring_that_was_given_back_comes_back_somewhere_else) {
+  Ends e;
+  BOOST_TEST(e.put(kSmall) == kSmall);
+  BOOST_TEST(e.put(2000) == 2000U);  // in the large ring, which the writer goes on with until it looks at `pulled` again
+  BOOST_TEST(e.take(kAll) == kSmall + 2000);
+  e.buffer.release_large(e.heap);
+  auto others = e.heap.allocate(kAll, 4096);  // another lane's, at the old place
+  BOOST_REQUIRE(others);
+  std::memset(others->addr, 0xEE, kAll);
+  BOOST_TEST(e.put(100) == 100U);
+  BOOST_TEST(e.take(kAll) == 100U);  // verifies every byte
+  e.heap.deallocate(others->addr);
+}
+
 BOOST_AUTO_TEST_CASE(a_reader_that_claims_too_much_harms_only_itself) {
   Ends e;
   e.put(1000);
