@@ -30,12 +30,13 @@ namespace sys = rdma::sys;
 namespace {
 
 /// A connection that the program closed with bytes of an abandoned lane still to send.
+/// In a page of its own, mapped like its bytes.
 struct Lingering {
   int fd;
-  std::byte* bytes;
-  std::size_t len, off;
+  KeptBytes bytes;
   Lingering* next;
 };
+constexpr long kPageBytes = 4096;
 
 /// All there is per process. Constructed on first use and never destroyed: threads may be inside when the process exits.
 struct Engine {
@@ -179,9 +180,7 @@ void free_stream(StreamImpl* s) noexcept {
   if (s->stats != nullptr) release_stats(s->stats);
   s->stats = nullptr;
   s->lane = nullptr;
-  std::free(s->stash);
-  std::free(s->resend);
-  s->stash = s->resend = nullptr;
+  s->resend.clear();
   Engine& e = engine();
   (void)e.lock.lock();
   s->next = e.leaving_streams;
@@ -295,23 +294,28 @@ void nudge() noexcept {
   if (fd >= 0) sys::call(SYS_write, fd, sys::arg(&one), sizeof one);
 }
 
-void linger(int fd, std::byte* bytes, std::size_t len, std::size_t off) noexcept {
+void linger(int fd, KeptBytes bytes) noexcept {
   ::linger option{};
   socklen_t option_len = sizeof option;
   sys::call(SYS_getsockopt, fd, SOL_SOCKET, SO_LINGER, sys::arg(&option), sys::arg(&option_len));
   if (option.l_onoff != 0 && option.l_linger == 0) {  // the program wants a reset, which drops what is unsent
-    std::free(bytes);
+    bytes.clear();
     return;
   }
   Engine& e = engine();
   const bool can = !e.lock.held_by_me();  // a signal handler may close
   const int own = can ? high_fd(static_cast<int>(sys::call(SYS_fcntl, fd, F_DUPFD_CLOEXEC, 0))) : -1;
-  auto* entry = own >= 0 ? new (std::nothrow) Lingering{own, bytes, len, off, nullptr} : nullptr;
-  if (entry == nullptr) {
-    RDMA_LOG(error, "fd %d: closed with %zu bytes unsent: no memory or descriptor to keep them", fd, len - off);
-    std::free(bytes);
+  const long page = own >= 0 ? sys::call(SYS_mmap, 0, kPageBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) : own;
+  if (page < 0) {
+    if (own >= 0) {
+      forget_helper_fd(own);
+      sys::call(SYS_close, own);
+    }
+    RDMA_LOG(error, "fd %d: closed with %zu bytes unsent: no memory or descriptor to keep them", fd, bytes.size());
+    bytes.clear();
     return;
   }
+  auto* entry = new (reinterpret_cast<void*>(page)) Lingering{own, bytes.take(), nullptr};
   (void)e.lock.lock();
   entry->next = e.lingering;
   e.lingering = entry;
@@ -326,10 +330,7 @@ bool flush_lingering() noexcept {
   for (Lingering** at = &e.lingering; *at != nullptr;) {
     Lingering& l = **at;
     long n = 0;
-    while (l.off < l.len && n >= 0) {
-      n = sys::call(SYS_sendto, l.fd, sys::arg(l.bytes + l.off), static_cast<long>(l.len - l.off), MSG_DONTWAIT | MSG_NOSIGNAL);
-      if (n > 0) l.off += static_cast<std::size_t>(n);
-    }
+    while (!l.bytes.empty() && n >= 0) n = l.bytes.send_by(l.fd);
     if (n == -EAGAIN || n == -EINTR) {
       at = &l.next;
       continue;
@@ -337,8 +338,8 @@ bool flush_lingering() noexcept {
     *at = l.next;
     forget_helper_fd(l.fd);
     sys::call(SYS_close, l.fd);
-    std::free(l.bytes);
-    delete &l;
+    l.bytes.clear();
+    sys::call(SYS_munmap, sys::arg(&l), kPageBytes);
   }
   const bool none = e.lingering == nullptr;
   e.lock.unlock();

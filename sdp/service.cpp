@@ -154,7 +154,7 @@ void Service::run() noexcept {
     release_buffers();
     int timeout = cm_->next_timeout_ms();
     const bool busy = !handshakes_.empty() || !dying_.empty();
-    const bool resending = std::any_of(laned_.begin(), laned_.end(), [](const StreamImpl* s) { return s->resend != nullptr; });
+    const bool resending = std::any_of(laned_.begin(), laned_.end(), [](const StreamImpl* s) { return !s->resend.empty(); });
     const bool lingering = !engine::flush_lingering();
     if ((busy || resending || lingering) && (timeout < 0 || timeout > kTendMs)) timeout = kTendMs;
     if (releasing_.load(std::memory_order_relaxed) && (timeout < 0 || timeout > kReleaseMs)) timeout = kReleaseMs;
@@ -585,7 +585,7 @@ void Service::stop_at_exit() noexcept {
     if (s->lane != nullptr && s->phase.load() == Phase::laned) {
       s->tend();
       if (s->tx.load() != TxState::ended) s->end_tx_locked();
-      if (s->resend != nullptr) engine::linger(s->fd, std::exchange(s->resend, nullptr), s->resend_len, s->resend_off);
+      if (!s->resend.empty()) engine::linger(s->fd, s->resend.take());
       s->lane->write_word(kGone, s->rx.load() == RxState::lane && s->lane->unread() != 0 ? 1 : 0);
     }
     s->lock.unlock();

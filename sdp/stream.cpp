@@ -93,7 +93,7 @@ std::int64_t Stream::sendfile(int fd, int in_fd, std::int64_t* offset, std::size
     if (s->generation.load(std::memory_order_relaxed) == generation() && s->phase.load(std::memory_order_relaxed) == Phase::laned &&
         s->usable_here()) {
       s->try_switch(fd);
-      resending = s->resend != nullptr && !s->flush_resend(fd);  // then send() knows what comes first
+      resending = !s->resend.empty() && !s->flush_resend(fd);  // then send() knows what comes first
     }
     s->lock.unlock();
   }
@@ -144,7 +144,7 @@ int Stream::shutdown(int fd, int how) const noexcept {
       if (how != SHUT_WR) s->rx_shut = true;
       s->lane->wake_sleepers();
     }
-    if (how != SHUT_RD && s->resend != nullptr && !s->flush_resend(fd)) {
+    if (how != SHUT_RD && !s->resend.empty() && !s->flush_resend(fd)) {
       s->fin_due = true;  // what send() took goes before the end
       s->lock.unlock();
       engine::nudge();
@@ -176,8 +176,8 @@ void Stream::close(int fd) const noexcept {
     const bool reset = s->rx.load(std::memory_order_relaxed) == RxState::lane && lane->unread() != 0;
     lane->write_word(kGone, reset ? 1 : 0);
   }
-  if (s->resend != nullptr && !s->flush_resend(fd)) {
-    engine::linger(fd, std::exchange(s->resend, nullptr), s->resend_len, s->resend_off);
+  if (!s->resend.empty() && !s->flush_resend(fd)) {
+    engine::linger(fd, s->resend.take());
   }
   s->generation.fetch_add(1, std::memory_order_acq_rel);
   const Phase was = s->phase.exchange(Phase::final, std::memory_order_acq_rel);
@@ -276,7 +276,7 @@ std::uint32_t Stream::poll(std::uint32_t events) const noexcept {
         ready |= POLLIN | POLLRDNORM;  // the end, or bytes of the anchor: either way a read returns
       }
     }
-    if (s->stash != nullptr || s->reset_by_peer || s->bytes_missing) ready |= POLLIN | POLLRDNORM;
+    if (s->reset_by_peer || s->bytes_missing) ready |= POLLIN | POLLRDNORM;
     if (s->tx.load(std::memory_order_relaxed) == TxState::lane) {
       const bool gone = s->lane_is_over();
       if (gone) s->tx.store(TxState::ended, std::memory_order_release);  // how a write ends is the kernel's to say

@@ -25,6 +25,7 @@
 #include "rdma_core/base/shared_lock.hpp"
 #include "rdma_core/cm/connection_manager.hpp"
 #include "sdp/engine.hpp"
+#include "sdp/kept_bytes.hpp"
 #include "sdp/lane.hpp"
 #include "sdp/options.hpp"
 #include "sdp/stream.hpp"
@@ -83,10 +84,7 @@ class alignas(64) StreamImpl {
   RxState before_abandon = RxState::tcp;         ///< where an abandoned direction was
   std::uint64_t resent_from = 0, resent_to = 0;  ///< which bytes of the anchor's stream are the lane's once more
   std::int64_t rcv_timeout_ns = 0, snd_timeout_ns = 0;
-  std::byte* stash = nullptr;  ///< anchor bytes read past P: they come after the lane's
-  std::size_t stash_len = 0, stash_off = 0;
-  std::byte* resend = nullptr;  ///< lane bytes that the peer abandoned, on their way by the anchor
-  std::size_t resend_len = 0, resend_off = 0;
+  KeptBytes resend;                       ///< lane bytes that the peer abandoned, on their way by the anchor
   bool fin_due = false;                   ///< half-closed while resending: FIN follows the last of those bytes
   std::atomic<std::uint32_t> waiters{0};  ///< threads between unlock and lock inside a wait on the lane
   std::uint64_t conn = 0;                 ///< the CM's ConnId
@@ -165,13 +163,13 @@ class alignas(64) StreamImpl {
   std::int64_t kernel_send(int fd, IovCursor& from, int flags);  ///< the caller has counted itself in
   std::int64_t kernel_recv(int fd, IovCursor& to, int flags);
   std::int64_t anchor_recv_nowait(int fd, IovCursor& to, std::size_t cap, int flags) noexcept;
+  std::int64_t anchor_bytes_before_switch(int fd) noexcept;
   struct Receiving;
   class Waiting;
   std::int64_t take_from_lane(Receiving& r) noexcept;
   std::int64_t take_from_anchor(Receiving& r, RxState state) noexcept;
   std::int64_t lane_send(int fd, IovCursor& from, int flags, std::uint16_t gen);
   std::int64_t lane_recv(int fd, IovCursor& to, int flags, std::uint16_t gen);
-  std::int64_t take_stash(IovCursor& to, bool consume) noexcept;
 };
 
 /// The kernel's own byte counts of a connection; see architecture 2.3 for how far each can be trusted.
@@ -202,8 +200,8 @@ void remember_helper_fd(int fd) noexcept;
 void forget_helper_fd(int fd) noexcept;
 void buffer_is_large() noexcept;  ///< some stream's has_large_buffer went up
 void nudge() noexcept;            ///< the service thread should look at its streams
-/// The connection `fd` is closed with bytes to resend ([off, len), malloc's): they go out, and then FIN, by a descriptor of ours.
-void linger(int fd, std::byte* bytes, std::size_t len, std::size_t off) noexcept;
+/// The connection `fd` is closed with bytes to resend, which become ours: they go out, and then FIN, by a descriptor of ours.
+void linger(int fd, KeptBytes bytes) noexcept;
 bool flush_lingering() noexcept;  ///< false: some cannot go out yet
 void notify(Stream) noexcept;     ///< tell the shim (no lock held)
 }  // namespace engine

@@ -1,12 +1,13 @@
 // send and recv of a stream, by whichever carrier the byte belongs to.
 #include <linux/futex.h>
+#include <linux/sockios.h>
 #include <poll.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 
 #include <cerrno>
 #include <climits>
 #include <csignal>
-#include <cstdlib>
 #include <cstring>
 
 #include "rdma_core/base/blocking_call.hpp"
@@ -198,7 +199,7 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
       continue;
     }
     if (phase.load(std::memory_order_relaxed) != Phase::laned || tx.load(std::memory_order_relaxed) != TxState::lane) {
-      if (resend != nullptr && !flush_resend(at)) {
+      if (!resend.empty() && !flush_resend(at)) {
         const bool shut = fin_due;
         lock.unlock();
         if (shut) {
@@ -277,29 +278,7 @@ std::int64_t StreamImpl::recv(int at, IovCursor& to, int flags, std::uint16_t ge
   return lane_recv(at, to, flags, gen);
 }
 
-std::int64_t StreamImpl::take_stash(IovCursor& to, bool consume) noexcept {
-  std::size_t total = 0;
-  std::size_t off = stash_off;
-  while (!to.done() && off < stash_len) {
-    const std::size_t n = to.chunk() < stash_len - off ? to.chunk() : stash_len - off;
-    std::memcpy(to.data(), stash + off, n);
-    to.advance(n);
-    off += n;
-    total += n;
-  }
-  if (consume) {
-    stash_off = off;
-    if (stash_off == stash_len) {
-      std::free(stash);
-      stash = nullptr;
-      stash_len = stash_off = 0;
-    }
-  }
-  return static_cast<std::int64_t>(total);
-}
-
-// After READY the anchor is read with the lock held and never waited for inside the kernel. SWITCH, END and new TCP bytes may all
-// come between the look at the words and the read: what was read past P waits in the stash until the lane's bytes are through.
+// After READY the anchor is read with the lock held and never waited for inside the kernel.
 std::int64_t StreamImpl::anchor_recv_nowait(int at, IovCursor& to, std::size_t cap, int flags) noexcept {
   iovec iov[kMaxIov];
   std::size_t count = to.rest(iov, kMaxIov);
@@ -314,36 +293,20 @@ std::int64_t StreamImpl::anchor_recv_nowait(int at, IovCursor& to, std::size_t c
   msghdr msg{};
   msg.msg_iov = iov;
   msg.msg_iovlen = count;
-  const bool peek = (flags & MSG_PEEK) != 0;
   const long n = sys::call(SYS_recvmsg, at, sys::arg(&msg), MSG_DONTWAIT | (flags & (MSG_PEEK | MSG_TRUNC)));
   if (n <= 0) return n;
-  if (!peek) count_tcp(false, n);
-  std::uint64_t p = 0;
-  const std::uint64_t received = tcp_received.load(std::memory_order_relaxed) + (peek ? static_cast<std::uint64_t>(n) : 0);
-  std::size_t keep = static_cast<std::size_t>(n);
-  if (rx.load(std::memory_order_relaxed) != RxState::resent && lane->said(kSwitch, &p) && received > p) {
-    const std::size_t excess = static_cast<std::size_t>(received - p);
-    keep = excess < keep ? keep - excess : 0;
-    if (!peek) {
-      auto* grown = static_cast<std::byte*>(std::realloc(stash, stash_len + excess));
-      if (grown == nullptr) return -ENOMEM;
-      stash = grown;
-      std::size_t skip = keep;
-      for (std::size_t i = 0; i < count && stash_len < stash_len + excess; ++i) {
-        if (skip >= iov[i].iov_len) {
-          skip -= iov[i].iov_len;
-          continue;
-        }
-        const std::size_t left = static_cast<std::size_t>(n) - keep;
-        const std::size_t take = iov[i].iov_len - skip < left ? iov[i].iov_len - skip : left;
-        std::memcpy(stash + stash_len, static_cast<std::byte*>(iov[i].iov_base) + skip, take);
-        stash_len += take;
-        skip = 0;
-      }
-    }
-  }
-  to.skip(keep);
-  return static_cast<std::int64_t>(keep);
+  if (!(flags & MSG_PEEK)) count_tcp(false, n);
+  to.skip(static_cast<std::size_t>(n));
+  return n;
+}
+
+// SWITCH, END and bytes by TCP that follow the lane's may all come between a look at the words and a read. So first what is there,
+// then the words: bytes that belong behind P come after SWITCH was said. At least 1, or what a read would say: 0, -errno.
+std::int64_t StreamImpl::anchor_bytes_before_switch(int at) noexcept {
+  int queued = 0;
+  if (sys::call(SYS_ioctl, at, SIOCINQ, sys::arg(&queued)) == 0 && queued > 0) return queued;
+  std::byte one;  // an end, an error, or bytes behind an urgent one
+  return sys::call(SYS_recvfrom, at, sys::arg(&one), 1, MSG_PEEK | MSG_DONTWAIT);
 }
 
 /// One recv under way on a stream that has a lane.
@@ -387,10 +350,17 @@ std::int64_t StreamImpl::take_from_anchor(Receiving& r, RxState state) noexcept 
   if (r.peek) r.to = r.start;
   anchor_event.store(false, std::memory_order_release);  // before the read: what comes after it sets it again
   const std::uint64_t received = tcp_received.load(std::memory_order_relaxed);
-  const std::size_t cap = state == RxState::draining ? static_cast<std::size_t>(switch_at - received)
-                          : state == RxState::resent ? static_cast<std::size_t>(resent_to - received)
-                                                     : static_cast<std::size_t>(SSIZE_MAX);
-  const std::int64_t n = anchor_recv_nowait(r.at, r.to, cap, r.flags);
+  std::int64_t n = SSIZE_MAX;
+  if (state == RxState::ready) {
+    n = anchor_bytes_before_switch(r.at);
+    if (lane->said(kSwitch)) return kLookAgain;
+  }
+  if (n > 0) {
+    const std::uint64_t cap = state == RxState::draining ? switch_at - received
+                              : state == RxState::resent ? resent_to - received
+                                                         : static_cast<std::uint64_t>(n);
+    n = anchor_recv_nowait(r.at, r.to, cap, r.flags);
+  }
   if (n > 0) return n;
   if (n == -EAGAIN) return 0;
   if (state == RxState::resent && resume_after_resend()) {
@@ -427,29 +397,25 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
     const bool tcp_alone =
         (state == RxState::tcp && !strict.load(std::memory_order_relaxed)) || (flags & (MSG_OOB | MSG_ERRQUEUE)) != 0;
     if (phase.load(std::memory_order_relaxed) != Phase::laned || tcp_alone || state == RxState::ended) {
-      if (stash != nullptr && (flags & (MSG_OOB | MSG_ERRQUEUE)) == 0) {
-        n = take_stash(to, !r.peek);
-      } else {
-        if (bytes_missing) {
-          if (r.total > 0) break;  // it is the next call's
-          bytes_missing = false;
-          r.result = -ECONNRESET;
-          break;
-        }
-        // Bytes already taken: the kernel only adds what is there at once.
-        const int kernel_flags = r.total > 0 && !r.all ? flags | MSG_DONTWAIT : flags;
-        kernel_receivers.fetch_add(1, std::memory_order_seq_cst);
-        lock.unlock();
-        n = kernel_recv(at, to, kernel_flags);
-        if (n > 0) return r.total + n;
-        if (n == -EAGAIN || n == -EINTR || phase.load(std::memory_order_acquire) != Phase::laned) return r.total > 0 ? r.total : n;
-        // The end. The kernel tells an error once: what is owed, or cannot be told with bytes to return, is the next call's.
-        (void)lock.lock();
-        if (n == 0 && reset_by_peer) n = -ECONNRESET;
-        reset_by_peer = n < 0 && r.total > 0;
-        lock.unlock();
-        return r.total > 0 ? r.total : n;
+      if (bytes_missing) {
+        if (r.total > 0) break;  // it is the next call's
+        bytes_missing = false;
+        r.result = -ECONNRESET;
+        break;
       }
+      // Bytes already taken: the kernel only adds what is there at once.
+      const int kernel_flags = r.total > 0 && !r.all ? flags | MSG_DONTWAIT : flags;
+      kernel_receivers.fetch_add(1, std::memory_order_seq_cst);
+      lock.unlock();
+      n = kernel_recv(at, to, kernel_flags);
+      if (n > 0) return r.total + n;
+      if (n == -EAGAIN || n == -EINTR || phase.load(std::memory_order_acquire) != Phase::laned) return r.total > 0 ? r.total : n;
+      // The end. The kernel tells an error once: what is owed, or cannot be told with bytes to return, is the next call's.
+      (void)lock.lock();
+      if (n == 0 && reset_by_peer) n = -ECONNRESET;
+      reset_by_peer = n < 0 && r.total > 0;
+      lock.unlock();
+      return r.total > 0 ? r.total : n;
     } else if (state == RxState::lane) {
       n = take_from_lane(r);
     } else {

@@ -7,7 +7,6 @@
 
 #include <cerrno>
 #include <cstddef>
-#include <cstdlib>
 #include <cstring>
 #include <utility>
 
@@ -218,12 +217,11 @@ void StreamImpl::handle_abandon(int at) noexcept {
   if (now != TxState::lane) return end_tx_locked();
   const std::uint64_t sent = lane->tx_bytes();
   const std::size_t bytes = from < sent ? static_cast<std::size_t>(sent - from) : 0;
-  resend = bytes != 0 ? static_cast<std::byte*>(std::malloc(bytes)) : nullptr;
-  if (bytes != 0 && (resend == nullptr || !lane->read_back(from, resend, bytes))) {
+  std::byte* const room = bytes != 0 ? resend.room(bytes) : nullptr;
+  if (bytes != 0 && (room == nullptr || !lane->read_back(from, room, bytes))) {
     RDMA_LOG(warn, "fd %d: %zu bytes of an abandoned lane cannot be read back; the peer has to read them where they are", at,
              bytes);
-    std::free(resend);
-    resend = nullptr;
+    resend.clear();
     return end_tx_locked();
   }
   if (stats != nullptr) stats->switches_down.add(1);
@@ -231,8 +229,7 @@ void StreamImpl::handle_abandon(int at) noexcept {
   tx.store(TxState::ended, std::memory_order_release);
   state_edges.fetch_add(1, std::memory_order_relaxed);
   if (bytes == 0) return;
-  resend_len = bytes;
-  resend_off = 0;
+  resend.added(bytes);
   (void)flush_resend(at);
 }
 
@@ -247,29 +244,28 @@ void StreamImpl::leave_dead_lane(int at) noexcept {
 }
 
 bool StreamImpl::flush_resend(int at) noexcept {
-  if (!names_us(at)) resend_off = resend_len;  // closed behind our back: what we hold must not reach a stranger
-  while (resend_off < resend_len) {
-    const long n = sys::call(SYS_sendto, at, sys::arg(resend + resend_off), static_cast<long>(resend_len - resend_off),
-                             MSG_DONTWAIT | MSG_NOSIGNAL);
-    if (n == -EAGAIN || n == -EINTR) return false;
-    if (n < 0) break;  // the connection is gone: nobody reads the rest
-    resend_off += static_cast<std::size_t>(n);
+  if (!names_us(at)) {  // closed behind our back: what we hold must not reach a stranger
+    resend.clear();
+    fin_due = false;
+    return true;
   }
-  std::free(resend);
-  resend = nullptr;
-  resend_len = resend_off = 0;
+  while (!resend.empty()) {
+    const long n = resend.send_by(at);
+    if (n == -EAGAIN || n == -EINTR) return false;
+    if (n < 0) resend.clear();  // the connection is gone: nobody reads the rest
+  }
   if (std::exchange(fin_due, false)) sys::call(SYS_shutdown, at, SHUT_WR);
   return true;
 }
 
 void StreamImpl::tend() noexcept {
   if (lane != nullptr && tx.load(std::memory_order_relaxed) != TxState::ended && lane->said(kAbandon)) handle_abandon(fd);
-  if (resend != nullptr) (void)flush_resend(fd);
+  if (!resend.empty()) (void)flush_resend(fd);
 }
 
 Lane* StreamImpl::take_spent_lane() noexcept {
-  if (lane == nullptr || phase.load(std::memory_order_relaxed) != Phase::laned || waiters != 0 || resend != nullptr ||
-      stash != nullptr || reset_by_peer || bytes_missing || tx.load(std::memory_order_relaxed) != TxState::ended ||
+  if (lane == nullptr || phase.load(std::memory_order_relaxed) != Phase::laned || waiters != 0 || !resend.empty() ||
+      reset_by_peer || bytes_missing || tx.load(std::memory_order_relaxed) != TxState::ended ||
       rx.load(std::memory_order_relaxed) != RxState::ended)
     return nullptr;
   lane->write_word(kGone, 0);

@@ -59,7 +59,7 @@ struct Rig {
     StreamImpl& s = stream(side);
     (void)s.lock.lock();
     if (s.tx.load() != TxState::ended && s.lane->said(kAbandon)) s.handle_abandon(pair[side].fd);
-    if (s.resend != nullptr) (void)s.flush_resend(pair[side].fd);
+    if (!s.resend.empty()) (void)s.flush_resend(pair[side].fd);
     s.lock.unlock();
   }
   /// Side 1 leaves the lane with so much unread that side 0 cannot send all of it again at once.
@@ -69,7 +69,7 @@ struct Rig {
     }
     pair[1].handle().take_down(LaneReason::mode);
     serve(0);
-    BOOST_REQUIRE(stream(0).resend != nullptr);
+    BOOST_REQUIRE(!stream(0).resend.empty());
   }
   /// What side 1 became by exec reads to the end, without a library and its lane; `between` is done after each read.
   template <class Between>
@@ -151,6 +151,34 @@ BOOST_AUTO_TEST_CASE(rule_2_bytes_read_past_p_wait_for_the_lanes) {
     const std::int64_t n = r.recv(1, 1000);  // checks the order of the bytes
     BOOST_REQUIRE(n > 0);
     total += n;
+  }
+}
+
+BOOST_AUTO_TEST_CASE(rule_2_bytes_past_p_are_neither_dropped_nor_read_too_early) {
+  for (const bool drop : {false, true}) {
+    Rig r;
+    for (unsigned side : {0U, 1U}) r.pair.attach(side);
+    BOOST_TEST(r.send(0, 100) == 100);
+    BOOST_TEST(r.recv(1, 10) == 10);
+    BOOST_TEST(r.send(0, 200) == 200);  // by the lane
+    r.pair[0].handle().take_down(LaneReason::mode);
+    BOOST_TEST(r.send(0, 300) == 300);  // by TCP again
+    BOOST_REQUIRE((r.stream(1).rx.load() == RxState::ready));
+    std::array<std::byte, 600> data{};
+    std::int64_t n = 0;
+    if (drop) {
+      n = r.pair[1].handle().recv(r.pair[1].fd, nullptr, 600, MSG_TRUNC);
+    } else {
+      iovec parts[3] = {{data.data(), 50}, {data.data() + 50, 500}, {data.data() + 550, 50}};
+      msghdr msg{};
+      msg.msg_iov = parts;
+      msg.msg_iovlen = 3;
+      n = r.pair[1].handle().recvmsg(r.pair[1].fd, &msg, 0);
+      verify(data.data(), static_cast<std::size_t>(n), 0, r.received[1], "recvmsg");
+    }
+    BOOST_TEST(n == 90);
+    r.received[1] += static_cast<std::uint64_t>(n);
+    while (r.received[1] < 600) BOOST_REQUIRE(r.recv(1, 1000) > 0);  // checks the order of the bytes
   }
 }
 
@@ -477,6 +505,22 @@ BOOST_AUTO_TEST_CASE(rule_11_another_socket_under_the_number_gets_no_byte_of_our
   r.up();
   BOOST_TEST(r.send(0, 1000) == 1000);
   r.pair[1].handle().take_down(LaneReason::mode);
+  std::array<int, 2> stranger{};
+  connected_pair(stranger);
+  const int real = dup(r.pair[0].fd);
+  dup2(stranger[0], r.pair[0].fd);  // behind our back
+  r.serve(0);
+  std::byte x[10];
+  BOOST_TEST(::recv(stranger[1], x, sizeof x, 0) == -1);
+  BOOST_TEST(errno == EAGAIN);
+  close(real);
+  for (const int fd : stranger) close(fd);
+}
+
+BOOST_AUTO_TEST_CASE(rule_11_another_socket_under_the_number_is_not_shut_down_for_us) {
+  Rig r(4096);
+  r.leave_with_much_unread();
+  BOOST_TEST(r.pair[0].handle().shutdown(r.pair[0].fd, SHUT_WR) == 0);  // FIN is to follow what is sent again
   std::array<int, 2> stranger{};
   connected_pair(stranger);
   const int real = dup(r.pair[0].fd);

@@ -250,7 +250,7 @@ class Rig {
       if (n > 0) ++flow_[1 - i].received;
       if (readable && n == -EAGAIN) broken("side ", i, " is readable, and recv finds nothing: ", state(i));
       if (!readable && n != -EAGAIN) broken("side ", i, " is not readable, and recv finds ", n, ": ", state(i));
-    } else if ((ready & POLLOUT) != 0 && send(i, 1) == -EAGAIN && e.stream->resend == nullptr && !flow_[i].shut && !gone(1 - i)) {
+    } else if ((ready & POLLOUT) != 0 && send(i, 1) == -EAGAIN && e.stream->resend.empty() && !flow_[i].shut && !gone(1 - i)) {
       broken("side ", i, " is writable, and send takes nothing: ", state(i));
     }
   }
@@ -311,8 +311,7 @@ class Rig {
                        std::to_string(static_cast<int>(e.stream->rx.load()));
     if (e.stream->lane != nullptr)
       text += " unread " + std::to_string(e.lane->unread()) + " buffered " + std::to_string(e.lane->buffered());
-    if (e.stream->resend != nullptr) text += " resend " + std::to_string(e.stream->resend_len - e.stream->resend_off);
-    if (e.stream->stash != nullptr) text += " stash " + std::to_string(e.stream->stash_len - e.stream->stash_off);
+    if (!e.stream->resend.empty()) text += " resend " + std::to_string(e.stream->resend.size());
     if (flow_[i].shut) text += " shut";
     return text;
   }
