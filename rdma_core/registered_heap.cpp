@@ -30,6 +30,22 @@ void (*fork_child_handler)() = nullptr;  ///< jemalloc's; set when it sets itsel
 std::atomic<std::uint32_t> user{0};      ///< the process that uses jemalloc; 0 as long as there is none
 std::atomic<bool> stale{false};          ///< in a child: fork_child_handler has yet to run
 
+/// The calling thread is inside a heap, whichever: what comes in once more is a signal handler that interrupted it.
+thread_local bool busy __attribute__((tls_model("initial-exec"))) = false;
+class Busy {
+ public:
+  Busy() noexcept {
+    busy = true;
+    std::atomic_signal_fence(std::memory_order_seq_cst);
+  }
+  ~Busy() {
+    std::atomic_signal_fence(std::memory_order_seq_cst);
+    busy = false;
+  }
+  Busy(const Busy&) = delete;
+  Busy& operator=(const Busy&) = delete;
+};
+
 /// The calling thread is inside jemalloc.
 class Inside {
  public:
@@ -264,7 +280,9 @@ Result<RegisteredHeap::Block> RegisteredHeap::allocate(std::size_t bytes, std::s
   assert(std::has_single_bit(alignment));
   State& state = *state_;
   if (state.owner != this_process()) return fail(EPERM, "heap: of the parent process");
+  if (busy) return fail(EDEADLK, "heap: from a signal handler that interrupted it");
   const int flags = sdpje::in_arena(state.arena) | sdpje::kTcacheNone | sdpje::aligned(alignment);
+  const Busy busy_now;
   const Inside inside;
   void* block = sdpje_mallocx(std::max<std::size_t>(bytes, 1), flags);
   if (block == nullptr) return fail(ENOMEM, "heap: no memory");
@@ -278,6 +296,7 @@ void RegisteredHeap::deallocate(std::byte* addr) noexcept {
   State& state = *state_;
   if (addr == nullptr || state.owner != this_process()) return;
   assert(state.find(addr) != nullptr);
+  const Busy busy_now;
   const Inside inside;
   state.in_use.fetch_sub(sdpje_sallocx(addr, 0), std::memory_order_relaxed);
   sdpje_dallocx(addr, sdpje::in_arena(state.arena) | sdpje::kTcacheNone);

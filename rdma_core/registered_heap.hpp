@@ -2,9 +2,9 @@
 // the library under names of its own (see cmake/jemalloc.cmake); the program's malloc is not touched, whatever it is.
 //
 // The arena's own metadata never lies in the extents: a peer that maps them can spoil bytes, not the heap.
-// Threads: allocate and deallocate from any thread (the arena locks); no thread cache. Not in signal handlers, and not for what
-//   each message needs: a pair of calls costs about 0.5-0.8 us. A block of 16 KiB and more takes a page of address space besides;
-//   aligned to a page, it does not touch it.
+// Threads: allocate and deallocate from any thread (the arena locks); no thread cache. Not for what each message needs: a pair of
+//   calls costs about 0.5-0.8 us. A signal handler that has interrupted either call gets EDEADLK. A block of 16 KiB and more takes
+//   a page of address space besides; aligned to a page, it does not touch it.
 // Fork: the heap is its maker's. In a child allocate() fails with EPERM, deallocate() and the destructor do nothing; a child may
 //   create heaps.
 #pragma once
@@ -26,7 +26,7 @@ class RegisteredHeap {
   static Result<std::unique_ptr<RegisteredHeap>> create(Pd& pd);  ///< the Pd must outlive the heap
   ~RegisteredHeap();                                              ///< every block must be back
 
-  /// `alignment` is a power of two. Contents are undefined. Errors: ENOMEM.
+  /// `alignment` is a power of two. Contents are undefined. Errors: ENOMEM, EDEADLK, EPERM; go on without.
   Result<Block> allocate(std::size_t bytes, std::size_t alignment);
   void deallocate(std::byte* addr) noexcept;
   std::size_t bytes_in_use() const noexcept;

@@ -10,6 +10,7 @@
 #include <boost/test/unit_test.hpp>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <map>
 #include <random>
 #include <set>
@@ -52,6 +53,7 @@ class FakePd final : public Pd {
   Result<std::unique_ptr<Qp>> create_qp(const QpInit&) override { return fail(ENOTSUP, "fake"); }
   Result<std::unique_ptr<Mr>> map_extent(std::size_t bytes) override {
     BOOST_TEST(bytes % kPageBytes == 0u);
+    if (interrupt) interrupt();
     if (bytes > budget) return fail(ENOMEM, "fake: budget");
     budget -= bytes;
     return std::unique_ptr<Mr>(std::make_unique<Extent>(*this, bytes));
@@ -65,7 +67,8 @@ class FakePd final : public Pd {
 
   std::set<const Extent*> extents;
   std::size_t budget = SIZE_MAX;
-  std::byte* next_addr = nullptr;  ///< set: extents lie there, each behind the last
+  std::function<void()> interrupt;  ///< happens in the middle of map_extent
+  std::byte* next_addr = nullptr;   ///< set: extents lie there, each behind the last
 };
 
 std::unique_ptr<RegisteredHeap> heap_on(Pd& pd) {
@@ -263,6 +266,22 @@ BOOST_AUTO_TEST_CASE(no_memory_is_an_error_and_goes_away) {
   BOOST_TEST(!heap->allocate(SIZE_MAX, 1).ok());
   BOOST_TEST(!heap->allocate(SIZE_MAX / 2, 4096).ok());
   for (std::byte* block : blocks) heap->deallocate(block);
+}
+
+BOOST_AUTO_TEST_CASE(a_signal_handler_that_comes_in_once_more_is_refused) {
+  FakePd pd;
+  auto heap = std::move(RegisteredHeap::create(pd).value());
+  int error = 0;
+  pd.interrupt = [&] {
+    if (auto block = heap->allocate(64, 64); !block) error = block.error().code;
+  };
+  auto block = heap->allocate(64, 64);
+  BOOST_REQUIRE(block);
+  BOOST_TEST(error == EDEADLK);
+  auto after = heap->allocate(64, 64);
+  BOOST_REQUIRE(after);
+  heap->deallocate(block->addr);
+  heap->deallocate(after->addr);
 }
 
 BOOST_AUTO_TEST_CASE(heaps_do_not_share_extents) {
