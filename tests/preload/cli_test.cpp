@@ -261,7 +261,7 @@ Outcome stat_of_a_child_with(void (*make)(int ready)) {
   }
   char c = 0;
   BOOST_REQUIRE(read(ready[0], &c, 1) == 1);
-  const Outcome o = run({kSdp, "stat", "--json", std::to_string(child)});
+  Outcome o = run({kSdp, "stat", "--json", std::to_string(child)});
   for (const int fd : {ready[0], ready[1], hold[0], hold[1]}) close(fd);
   BOOST_TEST(waitpid(child, nullptr, 0) == child);
   return o;

@@ -66,6 +66,8 @@ void* __libc_calloc(std::size_t, std::size_t) noexcept;
 void* __libc_realloc(void*, std::size_t) noexcept;
 void* __libc_memalign(std::size_t, std::size_t) noexcept;
 
+// The one source of an executable that includes this defines them.
+// NOLINTBEGIN(misc-definitions-in-headers)
 void* malloc(std::size_t bytes) noexcept {
   rdma::sim::detail::count_allocation();
   return __libc_malloc(bytes);
@@ -87,10 +89,11 @@ int posix_memalign(void** out, std::size_t alignment, std::size_t bytes) noexcep
   *out = __libc_memalign(alignment, bytes);
   return *out == nullptr ? ENOMEM : 0;
 }
+// NOLINTEND(misc-definitions-in-headers)
 }
 // The standard operator new ends in malloc or aligned_alloc, which count.
 namespace rdma::sim::detail {
-inline const bool no_alloc_hooks_set = (no_alloc_hooks = true);
+inline const bool kNoAllocHooksSet = (no_alloc_hooks = true);
 }
 #else
 // Not inlined: g++ warns of a mismatch (-Wmismatched-new-delete) where it sees into one of a pair and not into the other.
@@ -102,7 +105,7 @@ inline const bool no_alloc_hooks_set = (no_alloc_hooks = true);
 [[gnu::noinline]] void operator delete(void* p) noexcept { std::free(p); }
 [[gnu::noinline]] void operator delete(void* p, std::size_t) noexcept { std::free(p); }
 namespace rdma::sim::detail {
-inline const bool no_alloc_hooks_set = (no_alloc_hooks = true);
+inline const bool kNoAllocHooksSet = (no_alloc_hooks = true);
 }
 #endif
 #endif  // NO_ALLOC_DEFINE_HOOKS
