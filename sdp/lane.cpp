@@ -51,10 +51,12 @@ Result<Unit> Lane::open(rdma::CompletionChannel* channel) noexcept {
   init.recv_cq = cq_;
   init.send_depth = kSendDepth;
   init.recv_depth = kRing;
-  init.max_inline = limits_.conn.recv_size_max;
+  init.max_inline = std::min(device_->attr().max_inline, limits_.conn.recv_size_max);
   auto qp = peer.pd->create_qp(init);
   if (!qp) return rdma::Err{qp.error()};
   qp_ = qp.value().release();
+  max_inline_ = qp_->max_inline();
+  if (max_inline_ < kLeastInline) return rdma::fail(ENOTSUP, "lane: the device takes too few bytes inline");
 
   for (std::uint16_t i = 0; i < limits_.conn.recv_buffers + 1; ++i) {
     if (!allocate_buffer(buffers_[i], limits_.conn.recv_size)) return rdma::fail(ENOMEM, "lane: no memory for receive buffers");
@@ -75,6 +77,7 @@ void Lane::close() noexcept {
   block_ = nullptr;
   words_ = nullptr;
   send_buffer_.release_all(*(*peer_)->heap);
+  staging_.close(*(*peer_)->heap);
   for (Buffer& b : buffers_)
     if (b.block != nullptr) (*peer_)->heap->deallocate(b.block);
   buffers_ = {};
@@ -131,6 +134,7 @@ void Lane::write_word(Word which, std::uint64_t value) noexcept {
 
 void Lane::release_buffer() noexcept {
   if (buffered() == 0) send_buffer_.release_large(*(*peer_)->heap);
+  if (staging_.in_use() == 0) staging_.close(*(*peer_)->heap);
 }
 
 bool Lane::read_back(std::uint64_t from, std::byte* out, std::size_t bytes) const noexcept {

@@ -22,6 +22,7 @@
 #include "sdp/connection.hpp"
 #include "sdp/iov_cursor.hpp"
 #include "sdp/send_buffer.hpp"
+#include "sdp/staging.hpp"
 
 namespace sdp {
 
@@ -74,7 +75,8 @@ static_assert(sizeof(LaneProposal) == 40, "fits the 56 bytes of an IB REQ");
 
 struct LaneLimits {
   ConnLimits conn;
-  std::uint16_t recv_buffers_max = 64;  ///< grown to under load
+  std::uint16_t recv_buffers_max = 64;           ///< grown to under load
+  std::size_t staging = std::size_t{512} << 10;  ///< bytes to gather messages in, on a device that cannot take them inline
 };
 
 class Lane {
@@ -86,10 +88,12 @@ class Lane {
   static constexpr std::uint32_t kSignalEvery = 32;   ///< requests for which one completion is asked
   static constexpr std::size_t kBurstSend = 16384;    ///< bytes: sends so small are a burst's, if many follow each other
   static constexpr std::uint32_t kBurstBegins = 8;    ///< sends that go out as messages of their own first
+  static constexpr std::uint32_t kLeastInline = 32;   ///< bytes: what a device must take inline, for the words in the peer's block
   static constexpr std::size_t kLittle = 8192;        ///< bytes: a receive of less has caught up with the burst
   static constexpr std::int64_t kGatherNs = 2500;     ///< between two looks of a reader that has caught up
 
-  Lane(std::shared_ptr<PeerContext>* peer, const LaneLimits& limits) noexcept : conn(limits.conn), limits_(limits), peer_(peer) {}
+  Lane(std::shared_ptr<PeerContext>* peer, const LaneLimits& limits) noexcept
+      : conn(limits.conn), limits_(limits), staging_(limits.staging), peer_(peer) {}
 
   /// Makes words, CQ and QP and posts the first buffers. Errors: those of the device.
   rdma::Result<rdma::Unit> open(rdma::CompletionChannel* channel) noexcept;
@@ -115,7 +119,7 @@ class Lane {
   /// The program waits for bytes: what it sends next is a message again.
   void burst_is_over() noexcept { burst_ = 0; }
   /// The send buffer has memory that is worth to be given back when it is empty.
-  bool has_large_buffer() const noexcept { return send_buffer_.has_large(); }
+  bool has_large_buffer() const noexcept { return send_buffer_.has_large() || staging_.active(); }
   void release_buffer() noexcept;
   /// Copies unread payload; `consume` false leaves it (MSG_PEEK). Returns the bytes copied.
   std::size_t recv(IovCursor& to, bool consume) noexcept;
@@ -133,7 +137,8 @@ class Lane {
   /// A message may go; while the buffer holds bytes none may.
   bool may_send() const noexcept {
     return conn.may_send_payload() && conn.credit().sent() - conn.credit().acked() < kMaxInFlight &&
-           requests_ - reaped_ < kSendDepth - kSpareSends && !dead() && buffered() == 0;
+           requests_ - reaped_ < kSendDepth - kSpareSends && !dead() && buffered() == 0 &&
+           (!staging_.active() || staging_.has_room(staging_.longest()));
   }
   /// Bytes that recv() finds.
   std::uint64_t unread() const noexcept { return rx_bytes_queued_ + peer_buffer_.held(arrived_.load(std::memory_order_relaxed)); }
@@ -196,6 +201,8 @@ class Lane {
   std::size_t block_bytes(std::uint32_t size) const noexcept;
   bool allocate_buffer(Buffer& buffer, std::uint32_t size) noexcept;
   bool post_message(const rdma::Sge* sges, std::uint8_t count) noexcept;
+  bool post_gathered(const rdma::SendWr& wr) noexcept;
+  std::uint32_t longest_payload() noexcept;
   bool post_data(rdma::Sge* sges, std::uint8_t count, std::uint32_t payload) noexcept;
   void send_control() noexcept;
   void home(std::uint32_t buffer) noexcept;
@@ -205,6 +212,7 @@ class Lane {
   void show_read(bool outgoing, IovCursor at, std::size_t bytes) noexcept;
   void grow_count() noexcept;
   void number_request(rdma::SendWr& wr) noexcept;
+  void remember_staged(rdma::SendWr& wr) noexcept;
   /// An RDMA Write of words into the peer's LaneBlock.
   rdma::SendWr to_peers_block(std::size_t offset, const rdma::Sge& words, bool wake) const noexcept {
     rdma::SendWr wr;
@@ -234,6 +242,7 @@ class Lane {
   std::uint16_t pending_posts_ = 0;
   std::uint16_t full_messages_ = 0;  ///< Data messages in a row that were as long as the peer allows
   std::uint32_t max_sge_ = 1;
+  std::uint32_t max_inline_ = 0;  ///< bytes; a longer message is gathered in staging_
 
   std::uint32_t rx_head_ = 0, rx_tail_ = 0;  ///< unread queue: [head, tail)
   std::uint64_t rx_bytes_queued_ = 0, rx_bytes_ = 0, rx_arrivals_ = 0;
@@ -257,6 +266,9 @@ class Lane {
   LaneBlock* block_ = nullptr;
   SwitchWords* words_ = nullptr;  ///< block_'s
   SendBuffer send_buffer_;
+  Staging staging_;
+  std::uint64_t staged_signalled_ = 0;                    ///< Staging::position() at the last request that asked for a completion
+  std::array<std::uint64_t, kSendDepth> staged_up_to_{};  ///< Staging::position() behind each request
   PeerBuffer peer_buffer_;
   std::shared_ptr<PeerContext>* peer_;
   rdma::Mr words_mr_view_;

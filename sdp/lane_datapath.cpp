@@ -35,6 +35,47 @@ inline void Lane::number_request(SendWr& wr) noexcept {
     signalled_ = requests_;
     wr.flags |= rdma::kSignalled;
   }
+  if (staging_.active()) [[unlikely]]
+    remember_staged(wr);
+}
+
+void Lane::remember_staged(SendWr& wr) noexcept {
+  const std::uint64_t position = staging_.position();
+  staged_up_to_[requests_ % kSendDepth] = position;
+  if (position - staged_signalled_ < staging_.longest()) return;
+  staged_signalled_ = position;
+  signalled_ = requests_;
+  wr.flags |= rdma::kSignalled;
+}
+
+/// Without memory to gather in, no longer than what the device takes inline.
+std::uint32_t Lane::longest_payload() noexcept {
+  constexpr auto kHead = static_cast<std::uint32_t>(wire::kBsdhBytes);
+  if (conn.max_payload() + kHead <= max_inline_) [[likely]]
+    return conn.max_payload();
+  const bool gathered = staging_.active() || staging_.open(*(*peer_)->heap);
+  return std::min(conn.max_payload(), (gathered ? static_cast<std::uint32_t>(staging_.longest()) : max_inline_) - kHead);
+}
+
+/// One message from the caller's pieces, which are taken before we return.
+bool Lane::post_gathered(const SendWr& pieces) noexcept {
+  std::size_t bytes = 0;
+  for (unsigned i = 0; i < pieces.sge_count; ++i) bytes += pieces.sges[i].length;
+  SendWr wr = pieces;
+  Sge whole;
+  if (bytes > max_inline_) {
+    if (!staging_.active() && !staging_.open(*(*peer_)->heap)) return false;
+    std::byte* const memory = staging_.take(bytes);
+    std::size_t at = 0;
+    for (unsigned i = 0; i < pieces.sge_count; at += pieces.sges[i++].length)
+      std::memcpy(memory + at, pieces.sges[i].addr, pieces.sges[i].length);
+    whole = Sge{memory, static_cast<std::uint32_t>(bytes), staging_.lkey()};
+    wr.sges = &whole;
+    wr.sge_count = 1;
+    wr.flags = 0;
+  }
+  number_request(wr);
+  return qp_->post_send(wr) == Post::ok;
 }
 
 bool Lane::post_message(const Sge* sges, std::uint8_t count) noexcept {
@@ -42,8 +83,14 @@ bool Lane::post_message(const Sge* sges, std::uint8_t count) noexcept {
   wr.flags = rdma::kInline;
   wr.sge_count = count;
   wr.sges = sges;
-  number_request(wr);
-  if (qp_->post_send(wr) != Post::ok) [[unlikely]] {
+  bool posted = false;
+  if (staging_.active() || max_inline_ < wire::kHelloBytes) [[unlikely]] {
+    posted = post_gathered(wr);
+  } else {
+    number_request(wr);
+    posted = qp_->post_send(wr) == Post::ok;
+  }
+  if (!posted) [[unlikely]] {
     // Credits and the in-flight bound keep the queues from filling: what is left is a QP in error.
     dead_ = true;
     conn.abort("the QP is in error");
@@ -85,7 +132,7 @@ std::size_t Lane::send(IovCursor& from) noexcept {
     Sge sges[8];
     std::uint8_t count = 1;
     std::uint32_t payload = 0;
-    const std::uint32_t limit = conn.max_payload();
+    const std::uint32_t limit = longest_payload();
     while (!from.done() && payload < limit && count < max_sge_) {
       const std::size_t n = std::min<std::size_t>(from.chunk(), limit - payload);
       sges[count++] = Sge{from.data(), static_cast<std::uint32_t>(n), {}};
@@ -238,6 +285,8 @@ void Lane::on_completion(const Wc& wc) noexcept {
   }
   if (wc.opcode != rdma::WcOpcode::recv) {
     reaped_ = wc.wr_id;
+    if (staging_.active()) [[unlikely]]
+      staging_.done(staged_up_to_[reaped_ % kSendDepth]);
     return;
   }
   const auto index = static_cast<std::uint32_t>(wc.wr_id);

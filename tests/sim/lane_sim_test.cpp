@@ -270,7 +270,7 @@ class Rig {
   unsigned hit_ = 0;
 };
 
-/// What the seed makes of the world. Lanes post inline: the fabric takes as much as a receive buffer holds.
+/// What the seed makes of the world. Half of the devices take any message inline, half make the lane gather it.
 Case case_of(std::uint64_t seed, Fault fault) {
   Chance chance(seed * 77 + 5);
   Case c;
@@ -285,7 +285,8 @@ Case case_of(std::uint64_t seed, Fault fault) {
   c.fabric.recv_prefix_bytes = chance.percent(50) ? 8 : 0;
   c.fabric.recv_needs_extent = chance.percent(50);
   c.fabric.rdma_write_wakes = chance.percent(50);
-  c.fabric.max_inline = c.limits.conn.recv_size_max;
+  c.fabric.max_inline = chance.percent(50) ? c.limits.conn.recv_size_max : static_cast<std::uint32_t>(chance.pick(32, 200));
+  c.limits.staging = std::size_t{4} * c.limits.conn.recv_size_max;
   c.fabric.max_sge = static_cast<std::uint32_t>(chance.pick(2, 8));
   c.fabric.max_send_wr = 1024;
   c.fabric.delay_max = static_cast<rdma::Nanos>(chance.percent(30) ? 200 : chance.pick(300, 20'000));
