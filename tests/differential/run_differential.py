@@ -5,7 +5,7 @@
   run_differential.py --program FILE --list
 
 Ways: lane and lane-accept (both ends preloaded, the case connects or accepts; the case waits until a lane carries its connection, and
-the library's report must agree), near and far (only the case's end, only the peer's end), tcp-policy (the library loaded, switched off).
+the library's report must agree), lane-ipv6 and lane-mapped (over IPv6, and by IPv4 to an IPv6 listener), near and far (only the case's end, only the peer's end), tcp-policy (the library loaded, switched off).
 """
 import argparse
 import difflib
@@ -18,27 +18,27 @@ import subprocess
 import sys
 import tempfile
 
-# way -> (case preloaded, peer preloaded, case accepts, lane expected)
+# way -> (case preloaded, peer preloaded, lane expected, environment of both, part of it that TCP's own run has too)
 WAYS = {
-    "lane": (True, True, False, True),
-    "lane-accept": (True, True, True, True),
-    "near": (True, False, False, False),
-    "far": (False, True, False, False),
-    "tcp-policy": (True, True, False, False),
+    "lane": (True, True, True, {}, {}),
+    "lane-accept": (True, True, True, {}, {"ROLE_ACCEPT": "1"}),
+    "lane-ipv6": (True, True, True, {}, {"FAMILY": "6"}),
+    "lane-mapped": (True, True, True, {}, {"FAMILY": "mapped", "ROLE_ACCEPT": "1"}),
+    "near": (True, False, False, {}, {}),
+    "far": (False, True, False, {}, {}),
+    "tcp-policy": (True, True, False, {"SDP_POLICY": "tcp"}, {}),
 }
 
 
-def run(program, case, lib, near, far, accepts, lane, extra):
+def run(program, case, lib, near, far, lane, extra):
     folder = tempfile.mkdtemp(prefix="sdp-diff-")
-    env = {k: v for k, v in os.environ.items() if not k.startswith("SDP_") and k not in ("LD_PRELOAD", "LANE_EXPECTED", "ROLE_ACCEPT")}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("SDP_") and k not in ("LD_PRELOAD", "LANE_EXPECTED", "ROLE_ACCEPT", "FAMILY")}
     env.update({"LC_ALL": "C", "SDP_STATS": os.path.join(folder, "%p.json"), "SDP_UPGRADE_MESSAGES": "1", "DIFF_DIR": folder})
     env.update(extra)
     if near:
         env["LD_PRELOAD"] = lib
     if far:
         env["PEER_PRELOAD"] = lib
-    if accepts:
-        env["ROLE_ACCEPT"] = "1"
     if lane:
         env["LANE_EXPECTED"] = "1"
     process = subprocess.Popen([program, case], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -82,27 +82,26 @@ def main():
     failures = 0
     for case in args.cases or listed:
         # Names say what a case is about: self_ has both ends in the process, any_ needs no lane to come up, tcp_ must not have one.
-        plain, plain_err, _ = run(args.program, case, args.lib, False, False, False, False, {})
-        plain_accept = None
-        if args.show:
-            print(plain)
-        if "[status 0]" not in plain or "FAILED" in plain:
-            print(f"{case}: broken on TCP itself:\n{plain}{plain_err}")
-            failures += 1
-            continue
+        plain = {}  # by the environment
         verdicts = []
         for way in args.only.split(","):
-            near, far, accepts, lane = WAYS[way]
+            near, far, lane, extra, shared = WAYS[way]
             if case.startswith("self_") and way in ("lane-accept", "far", "near"):
                 continue
             if case.startswith("tcp_") and lane:
                 continue
-            if accepts and plain_accept is None:
-                plain_accept = run(args.program, case, args.lib, False, False, True, False, {})[0]
+            key = tuple(shared.items())
+            if key not in plain:
+                plain[key], plain_err, _ = run(args.program, case, args.lib, False, False, False, shared)
+                if args.show:
+                    print(plain[key])
+            expected = plain[key]
+            if "[status 0]" not in expected or "FAILED" in expected:
+                print(f"{case}, {way}: broken on TCP itself:\n{expected}{plain_err}")
+                failures += 1
+                continue
             lane = lane and not case.startswith("any_")
-            trace, err, carried = run(args.program, case, args.lib, near, far, accepts, lane,
-                                      {"SDP_POLICY": "tcp"} if way == "tcp-policy" else {})
-            expected = plain_accept if accepts else plain
+            trace, err, carried = run(args.program, case, args.lib, near, far, lane, extra | shared)
             problem = ""
             if trace != expected:
                 problem = "".join(difflib.unified_diff(expected.splitlines(True), trace.splitlines(True), "tcp", way, n=1))

@@ -315,19 +315,47 @@ std::size_t Conn::send_all(std::size_t bytes) {
   return total;
 }
 
+namespace {
+/// An address of this host, of the family that the run asks for: FAMILY=6 for IPv6, FAMILY=mapped for an IPv4 client of an IPv6
+/// listener.
+class Here {
+ public:
+  explicit Here(bool listens, int port = 0) {
+    const char* family = std::getenv("FAMILY");
+    const bool mapped = family != nullptr && std::strcmp(family, "mapped") == 0;
+    if (family != nullptr && (listens || !mapped)) {
+      v6_.sin6_family = AF_INET6;
+      v6_.sin6_port = htons(static_cast<std::uint16_t>(port));
+      v6_.sin6_addr = mapped ? in6addr_any : in6addr_loopback;
+    } else {
+      v4_.sin_family = AF_INET;
+      v4_.sin_port = htons(static_cast<std::uint16_t>(port));
+      v4_.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    }
+  }
+  sockaddr* get() { return &any_; }
+  socklen_t size() const { return any_.sa_family == AF_INET6 ? sizeof v6_ : sizeof v4_; }
+  int family() const { return any_.sa_family; }
+  int port() const { return ntohs(any_.sa_family == AF_INET6 ? v6_.sin6_port : v4_.sin_port); }
+
+ private:
+  union {
+    sockaddr any_;
+    sockaddr_in v4_;
+    sockaddr_in6 v6_{};
+  };
+};
+}  // namespace
+
 int listener(int* port, int type_flags, int backlog) {
-  const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | type_flags, 0);
+  Here address(true);
+  const int fd = socket(address.family(), SOCK_STREAM | SOCK_CLOEXEC | type_flags, 0);
   const int on = 1;
   setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-  sockaddr_in address{};
-  address.sin_family = AF_INET;
-  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  socklen_t len = sizeof address;
-  if (fd < 0 || bind(fd, reinterpret_cast<sockaddr*>(&address), sizeof address) != 0 || listen(fd, backlog) != 0 ||
-      getsockname(fd, reinterpret_cast<sockaddr*>(&address), &len) != 0) {
+  socklen_t len = address.size();
+  if (fd < 0 || bind(fd, address.get(), len) != 0 || listen(fd, backlog) != 0 || getsockname(fd, address.get(), &len) != 0)
     fail("listener");
-  }
-  *port = ntohs(address.sin_port);
+  *port = address.port();
   return fd;
 }
 
@@ -338,13 +366,10 @@ void no_delay(int fd) {
 }
 
 int socket_to(int port) {
-  const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  Here address(false, port);
+  const int fd = socket(address.family(), SOCK_STREAM | SOCK_CLOEXEC, 0);
   no_delay(fd);
-  sockaddr_in address{};
-  address.sin_family = AF_INET;
-  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  address.sin_port = htons(static_cast<std::uint16_t>(port));
-  if (fd < 0 || connect(fd, reinterpret_cast<sockaddr*>(&address), sizeof address) != 0) fail("connect");
+  if (fd < 0 || connect(fd, address.get(), address.size()) != 0) fail("connect");
   return fd;
 }
 
