@@ -35,6 +35,8 @@ struct DeviceAttr {
   std::uint32_t recv_prefix_bytes = 0;  ///< bytes in front of RecvWr::addr that belong to the device while posted
   bool recv_needs_extent = false;       ///< receive buffers and RDMA targets must lie in memory from Pd::map_extent
   bool rnr_retry = false;               ///< a Send without a posted receive waits instead of failing
+  bool acknowledges = true;             ///< success says that the peer has it, and its refusals complete with its error. An RNIC's
+                                        ///< success only says that the stream took it; a refusal ends the QP
   bool rdma_write_wakes = false;        ///< kSolicited on an RDMA Write wakes a peer that armed its receive CQ
   bool remembers_sent_data = false;     ///< bytes in flight survive the sender's death (they lie in the receiver's memory)
   bool maps_peer_memory = false;        ///< Qp::remote_view() works; RDMA Writes are seen in the order in which they were posted

@@ -28,6 +28,10 @@ struct IbQpAttributes {
   std::optional<std::uint8_t> ack_timeout;    ///< 4.096 us * 2^n
   std::optional<std::uint8_t> retry_count;    ///< 0..6; 7 means for ever on Soft-RoCE
   std::optional<std::uint8_t> rnr_retry;      ///< 0..7
+  // Goes with dgid; no move insists on it, for not every link layer has it.
+  std::optional<std::uint8_t> sgid_index;     ///< which of the port's own addresses; RoCE
+  std::optional<std::uint16_t> dlid;          ///< InfiniBand link layer
+  std::optional<std::uint8_t> service_level;  ///< 0..15
 };
 
 /// Used by RNICs. Sources: RDMA Protocol Verbs Specification 1.0, section 6; RFC 5044.

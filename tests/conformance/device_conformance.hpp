@@ -95,11 +95,16 @@ void expect_remote_access_error(WrOpcode opcode, const std::function<void(End& t
   std::uint64_t addr = ends.b.remote(ends.b.slot(2));
   Rkey key = ends.b.memory->rkey;
   spoil(ends.b, addr, key);
+  const bool acknowledges = ends.before_refusal(ends.a);
   BOOST_REQUIRE_EQUAL(ends.a.post(opcode, 3, 64, 0, 5, addr, key), Post::ok);
-  const Wc wc = ends.wait_one(*ends.a.send_cq);  // unsignalled: errors complete all the same
-  BOOST_TEST(wc.status == WcStatus::remote_access_error);
-  BOOST_TEST(wc.wr_id == 5u);
-  BOOST_TEST(ends.a.qp->state() == QpState::error);
+  if (acknowledges) {
+    const Wc wc = ends.wait_one(*ends.a.send_cq);  // unsignalled: errors complete all the same
+    BOOST_TEST(wc.status == WcStatus::remote_access_error);
+    BOOST_TEST(wc.wr_id == 5u);
+    BOOST_TEST(ends.a.qp->state() == QpState::error);
+  } else {
+    ends.expect_the_end(ends.a);
+  }
   BOOST_TEST(ends.a.holds(3, 64, 1));
   BOOST_TEST(std::all_of(ends.b.memory->addr, ends.b.memory->addr + ends.b.memory->length,
                          [](std::byte b) { return b == std::byte{0x11}; }));
@@ -385,20 +390,36 @@ BOOST_AUTO_TEST_CASE_TEMPLATE(rdma_outside_of_the_region_fails, F, DeviceFixture
     for (WrOpcode opcode : {WrOpcode::rdma_write, WrOpcode::rdma_read}) detail::expect_remote_access_error<F>(opcode, spoil);
 }
 
+/// A known fault of a device: its Fixture says so, and the case sees that it is still there.
+template <class F>
+constexpr bool serves_any_read() {
+  if constexpr (requires { F::kServesAnyRead; })
+    return F::kServesAnyRead;
+  else
+    return false;
+}
+
 BOOST_AUTO_TEST_CASE_TEMPLATE(rdma_needs_the_right_permission, F, DeviceFixtures) {
   for (WrOpcode opcode : {WrOpcode::rdma_write, WrOpcode::rdma_read}) {
     const bool read = opcode == WrOpcode::rdma_read;
     for (const bool allowed : {false, true}) {
+      BOOST_TEST_INFO_SCOPE((read ? "read" : "write") << (allowed ? ", allowed" : ", not allowed"));
       Ends<F> ends;
+      const bool served = allowed || (read && serves_any_read<F>());
       Access access = Access::local_write;
       if (allowed == read) access = access | Access::remote_read;
       if (allowed != read) access = access | Access::remote_write;
       auto region = Ends<F>::must(ends.b.pd->register_memory({ends.b.slot(6), 1024}, access));
       std::memset(ends.b.slot(6), 0x22, 1024);
       ends.a.fill(3, 64, 1);
+      const bool acknowledges = ends.before_refusal(ends.a);
       BOOST_REQUIRE_EQUAL(ends.a.post(opcode, 3, 64, kSignalled, 5, region->remote_base, region->rkey), Post::ok);
-      const Wc wc = ends.wait_one(*ends.a.send_cq);
-      BOOST_TEST(wc.status == (allowed ? WcStatus::success : WcStatus::remote_access_error));
+      if (served)
+        BOOST_TEST(ends.wait_one(*ends.a.send_cq).status == WcStatus::success);
+      else if (acknowledges)
+        BOOST_TEST(ends.wait_one(*ends.a.send_cq).status == WcStatus::remote_access_error);
+      else
+        ends.expect_the_end(ends.a);
       if (!allowed) BOOST_TEST((ends.b.slot(6)[0] == std::byte{0x22}));
       ends.settle();
       ends.b.qp.reset();
@@ -414,8 +435,12 @@ BOOST_AUTO_TEST_CASE_TEMPLATE(a_region_that_is_gone_is_out_of_reach, F, DeviceFi
   BOOST_REQUIRE_EQUAL(ends.a.post(WrOpcode::rdma_write, 3, 64, kSignalled, 1, base, key), Post::ok);
   BOOST_TEST(ends.wait_one(*ends.a.send_cq).status == WcStatus::success);
   region.reset();
+  const bool acknowledges = ends.before_refusal(ends.a);
   BOOST_REQUIRE_EQUAL(ends.a.post(WrOpcode::rdma_write, 3, 64, kSignalled, 2, base, key), Post::ok);
-  BOOST_TEST(ends.wait_one(*ends.a.send_cq).status == WcStatus::remote_access_error);
+  if (acknowledges)
+    BOOST_TEST(ends.wait_one(*ends.a.send_cq).status == WcStatus::remote_access_error);
+  else
+    ends.expect_the_end(ends.a);
   ends.settle();
 }
 
@@ -430,7 +455,7 @@ BOOST_AUTO_TEST_CASE_TEMPLATE(a_wrong_lkey_fails_locally, F, DeviceFixtures) {
   wr.sge_count = 1;
   BOOST_REQUIRE_EQUAL(ends.a.qp->post_send(wr), Post::ok);
   const Wc wc = ends.wait_one(*ends.a.send_cq);
-  BOOST_TEST(wc.status == WcStatus::local_protection_error);
+  BOOST_TEST((wc.status == WcStatus::local_protection_error || wc.status == WcStatus::flushed));  // Soft-RoCE flushes it
   BOOST_TEST(wc.wr_id == 9u);
   BOOST_TEST(ends.a.qp->state() == QpState::error);
   ends.settle();
@@ -443,6 +468,7 @@ BOOST_AUTO_TEST_CASE_TEMPLATE(a_message_longer_than_the_buffer_fails_at_both_end
   BOOST_REQUIRE_EQUAL(ends.b.post_recv(0, 100), Post::ok);
   BOOST_REQUIRE_EQUAL(ends.b.post_recv(1, 100), Post::ok);
   std::memset(ends.b.slot(0) + 100, 0x44, 200);
+  const bool acknowledges = ends.before_refusal(ends.a);
   BOOST_REQUIRE_EQUAL(ends.a.send(0, 101, kSolicited, 3), Post::ok);
   const auto got = ends.wait(*ends.b.recv_cq, 2);
   BOOST_REQUIRE_EQUAL(got.size(), 2u);
@@ -450,10 +476,14 @@ BOOST_AUTO_TEST_CASE_TEMPLATE(a_message_longer_than_the_buffer_fails_at_both_end
   BOOST_TEST(got[0].wr_id == 0u);
   BOOST_TEST(got[1].status == WcStatus::flushed);
   BOOST_TEST(got[1].wr_id == 1u);
-  const Wc wc = ends.wait_one(*ends.a.send_cq);
-  BOOST_TEST(wc.status == WcStatus::remote_invalid_request);
-  BOOST_TEST(wc.wr_id == 3u);
-  BOOST_TEST(ends.a.qp->state() == QpState::error);
+  if (acknowledges) {
+    const Wc wc = ends.wait_one(*ends.a.send_cq);
+    BOOST_TEST(wc.status == WcStatus::remote_invalid_request);
+    BOOST_TEST(wc.wr_id == 3u);
+    BOOST_TEST(ends.a.qp->state() == QpState::error);
+  } else {
+    ends.expect_the_end(ends.a);
+  }
   BOOST_TEST(ends.b.qp->state() == QpState::error);
   for (std::uint32_t i = 100; i < 300; ++i) BOOST_REQUIRE(ends.b.slot(0)[i] == std::byte{0x44});
 }
@@ -461,6 +491,7 @@ BOOST_AUTO_TEST_CASE_TEMPLATE(a_message_longer_than_the_buffer_fails_at_both_end
 BOOST_AUTO_TEST_CASE_TEMPLATE(a_send_without_a_posted_receive_waits_or_fails, F, DeviceFixtures) {
   Ends<F> ends;
   ends.a.fill(0, 50, 2);
+  const bool acknowledges = ends.before_refusal(ends.a);
   BOOST_REQUIRE_EQUAL(ends.a.send(0, 50, kSignalled | kSolicited, 1), Post::ok);
   ends.settle();
   if (ends.a.device->attr().rnr_retry) {
@@ -469,6 +500,8 @@ BOOST_AUTO_TEST_CASE_TEMPLATE(a_send_without_a_posted_receive_waits_or_fails, F,
     BOOST_TEST(ends.wait_one(*ends.b.recv_cq).status == WcStatus::success);
     BOOST_TEST(ends.b.holds(4, 50, 2));
     BOOST_TEST(ends.wait_one(*ends.a.send_cq).status == WcStatus::success);
+  } else if (!acknowledges) {
+    ends.expect_the_end(ends.a);
   } else {
     BOOST_TEST(ends.wait_one(*ends.a.send_cq).status == WcStatus::rnr_retry_exceeded);
     BOOST_TEST(ends.a.qp->state() == QpState::error);
@@ -532,16 +565,16 @@ BOOST_AUTO_TEST_CASE_TEMPLATE(a_peer_in_error_is_noticed_by_the_next_send, F, De
   BOOST_TEST(ends.wait(*ends.b.recv_cq, 3).size() == 3u);
   // Refused at once, or accepted and completed with an error: never lost in silence.
   const Post post = ends.a.send(0, 20, kSolicited, 8);
-  if (post == Post::ok) {
+  if (post != Post::ok) {
+    BOOST_TEST(post == Post::qp_error);
+  } else if (ends.a.device->attr().acknowledges) {
     const Wc wc = ends.wait_one(*ends.a.send_cq);
     BOOST_TEST(wc.status != WcStatus::success);
     BOOST_TEST(wc.wr_id == 8u);
-  } else {
-    BOOST_TEST(post == Post::qp_error);
   }
-  BOOST_TEST(ends.a.qp->state() == QpState::error);
   const auto flushed = ends.wait(*ends.a.recv_cq, 3);
   BOOST_REQUIRE_EQUAL(flushed.size(), 3u);
+  BOOST_TEST(ends.a.qp->state() == QpState::error);
   for (const Wc& wc : flushed) BOOST_TEST(wc.status == WcStatus::flushed);
 }
 
@@ -551,7 +584,8 @@ BOOST_AUTO_TEST_CASE_TEMPLATE(messages_that_arrived_before_the_error_are_deliver
     ends.a.fill(i, 30, i);
     BOOST_REQUIRE_EQUAL(ends.a.send(i, 30), Post::ok);
   }
-  BOOST_TEST(ends.wait(*ends.a.send_cq, 2).size() == 2u);  // done at the sender: placed at the receiver
+  BOOST_TEST(ends.wait(*ends.a.send_cq, 2).size() == 2u);
+  if (!ends.a.device->attr().acknowledges) ends.settle();  // else: done at the sender, placed at the receiver
   BOOST_REQUIRE(ends.b.qp->modify(move_to(QpState::error)));
   const auto got = ends.wait(*ends.b.recv_cq, 4);
   BOOST_REQUIRE_EQUAL(got.size(), 4u);

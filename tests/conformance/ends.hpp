@@ -170,6 +170,19 @@ class Ends {
     }
     return true;
   }
+  /// The peer will refuse what `e` posts next. A device that does not acknowledge says so by ending the Qp, which is sure to show
+  /// at a receive that was posted before. Returns whether it acknowledges; if not, expect_the_end() follows.
+  bool before_refusal(const End& e) {
+    if (e.device->attr().acknowledges) return true;
+    BOOST_REQUIRE_EQUAL(e.post_recv(kSlots - 1, 64, 778), Post::ok);
+    return false;
+  }
+  void expect_the_end(const End& e) {
+    const Wc wc = wait_one(*e.recv_cq);
+    BOOST_TEST(wc.wr_id == 778u);
+    BOOST_TEST(wc.status == WcStatus::flushed);
+    BOOST_TEST(e.qp->state() == QpState::error);
+  }
   /// Lets everything that is under way happen.
   void settle() {
     for (int i = 0; i < 200 && fixture.pump(); ++i) {

@@ -1,0 +1,219 @@
+// Per message code, and nothing else: post_send, post_recv, poll, maybe_ready, arm. No allocation but when a Qp leaves a shared Cq;
+// the system calls are the device's doorbell where it has no other, and arm().
+#include <errno.h>
+#include <infiniband/verbs.h>
+
+#include <algorithm>
+
+#include "rdma_core/base/clock.hpp"
+#include "rdma_core/drivers/verbs/verbs_qp.hpp"
+
+namespace rdma::verbs {
+namespace {
+
+/// A completion's wr_id: the request's number and which queue it was in. Of a failed one the device says little else.
+constexpr std::uint64_t kReceive = std::uint64_t{1} << 63;
+
+WcStatus to_status(ibv_wc_status status, bool receive) noexcept {
+  switch (status) {
+    case IBV_WC_SUCCESS:
+      return WcStatus::success;
+    case IBV_WC_LOC_LEN_ERR:
+      return WcStatus::local_length_error;
+    case IBV_WC_LOC_PROT_ERR:
+    case IBV_WC_LOC_ACCESS_ERR:
+      return WcStatus::local_protection_error;
+    case IBV_WC_LOC_QP_OP_ERR:  // of a receive: the message did not fit
+      return receive ? WcStatus::local_length_error : WcStatus::local_protection_error;
+    case IBV_WC_REM_ACCESS_ERR:
+      return WcStatus::remote_access_error;
+    case IBV_WC_REM_INV_REQ_ERR:
+    case IBV_WC_REM_OP_ERR:
+      return receive ? WcStatus::local_length_error : WcStatus::remote_invalid_request;
+    case IBV_WC_RNR_RETRY_EXC_ERR:
+      return WcStatus::rnr_retry_exceeded;
+    case IBV_WC_RETRY_EXC_ERR:
+      return WcStatus::retry_exceeded;
+    case IBV_WC_WR_FLUSH_ERR:
+      return WcStatus::flushed;
+    default:
+      return WcStatus::fatal;
+  }
+}
+
+ibv_wr_opcode to_verbs(WrOpcode opcode) noexcept {
+  switch (opcode) {
+    case WrOpcode::rdma_write:
+      return IBV_WR_RDMA_WRITE;
+    case WrOpcode::rdma_read:
+      return IBV_WR_RDMA_READ;
+    case WrOpcode::send:
+      break;
+  }
+  return IBV_WR_SEND;
+}
+
+unsigned send_flags(const SendWr& wr) noexcept {
+  unsigned flags = 0;
+  if (wr.flags & kSignalled) flags |= IBV_SEND_SIGNALED;
+  if (wr.flags & kInline) flags |= IBV_SEND_INLINE;
+  if ((wr.flags & kSolicited) && wr.opcode == WrOpcode::send) flags |= IBV_SEND_SOLICITED;
+  if (wr.flags & kFence) flags |= IBV_SEND_FENCE;
+  return flags;
+}
+
+constexpr unsigned kMaxSge = 8;  ///< DeviceAttr::max_sge at the most
+constexpr unsigned kRecvBatch = 16;
+
+}  // namespace
+
+Post VerbsQp::post_send(const SendWr& wr) noexcept {
+  if (state_ != QpState::rts) return Post::qp_error;
+  if (sends_posted_ - sends_done_ >= send_depth_) return Post::queue_full;
+  if (wr.sge_count > kMaxSge) return Post::qp_error;
+  ibv_sge sges[kMaxSge];
+  for (unsigned i = 0; i < wr.sge_count; ++i)
+    sges[i] = {reinterpret_cast<std::uintptr_t>(wr.sges[i].addr), wr.sges[i].length, static_cast<std::uint32_t>(wr.sges[i].lkey)};
+  ibv_send_wr request{};
+  request.wr_id = sends_posted_;
+  request.sg_list = sges;
+  request.num_sge = wr.sge_count;
+  request.opcode = to_verbs(wr.opcode);
+  request.send_flags = send_flags(wr);
+  request.wr.rdma.remote_addr = wr.remote_addr;
+  request.wr.rdma.rkey = static_cast<std::uint32_t>(wr.rkey);
+  ibv_send_wr* bad = nullptr;
+  sends_[sends_posted_ & (sends_.size() - 1)] = {wr.wr_id, static_cast<WcOpcode>(wr.opcode)};
+  const int failed = ibv_post_send(qp_, &request, &bad);
+  if (failed == ENOMEM) return Post::queue_full;
+  if (failed != 0) return Post::qp_error;
+  ++sends_posted_;
+  return Post::ok;
+}
+
+Post VerbsQp::post_recv(std::span<const RecvWr> wrs) noexcept {
+  if (state_ == QpState::error) return Post::qp_error;
+  if (recvs_posted_ + early_.size() - recvs_done_ + wrs.size() > recv_depth_) return Post::queue_full;
+  if (state_ == QpState::reset) {
+    early_.insert(early_.end(), wrs.begin(), wrs.end());
+    return Post::ok;
+  }
+  return hand_over(wrs);
+}
+
+Post VerbsQp::hand_over(std::span<const RecvWr> wrs) noexcept {
+  while (!wrs.empty()) {
+    ibv_sge sges[kRecvBatch];
+    ibv_recv_wr requests[kRecvBatch];
+    const auto count = static_cast<unsigned>(std::min<std::size_t>(wrs.size(), kRecvBatch));
+    for (unsigned i = 0; i < count; ++i) {
+      const RecvWr& wr = wrs[i];
+      sges[i] = {reinterpret_cast<std::uintptr_t>(wr.addr), wr.length, static_cast<std::uint32_t>(wr.lkey)};
+      const std::uint64_t number = recvs_posted_ + i;
+      recvs_[number & (recvs_.size() - 1)] = wr.wr_id;
+      requests[i] = {};
+      requests[i].wr_id = number | kReceive;
+      requests[i].next = i + 1 < count ? &requests[i + 1] : nullptr;
+      requests[i].sg_list = &sges[i];
+      requests[i].num_sge = 1;
+    }
+    ibv_recv_wr* bad = nullptr;
+    if (ibv_post_recv(qp_, requests, &bad) != 0) return Post::qp_error;
+    recvs_posted_ += count;
+    wrs = wrs.subspan(count);
+  }
+  return Post::ok;
+}
+
+bool VerbsQp::complete(bool receive, std::uint64_t number, bool success, std::uint64_t& wr_id, WcOpcode& opcode) noexcept {
+  std::uint64_t& done = receive ? recvs_done_ : sends_done_;
+  if (number < done || number >= (receive ? recvs_posted_ : sends_posted_)) return false;
+  done = number + 1;
+  if (receive) {
+    wr_id = recvs_[number & (recvs_.size() - 1)];
+    opcode = WcOpcode::recv;
+  } else {
+    const Request& request = sends_[number & (sends_.size() - 1)];
+    wr_id = request.wr_id;
+    opcode = request.opcode;
+  }
+  if (!success) state_ = QpState::error;
+  return true;
+}
+
+/// One thread at a time looks into the device's queue. The other one is about to take what is there: it need not wait long.
+class VerbsCq::Looking {
+ public:
+  explicit Looking(std::atomic_flag& busy) noexcept : busy_(busy) {
+    while (busy_.test_and_set(std::memory_order_acquire)) cpu_relax();
+  }
+  ~Looking() { busy_.clear(std::memory_order_release); }
+  Looking(const Looking&) = delete;
+  Looking& operator=(const Looking&) = delete;
+
+ private:
+  std::atomic_flag& busy_;
+};
+
+bool VerbsCq::translate(const ibv_wc& from, Wc& to) const noexcept {
+  const bool receive = (from.wr_id & kReceive) != 0;
+  for (VerbsQp* qp : qps_) {
+    if (static_cast<std::uint32_t>(qp->qpn()) != from.qp_num) continue;
+    to.status = to_status(from.status, receive);
+    if (!qp->complete(receive, from.wr_id & ~kReceive, from.status == IBV_WC_SUCCESS, to.wr_id, to.opcode)) return false;
+    to.byte_len = from.status == IBV_WC_SUCCESS ? from.byte_len : 0;
+    to.qpn = qp->qpn();
+    return true;
+  }
+  return false;  // of a Qp that is gone
+}
+
+unsigned VerbsCq::take(Wc* out, unsigned room) const noexcept {
+  unsigned n = 0;
+  while (n < room) {
+    ibv_wc wcs[kLookAhead];
+    const int got = ibv_poll_cq(cq_, static_cast<int>(std::min(room - n, kLookAhead)), wcs);
+    if (got <= 0) break;
+    for (int i = 0; i < got; ++i)
+      if (translate(wcs[i], out[n])) ++n;
+  }
+  return n;
+}
+
+unsigned VerbsCq::poll(std::span<Wc> out) noexcept {
+  const Looking looking(busy_);
+  const auto room = static_cast<unsigned>(out.size());
+  unsigned n = 0;
+  while (n < room && kept_head_ < kept_.size()) out[n++] = kept_[kept_head_++];
+  while (n < room && ahead_head_ != ahead_tail_) out[n++] = ahead_[ahead_head_++];
+  return n + take(out.data() + n, room - n);
+}
+
+bool VerbsCq::maybe_ready() const noexcept {
+  const Looking looking(busy_);
+  if (kept_head_ < kept_.size() || ahead_head_ != ahead_tail_) return true;
+  ahead_head_ = 0;
+  ahead_tail_ = take(ahead_, kLookAhead);
+  return ahead_tail_ != 0;
+}
+
+void VerbsCq::arm(std::uint8_t wake) noexcept {
+  if (wake == 0 || channel_ == nullptr) return;
+  channel_->drain();
+  ibv_req_notify_cq(cq_, 0);
+}
+
+void VerbsCq::detach(VerbsQp& qp) {
+  const Looking looking(busy_);
+  std::vector<Wc> left(kept_.begin() + static_cast<std::ptrdiff_t>(kept_head_), kept_.end());
+  left.insert(left.end(), ahead_ + ahead_head_, ahead_ + ahead_tail_);
+  Wc wc;
+  while (take(&wc, 1) != 0) left.push_back(wc);
+  std::erase_if(left, [&](const Wc& each) { return each.qpn == qp.qpn(); });
+  std::erase(qps_, &qp);
+  kept_ = std::move(left);
+  kept_head_ = 0;
+  ahead_head_ = ahead_tail_ = 0;
+}
+
+}  // namespace rdma::verbs

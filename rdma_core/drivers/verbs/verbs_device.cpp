@@ -1,0 +1,177 @@
+#include "rdma_core/drivers/verbs/verbs_device.hpp"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <infiniband/verbs.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+
+#include "rdma_core/drivers/verbs/verbs_qp.hpp"
+
+namespace rdma::verbs {
+namespace {
+
+/// libibverbs' list, freed at the end of the scope. The array is empty when there is none.
+class DeviceList {
+ public:
+  DeviceList() noexcept : list_(ibv_get_device_list(&count_)) {}
+  ~DeviceList() {
+    if (list_ != nullptr) ibv_free_device_list(list_);
+  }
+  DeviceList(const DeviceList&) = delete;
+  DeviceList& operator=(const DeviceList&) = delete;
+  std::span<ibv_device* const> devices() const noexcept {
+    return list_ != nullptr ? std::span<ibv_device* const>(list_, static_cast<std::size_t>(count_))
+                            : std::span<ibv_device* const>{};
+  }
+
+ private:
+  int count_ = 0;
+  ibv_device** list_;
+};
+
+constexpr std::uint8_t kPort = 1;
+constexpr std::uint32_t kDeepest = 1024;  ///< of a queue: more than any lane asks for, and every device has it
+constexpr std::uint32_t kWantedInline = 512;
+
+/// What a Qp really gets: some devices refuse a wish that is too large, others grant less than their attributes say.
+std::uint32_t probe_inline(ibv_context* context) noexcept {
+  ibv_pd* pd = ibv_alloc_pd(context);
+  ibv_cq* cq = ibv_create_cq(context, 64, nullptr, nullptr, 0);
+  std::uint32_t found = 0;
+  for (std::uint32_t wanted = kWantedInline; pd != nullptr && cq != nullptr && wanted >= 16 && found == 0; wanted /= 2) {
+    ibv_qp_init_attr init{};
+    init.send_cq = init.recv_cq = cq;
+    init.qp_type = IBV_QPT_RC;
+    init.cap = {.max_send_wr = 64, .max_recv_wr = 64, .max_send_sge = 1, .max_recv_sge = 1, .max_inline_data = wanted};
+    if (ibv_qp* qp = ibv_create_qp(pd, &init)) {
+      found = std::min(init.cap.max_inline_data, kWantedInline);
+      ibv_destroy_qp(qp);
+    }
+  }
+  if (cq != nullptr) ibv_destroy_cq(cq);
+  if (pd != nullptr) ibv_dealloc_pd(pd);
+  return found;
+}
+
+void set_nonblocking(int fd) noexcept { fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK); }
+
+}  // namespace
+
+std::vector<std::string> device_names() {
+  std::vector<std::string> names;
+  for (ibv_device* each : DeviceList().devices()) names.emplace_back(ibv_get_device_name(each));
+  return names;
+}
+
+Result<std::unique_ptr<VerbsDevice>> VerbsDevice::open(const std::string& name) {
+  const DeviceList list;
+  for (ibv_device* each : list.devices()) {
+    if (name != ibv_get_device_name(each)) continue;
+    errno = 0;
+    ibv_context* context = ibv_open_device(each);
+    if (context == nullptr) return fail(errno != 0 ? errno : ENODEV, "verbs: the device cannot be opened");
+    std::unique_ptr<VerbsDevice> device(new VerbsDevice(context, name));
+    if (auto looked = device->look_around(); !looked) return Err{looked.error()};
+    return device;
+  }
+  return fail(ENODEV, "verbs: no such device");
+}
+
+VerbsDevice::~VerbsDevice() { ibv_close_device(context_); }
+
+Result<Unit> VerbsDevice::look_around() {
+  ibv_device_attr limits{};
+  ibv_port_attr port{};
+  if (const int failed = ibv_query_device(context_, &limits)) return fail(failed, "verbs: the device does not tell its limits");
+  if (const int failed = ibv_query_port(context_, kPort, &port)) return fail(failed, "verbs: the device does not tell of its port");
+  switch (context_->device->transport_type) {
+    case IBV_TRANSPORT_IB:
+      attr_.node_type = context_->device->node_type == IBV_NODE_SWITCH   ? NodeType::ib_switch
+                        : context_->device->node_type == IBV_NODE_ROUTER ? NodeType::ib_router
+                                                                         : NodeType::ib_ca;
+      break;
+    case IBV_TRANSPORT_IWARP:
+      attr_.node_type = NodeType::rnic;
+      break;
+    default:
+      return fail(ENOTSUP, "verbs: neither an IB nor an iWARP device");
+  }
+  const bool rnic = attr_.node_type == NodeType::rnic;
+  const auto at_most = [](int limit, std::uint32_t most) { return std::min(static_cast<std::uint32_t>(std::max(limit, 1)), most); };
+  attr_.link_layer = port.link_layer == IBV_LINK_LAYER_ETHERNET ? LinkLayer::ethernet : LinkLayer::infiniband;
+  attr_.max_send_wr = at_most(limits.max_qp_wr, kDeepest);
+  attr_.max_recv_wr = std::bit_floor(at_most(limits.max_qp_wr, kDeepest));
+  attr_.max_sge = at_most(limits.max_sge, 8);
+  attr_.max_sge_read = rnic ? 1 : at_most(limits.max_sge_rd != 0 ? limits.max_sge_rd : limits.max_sge, 8);
+  attr_.max_read_outstanding = at_most(limits.max_qp_init_rd_atom, 255);
+  attr_.rnr_retry = !rnic;
+  attr_.acknowledges = !rnic;
+  attr_.max_inline = probe_inline(context_);
+  gid_entries_ = port.gid_tbl_len;
+  set_nonblocking(context_->async_fd);
+  return Unit{};
+}
+
+Result<std::uint8_t> VerbsDevice::gid_index(const Gid& wanted) const {
+  std::uint8_t found = 0;
+  bool any = false;
+  for (int i = 0; i < std::min(gid_entries_, 256); ++i) {
+    ibv_gid_entry entry{};
+    if (ibv_query_gid_ex(context_, kPort, static_cast<std::uint32_t>(i), &entry, 0) != 0) continue;
+    if (std::memcmp(entry.gid.raw, wanted.data(), wanted.size()) != 0) continue;
+    // The same address stands there for RoCE v1 too; v2 passes routers and firewalls.
+    if (!any || entry.gid_type == IBV_GID_TYPE_ROCE_V2) found = static_cast<std::uint8_t>(i);
+    any = true;
+    if (entry.gid_type == IBV_GID_TYPE_ROCE_V2) break;
+  }
+  if (!any) return fail(ENOENT, "verbs: the device has no such address");
+  return found;
+}
+
+Result<std::unique_ptr<Pd>> VerbsDevice::create_pd(const Path&) {
+  ibv_pd* pd = ibv_alloc_pd(context_);
+  if (pd == nullptr) return fail(errno, "verbs: no protection domain");
+  return std::unique_ptr<Pd>(new VerbsPd(*this, pd));
+}
+
+Result<std::unique_ptr<CompletionChannel>> VerbsDevice::create_channel() { return VerbsChannel::open(context_); }
+
+Result<std::unique_ptr<Cq>> VerbsDevice::create_cq(std::uint32_t depth, CompletionChannel* channel) {
+  auto* own = static_cast<VerbsChannel*>(channel);
+  ibv_cq* cq =
+      ibv_create_cq(context_, static_cast<int>(std::max(depth, 64U)), nullptr, own != nullptr ? own->channel() : nullptr, 0);
+  if (cq == nullptr) return fail(errno, "verbs: no completion queue");
+  return std::unique_ptr<Cq>(new VerbsCq(cq, own));
+}
+
+int VerbsDevice::async_fd() const noexcept { return context_->async_fd; }
+
+void VerbsDevice::progress() {
+  ibv_async_event event{};
+  while (ibv_get_async_event(context_, &event) == 0) {
+    const ibv_event_type type = event.event_type;
+    ibv_ack_async_event(&event);
+    if (!async_handler_) continue;
+    switch (type) {
+      case IBV_EVENT_PORT_ACTIVE:
+        async_handler_(AsyncEvent::port_active);
+        break;
+      case IBV_EVENT_PORT_ERR:
+        async_handler_(AsyncEvent::port_error);
+        break;
+      case IBV_EVENT_GID_CHANGE:
+        async_handler_(AsyncEvent::gid_change);
+        break;
+      case IBV_EVENT_DEVICE_FATAL:
+        async_handler_(AsyncEvent::device_fatal);
+        break;
+      default:
+        break;  // of a Qp or Cq: its completions tell
+    }
+  }
+}
+
+}  // namespace rdma::verbs

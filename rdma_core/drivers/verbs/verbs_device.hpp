@@ -1,0 +1,64 @@
+// The verbs driver: a device of libibverbs, InfiniBand and RoCE as IB CA, iWARP as RNIC.
+//
+// What differs from the general contract:
+// - There is no wake word: a thread that waits for completions sleeps on the channel. Cq::arm() costs a system call where the
+//   device's doorbell does; disarm() takes no announcement back.
+// - An IB CA's Qp is moved with the attributes of device.hpp, sgid_index among them for RoCE. An RNIC's Qp is bound to its stream
+// by
+//   the kernel's iWARP CM: the CM moves it to init, connects it, and then tells it with the move to rts.
+//
+// fork: a context is its opener's. A child's posts fail, and would even reach the parent's queues on some devices: use nothing
+// there, destroy nothing.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "rdma_core/device.hpp"
+
+struct ibv_context;
+
+namespace rdma::verbs {
+
+/// Names of the devices that libibverbs shows at this moment, in its order. Empty: none, or no permission to look.
+std::vector<std::string> device_names();
+
+class VerbsDevice final : public Device {
+ public:
+  /// Errors: ENODEV no such device, EACCES no permission, ENOTSUP neither IB nor iWARP, else what the device says.
+  static Result<std::unique_ptr<VerbsDevice>> open(const std::string& name);
+  ~VerbsDevice() override;
+
+  const char* name() const noexcept override { return name_.c_str(); }
+  const DeviceAttr& attr() const noexcept override { return attr_; }
+  /// `path` is not looked at: one device reaches all its peers.
+  Result<std::unique_ptr<Pd>> create_pd(const Path& path) override;
+  Result<std::unique_ptr<CompletionChannel>> create_channel() override;
+  Result<std::unique_ptr<Cq>> create_cq(std::uint32_t depth, CompletionChannel* channel) override;
+  void arm_fence() noexcept override {}  // arm() asked the device itself
+  void on_async_event(std::function<void(AsyncEvent)> handler) override { async_handler_ = std::move(handler); }
+
+  // For the connection managers and tests.
+  ibv_context* context() const noexcept { return context_; }
+  /// Index of `gid` in the first port's table. Errors: ENOENT.
+  Result<std::uint8_t> gid_index(const Gid& gid) const;
+  /// Non-blocking; readable when progress() has something to do.
+  int async_fd() const noexcept;
+  /// Hands the asynchronous events that are there to the handler.
+  void progress();
+
+ private:
+  VerbsDevice(ibv_context* context, std::string name) : context_(context), name_(std::move(name)) {}
+  Result<Unit> look_around();
+
+  ibv_context* context_;
+  std::string name_;
+  DeviceAttr attr_;
+  int gid_entries_ = 0;
+  std::function<void(AsyncEvent)> async_handler_;
+};
+
+}  // namespace rdma::verbs

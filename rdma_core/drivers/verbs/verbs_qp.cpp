@@ -1,0 +1,289 @@
+#include "rdma_core/drivers/verbs/verbs_qp.hpp"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <infiniband/verbs.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <utility>
+
+#include "rdma_core/base/log.hpp"
+#include "rdma_core/base/sys.hpp"
+
+namespace rdma::verbs {
+namespace {
+
+constexpr std::size_t kPageBytes = 4096;
+/// The iWARP provider of rdma-core 44 cannot map a queue of its that starts at page 144 of a context, and queues of 64 entries and
+/// more step over it.
+constexpr std::uint32_t kShallowest = 64;
+
+int access_flags(Access access) noexcept {
+  int flags = 0;
+  if (allows(access, Access::local_write)) flags |= IBV_ACCESS_LOCAL_WRITE;
+  if (allows(access, Access::remote_write)) flags |= IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_LOCAL_WRITE;
+  if (allows(access, Access::remote_read)) flags |= IBV_ACCESS_REMOTE_READ;
+  return flags;
+}
+
+ibv_qp_state to_verbs(QpState state) noexcept {
+  switch (state) {
+    case QpState::reset:
+      return IBV_QPS_RESET;
+    case QpState::init:
+      return IBV_QPS_INIT;
+    case QpState::rtr:
+      return IBV_QPS_RTR;
+    case QpState::rts:
+      return IBV_QPS_RTS;
+    case QpState::sqd:
+      return IBV_QPS_SQD;
+    case QpState::error:
+      break;
+  }
+  return IBV_QPS_ERR;
+}
+
+/// What of `ib` the device wants to hear, beside the state.
+int take_ib(const IbQpAttributes& ib, ibv_qp_attr& to) noexcept {
+  int mask = 0;
+  const auto take = [&mask](const auto& from, auto& field, int bit) {
+    if (!from) return;
+    field = static_cast<std::remove_reference_t<decltype(field)>>(*from);
+    mask |= bit;
+  };
+  take(ib.pkey_index, to.pkey_index, IBV_QP_PKEY_INDEX);
+  take(ib.port, to.port_num, IBV_QP_PORT);
+  take(ib.dest_qpn, to.dest_qp_num, IBV_QP_DEST_QPN);
+  take(ib.rq_psn, to.rq_psn, IBV_QP_RQ_PSN);
+  take(ib.sq_psn, to.sq_psn, IBV_QP_SQ_PSN);
+  take(ib.path_mtu, to.path_mtu, IBV_QP_PATH_MTU);
+  take(ib.min_rnr_timer, to.min_rnr_timer, IBV_QP_MIN_RNR_TIMER);
+  take(ib.ack_timeout, to.timeout, IBV_QP_TIMEOUT);
+  take(ib.retry_count, to.retry_cnt, IBV_QP_RETRY_CNT);
+  take(ib.rnr_retry, to.rnr_retry, IBV_QP_RNR_RETRY);
+  if (ib.dgid) {
+    constexpr std::uint8_t kHops = 64;
+    to.ah_attr.is_global = 1;
+    std::memcpy(to.ah_attr.grh.dgid.raw, ib.dgid->data(), ib.dgid->size());
+    to.ah_attr.grh.sgid_index = ib.sgid_index.value_or(0);
+    to.ah_attr.grh.hop_limit = kHops;
+    to.ah_attr.dlid = ib.dlid.value_or(0);
+    to.ah_attr.sl = ib.service_level.value_or(0);
+    to.ah_attr.port_num = ib.port.value_or(1);
+    mask |= IBV_QP_AV;
+  }
+  return mask;
+}
+
+QpAttributes any_init(NodeType node) noexcept {
+  QpAttributes attr;
+  attr.state = QpState::init;
+  attr.access = Access::local_read;
+  if (node != NodeType::rnic) {
+    IbQpAttributes ib;
+    ib.pkey_index = std::uint16_t{0};
+    ib.port = std::uint8_t{1};
+    attr.transport = ib;
+  }
+  return attr;
+}
+
+}  // namespace
+
+// ---- memory
+
+VerbsMr::VerbsMr(ibv_mr* mr, std::byte* memory, std::size_t bytes, std::size_t own_bytes) noexcept
+    : mr_(mr), own_bytes_(own_bytes) {
+  addr = memory;
+  length = bytes;
+  lkey = Lkey{mr->lkey};
+  rkey = Rkey{mr->rkey};
+  remote_base = reinterpret_cast<std::uintptr_t>(memory);
+}
+
+VerbsMr::~VerbsMr() {
+  ibv_dereg_mr(mr_);
+  if (own_bytes_ != 0) munmap(addr, own_bytes_);
+}
+
+VerbsPd::~VerbsPd() {
+  if (const int failed = ibv_dealloc_pd(pd_); failed != 0)
+    RDMA_LOG(error, "verbs: a protection domain is still in use: %d", failed);
+}
+
+Result<std::unique_ptr<Mr>> VerbsPd::register_memory(std::span<std::byte> memory, Access access) {
+  if (memory.empty()) return fail(EINVAL, "verbs: nothing to register");
+  ibv_mr* mr = ibv_reg_mr(pd_, memory.data(), memory.size(), access_flags(access));
+  if (mr == nullptr) return fail(errno, "verbs: the memory cannot be registered");
+  return std::unique_ptr<Mr>(new VerbsMr(mr, memory.data(), memory.size(), 0));
+}
+
+Result<std::unique_ptr<Mr>> VerbsPd::map_extent(std::size_t bytes) {
+  if (bytes == 0 || bytes > SIZE_MAX - kPageBytes) return fail(EINVAL, "verbs: an extent of no size");
+  bytes = (bytes + kPageBytes - 1) & ~(kPageBytes - 1);
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) return fail(errno, "verbs: no memory");
+  ibv_mr* mr = ibv_reg_mr(pd_, memory, bytes, IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ);
+  if (mr == nullptr) {
+    const int error = errno;
+    munmap(memory, bytes);
+    return fail(error,
+                error == ENOMEM ? "verbs: more memory than may be locked (ulimit -l)" : "verbs: the memory cannot be registered");
+  }
+  return std::unique_ptr<Mr>(new VerbsMr(mr, static_cast<std::byte*>(memory), bytes, bytes));
+}
+
+// ---- the channel
+
+Result<std::unique_ptr<CompletionChannel>> VerbsChannel::open(ibv_context* context) {
+  ibv_comp_channel* channel = ibv_create_comp_channel(context);
+  if (channel == nullptr) return fail(errno, "verbs: no completion channel");
+  std::unique_ptr<VerbsChannel> own(new VerbsChannel(channel));
+  fcntl(channel->fd, F_SETFL, fcntl(channel->fd, F_GETFL) | O_NONBLOCK);
+  fcntl(channel->fd, F_SETFD, FD_CLOEXEC);
+  own->bell_fd_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  own->epoll_fd_ = epoll_create1(EPOLL_CLOEXEC);
+  if (own->bell_fd_ < 0 || own->epoll_fd_ < 0) return fail(errno, "verbs: no descriptor for a completion channel");
+  for (const int fd : {channel->fd, own->bell_fd_}) {
+    epoll_event event{};
+    event.events = EPOLLIN | EPOLLET;
+    if (epoll_ctl(own->epoll_fd_, EPOLL_CTL_ADD, fd, &event) != 0) return fail(errno, "verbs: no completion channel");
+  }
+  return std::unique_ptr<CompletionChannel>(std::move(own));
+}
+
+VerbsChannel::~VerbsChannel() {
+  for (const int fd : {epoll_fd_, bell_fd_})
+    if (fd >= 0) sys::call(SYS_close, fd);
+  ibv_destroy_comp_channel(channel_);
+}
+
+void VerbsChannel::ring() noexcept {
+  const std::uint64_t one = 1;
+  sys::call(SYS_write, bell_fd_, sys::arg(&one), sizeof one);
+}
+
+void VerbsChannel::drain() noexcept {
+  ibv_cq* cq = nullptr;
+  void* context = nullptr;
+  while (ibv_get_cq_event(channel_, &cq, &context) == 0) ibv_ack_cq_events(cq, 1);
+}
+
+// ---- queues
+
+VerbsCq::~VerbsCq() { ibv_destroy_cq(cq_); }
+
+void VerbsCq::wake_sleepers() noexcept {
+  if (channel_ != nullptr) channel_->ring();
+}
+
+Result<std::unique_ptr<Qp>> VerbsPd::create_qp(const QpInit& init) {
+  const DeviceAttr& attr = device_.attr();
+  if (init.send_cq == nullptr || init.recv_cq == nullptr) return fail(EINVAL, "verbs: a Qp without a Cq");
+  if (init.send_depth > attr.max_send_wr || init.recv_depth > attr.max_recv_wr || init.send_depth == 0)
+    return fail(EINVAL, "verbs: a queue deeper than the device allows");
+  const std::uint32_t recv_depth = std::bit_ceil(std::max(init.recv_depth, 1U));
+  ibv_qp_init_attr wanted{};
+  wanted.send_cq = static_cast<VerbsCq*>(init.send_cq)->cq();
+  wanted.recv_cq = static_cast<VerbsCq*>(init.recv_cq)->cq();
+  wanted.qp_type = IBV_QPT_RC;
+  wanted.cap = {.max_send_wr = std::max(init.send_depth, kShallowest),
+                .max_recv_wr = std::max(recv_depth, kShallowest),
+                .max_send_sge = attr.max_sge,
+                .max_recv_sge = 1,
+                .max_inline_data = std::min(init.max_inline, attr.max_inline)};
+  ibv_qp* qp = ibv_create_qp(pd_, &wanted);
+  if (qp == nullptr) return fail(errno, "verbs: no Qp");
+  const std::uint32_t granted = std::min(wanted.cap.max_inline_data, attr.max_inline);
+  return std::unique_ptr<Qp>(new VerbsQp(device_, qp, init, recv_depth, granted));
+}
+
+VerbsQp::VerbsQp(VerbsDevice& device, ibv_qp* qp, const QpInit& init, std::uint32_t recv_depth, std::uint32_t max_inline)
+    : device_(device),
+      qp_(qp),
+      qpn_(Qpn{qp->qp_num}),
+      rnic_(device.attr().node_type == NodeType::rnic),
+      max_inline_(max_inline),
+      send_cq_(static_cast<VerbsCq*>(init.send_cq)),
+      recv_cq_(static_cast<VerbsCq*>(init.recv_cq)),
+      send_depth_(init.send_depth),
+      recv_depth_(recv_depth),
+      sends_(std::bit_ceil(init.send_depth)),
+      recvs_(recv_depth) {
+  send_cq_->attach(*this);
+  if (recv_cq_ != send_cq_) recv_cq_->attach(*this);
+}
+
+VerbsQp::~VerbsQp() {
+  if (const int failed = ibv_destroy_qp(qp_); failed != 0) RDMA_LOG(error, "verbs: a Qp cannot be destroyed: %d", failed);
+  send_cq_->detach(*this);
+  if (recv_cq_ != send_cq_) recv_cq_->detach(*this);
+}
+
+Result<Unit> VerbsQp::modify(const QpAttributes& attr) {
+  if (auto legal = check_move(device_.attr().node_type, state_, attr); !legal) return legal;
+  if (state_ == QpState::reset && attr.state == QpState::error) {  // which the kernel does not know as one move
+    if (auto moved = modify(any_init(device_.attr().node_type)); !moved) return moved;
+  }
+  if (auto moved = apply(attr); !moved) return moved;
+  state_ = attr.state;
+  if (state_ == QpState::reset) {
+    sends_posted_ = sends_done_ = recvs_posted_ = recvs_done_ = 0;
+    early_.clear();
+  } else if (!early_.empty()) {
+    const std::vector<RecvWr> wrs = std::exchange(early_, {});
+    if (hand_over(wrs) != Post::ok) return fail(EIO, "verbs: the device does not take the receives");
+  }
+  return Unit{};
+}
+
+Result<Unit> VerbsQp::apply(const QpAttributes& attr) {
+  if (attr.state == QpState::reset && state_ == QpState::reset) return Unit{};
+  if (rnic_ && attr.state == QpState::rts) return Unit{};  // the kernel's CM has moved it
+  ibv_qp_attr to{};
+  to.qp_state = to_verbs(attr.state);
+  int mask = IBV_QP_STATE;
+  if (attr.access) {
+    to.qp_access_flags = static_cast<unsigned>(access_flags(*attr.access));
+    mask |= IBV_QP_ACCESS_FLAGS;
+  }
+  if (const auto* ib = std::get_if<IbQpAttributes>(&attr.transport)) mask |= take_ib(*ib, to);
+  if (!rnic_ && attr.max_read_outstanding) {
+    to.max_rd_atomic = *attr.max_read_outstanding;
+    mask |= IBV_QP_MAX_QP_RD_ATOMIC;
+  }
+  if (!rnic_ && attr.max_read_incoming) {
+    to.max_dest_rd_atomic = *attr.max_read_incoming;
+    mask |= IBV_QP_MAX_DEST_RD_ATOMIC;
+  }
+  // A caller may hand in everything it knows; the device refuses what has no place in this move.
+  constexpr int kInit = IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS;
+  constexpr int kRtr = IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN | IBV_QP_MAX_DEST_RD_ATOMIC |
+                       IBV_QP_MIN_RNR_TIMER | IBV_QP_ACCESS_FLAGS;
+  constexpr int kRts = IBV_QP_STATE | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY | IBV_QP_SQ_PSN |
+                       IBV_QP_MAX_QP_RD_ATOMIC | IBV_QP_ACCESS_FLAGS;
+  switch (attr.state) {
+    case QpState::init:
+      mask &= kInit;
+      break;
+    case QpState::rtr:
+      mask &= kRtr;
+      break;
+    case QpState::rts:
+      mask &= state_ == QpState::rtr ? kRts : IBV_QP_STATE | IBV_QP_ACCESS_FLAGS | IBV_QP_MIN_RNR_TIMER;
+      break;
+    default:
+      mask = IBV_QP_STATE;
+      break;
+  }
+  if (const int failed = ibv_modify_qp(qp_, &to, mask); failed != 0) return fail(failed, "verbs: the device refuses the move");
+  return Unit{};
+}
+
+}  // namespace rdma::verbs
