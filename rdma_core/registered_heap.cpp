@@ -30,7 +30,7 @@ void (*fork_child_handler)() = nullptr;  ///< jemalloc's; set when it sets itsel
 std::atomic<std::uint32_t> user{0};      ///< the process that uses jemalloc; 0 as long as there is none
 std::atomic<bool> stale{false};          ///< in a child: fork_child_handler has yet to run
 
-/// The calling thread is inside a heap, whichever: what comes in once more is a signal handler that interrupted it.
+/// The calling thread is inside a heap, whichever, or in a fork: what comes in once more is a signal handler that interrupted it.
 thread_local bool busy __attribute__((tls_model("initial-exec"))) = false;
 class Busy {
  public:
@@ -64,9 +64,16 @@ class Outside {
   Outside& operator=(const Outside&) = delete;
 };
 
-void before_fork() noexcept { pthread_rwlock_wrlock(&gate); }
-void after_fork_in_parent() noexcept { pthread_rwlock_unlock(&gate); }
+void before_fork() noexcept {
+  busy = true;
+  pthread_rwlock_wrlock(&gate);
+}
+void after_fork_in_parent() noexcept {
+  pthread_rwlock_unlock(&gate);
+  busy = false;
+}
 void after_fork_in_child() noexcept {
+  busy = false;
   // Unlocked, and then anew: it counts waiting readers, and those are in the parent.
   pthread_rwlock_unlock(&gate);
   gate = PTHREAD_RWLOCK_WRITER_NONRECURSIVE_INITIALIZER_NP;

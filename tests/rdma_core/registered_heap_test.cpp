@@ -1,6 +1,7 @@
 #include "rdma_core/registered_heap.hpp"
 
 #include <dlfcn.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
@@ -282,6 +283,29 @@ BOOST_AUTO_TEST_CASE(a_signal_handler_that_comes_in_once_more_is_refused) {
   BOOST_REQUIRE(after);
   heap->deallocate(block->addr);
   heap->deallocate(after->addr);
+}
+
+/// Called by fork() in the parent when the heaps are locked: what is registered first runs last.
+std::function<void()> in_the_middle_of_fork;
+[[gnu::constructor]] void register_for_fork() {
+  pthread_atfork([] { in_the_middle_of_fork ? in_the_middle_of_fork() : void(); }, nullptr, nullptr);
+}
+
+BOOST_AUTO_TEST_CASE(a_signal_handler_that_interrupts_a_fork_is_refused) {
+  FakePd pd;
+  auto heap = std::move(RegisteredHeap::create(pd).value());
+  int error = 0;
+  in_the_middle_of_fork = [&] {
+    if (auto block = heap->allocate(64, 64); !block) error = block.error().code;
+  };
+  const pid_t child = fork();
+  if (child == 0) _exit(0);
+  in_the_middle_of_fork = nullptr;
+  BOOST_TEST(waitpid(child, nullptr, 0) == child);
+  BOOST_TEST(error == EDEADLK);
+  auto block = heap->allocate(64, 64);
+  BOOST_REQUIRE(block);
+  heap->deallocate(block->addr);
 }
 
 BOOST_AUTO_TEST_CASE(heaps_do_not_share_extents) {
