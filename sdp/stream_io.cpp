@@ -353,7 +353,10 @@ std::int64_t StreamImpl::take_from_anchor(Receiving& r, RxState state) noexcept 
   std::int64_t n = SSIZE_MAX;
   if (state == RxState::ready) {
     n = anchor_bytes_before_switch(r.at);
-    if (lane->said(kSwitch)) return kLookAgain;
+    if (lane->said(kSwitch)) {
+      advance_rx(r.at);
+      return kLookAgain;
+    }
   }
   if (n > 0) {
     const std::uint64_t cap = state == RxState::draining ? switch_at - received

@@ -514,6 +514,18 @@ void expect_a_stranger_is_left_alone(Rig& r) {
   for (const int fd : stranger) close(fd);
 }
 
+BOOST_AUTO_TEST_CASE(rule_9_a_second_process_reads_on_where_the_switch_was_seen_by_nobody) {
+  Rig r;
+  for (unsigned side : {0U, 1U}) r.pair.attach(side);
+  BOOST_TEST(r.send(0, 100) == 100);
+  BOOST_TEST(r.recv(1, 10) == 10);    // READY
+  BOOST_TEST(r.send(0, 200) == 200);  // SWITCH
+  r.pair[0].handle().take_down(LaneReason::mode);
+  BOOST_TEST(r.send(0, 300) == 300);
+  r.stream(1).owner = ~0U;
+  while (r.received[1] < 600) BOOST_REQUIRE(r.recv(1, 1000) > 0);  // checks the order of the bytes
+}
+
 BOOST_AUTO_TEST_CASE(rule_11_another_socket_under_the_number_gets_no_byte_of_ours) {
   Rig r;
   r.up();
