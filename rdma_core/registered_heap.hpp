@@ -3,8 +3,8 @@
 //
 // The arena's own metadata never lies in the extents: a peer that maps them can spoil bytes, not the heap.
 // Threads: allocate and deallocate from any thread (the arena locks); no thread cache. Not for what each message needs: a pair of
-//   calls costs about 0.5-0.8 us. A signal handler that has interrupted either call gets EDEADLK. A block of 16 KiB and more takes
-//   a page of address space besides; aligned to a page, it does not touch it.
+//   calls costs about 0.5-0.8 us. To a signal handler that has interrupted either call, or a fork, allocate() says EDEADLK; it must
+//   not deallocate(). A block of 16 KiB and more takes a page of address space besides; aligned to a page, it does not touch it.
 // Fork: the heap is its maker's. In a child allocate() fails with EPERM, deallocate() and the destructor do nothing; a child may
 //   create heaps.
 #pragma once

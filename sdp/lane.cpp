@@ -134,7 +134,6 @@ void Lane::write_word(Word which, std::uint64_t value) noexcept {
 
 void Lane::release_buffer() noexcept {
   if (buffered() == 0) send_buffer_.release_large(*(*peer_)->heap);
-  if (staging_.in_use() == 0) staging_.close(*(*peer_)->heap);
 }
 
 bool Lane::read_back(std::uint64_t from, std::byte* out, std::size_t bytes) const noexcept {

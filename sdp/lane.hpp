@@ -119,7 +119,7 @@ class Lane {
   /// The program waits for bytes: what it sends next is a message again.
   void burst_is_over() noexcept { burst_ = 0; }
   /// The send buffer has memory that is worth to be given back when it is empty.
-  bool has_large_buffer() const noexcept { return send_buffer_.has_large() || staging_.active(); }
+  bool has_large_buffer() const noexcept { return send_buffer_.has_large(); }
   void release_buffer() noexcept;
   /// Copies unread payload; `consume` false leaves it (MSG_PEEK). Returns the bytes copied.
   std::size_t recv(IovCursor& to, bool consume) noexcept;

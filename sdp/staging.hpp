@@ -1,5 +1,6 @@
 // Staging: registered memory into which messages are gathered on devices that cannot take them inline. The device reads it until
-// the request has completed. A ring: requests complete in the order in which they were posted.
+// the request has completed. A ring: requests complete in the order in which they were posted. Made at the first message that needs
+// it, and given back with the lane.
 //
 // Threads: externally serialised (the stream's lock).
 #pragma once

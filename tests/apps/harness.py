@@ -102,11 +102,11 @@ class Run:
 
     def __init__(self, name, library, preloaded, quick):
         self.name = name
-        self.library = library
         self.preloaded = preloaded  # set of roles
         self.quick = quick          # mixed pairs: the outcome counts, not the amount
         self.dir = tempfile.mkdtemp(prefix="sdp-app-")
         os.chmod(self.dir, 0o755)
+        self.library = library and shutil.copy(library, self.dir)  # where other users reach it too, wherever the build lies
         self.stats_dir = os.path.join(self.dir, "stats")
         os.mkdir(self.stats_dir)
         os.chmod(self.stats_dir, 0o777)  # workers that gave up root write there too

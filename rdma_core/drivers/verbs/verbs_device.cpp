@@ -1,7 +1,6 @@
 #include "rdma_core/drivers/verbs/verbs_device.hpp"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <infiniband/verbs.h>
 
 #include <algorithm>
@@ -55,8 +54,6 @@ std::uint32_t probe_inline(ibv_context* context) noexcept {
   if (pd != nullptr) ibv_dealloc_pd(pd);
   return found;
 }
-
-void set_nonblocking(int fd) noexcept { fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK); }
 
 }  // namespace
 

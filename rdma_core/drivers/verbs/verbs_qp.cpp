@@ -96,6 +96,8 @@ QpAttributes any_init(NodeType node) noexcept {
 
 }  // namespace
 
+void set_nonblocking(int fd) noexcept { sys::call(SYS_fcntl, fd, F_SETFL, sys::call(SYS_fcntl, fd, F_GETFL) | O_NONBLOCK); }
+
 // ---- memory
 
 VerbsMr::VerbsMr(ibv_mr* mr, std::byte* memory, std::size_t bytes, std::size_t own_bytes) noexcept
@@ -145,15 +147,17 @@ Result<std::unique_ptr<CompletionChannel>> VerbsChannel::open(ibv_context* conte
   ibv_comp_channel* channel = ibv_create_comp_channel(context);
   if (channel == nullptr) return fail(errno, "verbs: no completion channel");
   std::unique_ptr<VerbsChannel> own(new VerbsChannel(channel));
-  fcntl(channel->fd, F_SETFL, fcntl(channel->fd, F_GETFL) | O_NONBLOCK);
-  fcntl(channel->fd, F_SETFD, FD_CLOEXEC);
-  own->bell_fd_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-  own->epoll_fd_ = epoll_create1(EPOLL_CLOEXEC);
-  if (own->bell_fd_ < 0 || own->epoll_fd_ < 0) return fail(errno, "verbs: no descriptor for a completion channel");
+  set_nonblocking(channel->fd);
+  sys::call(SYS_fcntl, channel->fd, F_SETFD, FD_CLOEXEC);
+  own->bell_fd_ = static_cast<int>(sys::call(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK));
+  own->epoll_fd_ = static_cast<int>(sys::call(SYS_epoll_create1, EPOLL_CLOEXEC));
+  if (own->bell_fd_ < 0 || own->epoll_fd_ < 0)
+    return fail(-std::min(own->bell_fd_, own->epoll_fd_), "verbs: no descriptor for a completion channel");
   for (const int fd : {channel->fd, own->bell_fd_}) {
     epoll_event event{};
     event.events = EPOLLIN | EPOLLET;
-    if (epoll_ctl(own->epoll_fd_, EPOLL_CTL_ADD, fd, &event) != 0) return fail(errno, "verbs: no completion channel");
+    if (const long failed = sys::call(SYS_epoll_ctl, own->epoll_fd_, EPOLL_CTL_ADD, fd, sys::arg(&event)); failed != 0)
+      return fail(static_cast<int>(-failed), "verbs: no completion channel");
   }
   return std::unique_ptr<CompletionChannel>(std::move(own));
 }
@@ -216,6 +220,7 @@ VerbsQp::VerbsQp(VerbsDevice& device, ibv_qp* qp, const QpInit& init, std::uint3
       recv_depth_(recv_depth),
       sends_(std::bit_ceil(init.send_depth)),
       recvs_(recv_depth) {
+  early_.reserve(recv_depth);
   send_cq_->attach(*this);
   if (recv_cq_ != send_cq_) recv_cq_->attach(*this);
 }

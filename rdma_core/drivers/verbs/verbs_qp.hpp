@@ -18,6 +18,8 @@ namespace rdma::verbs {
 
 class VerbsQp;
 
+void set_nonblocking(int fd) noexcept;
+
 class VerbsMr final : public Mr {
  public:
   /// `own_bytes`: what to unmap with it; 0: the memory is the caller's.
