@@ -353,10 +353,7 @@ std::int64_t StreamImpl::take_from_anchor(Receiving& r, RxState state) noexcept 
   std::int64_t n = SSIZE_MAX;
   if (state == RxState::ready) {
     n = anchor_bytes_before_switch(r.at);
-    if (lane->said(kSwitch)) {
-      advance_rx(r.at);
-      return kLookAgain;
-    }
+    if (lane->said(kSwitch)) return kLookAgain;
   }
   if (n > 0) {
     const std::uint64_t cap = state == RxState::draining ? switch_at - received
@@ -392,8 +389,9 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
     if (here) {
       if (abandoned()) handle_abandon(at);
       leave_dead_lane(at);
-      advance_rx(at);
     }
+    // Also where the lane is not ours: what the peer has said is read on, and below we look again until the state has followed it.
+    if (phase.load(std::memory_order_relaxed) == Phase::laned) advance_rx(at);
     const RxState state = rx.load(std::memory_order_relaxed);
     std::int64_t n = 0;
     // A strict reader does not go to sleep in the kernel before the switch: nothing would wake it for the lane.
