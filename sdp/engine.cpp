@@ -16,9 +16,9 @@
 #include <new>
 
 #include "rdma_core/base/clock.hpp"
+#include "rdma_core/base/high_fd.hpp"
 #include "rdma_core/base/log.hpp"
 #include "rdma_core/base/sys.hpp"
-#include "sdp/high_fd.hpp"
 #include "sdp/policy.hpp"
 #include "sdp/service.hpp"
 #include "sdp/stream_impl.hpp"
@@ -113,7 +113,7 @@ thread_local ThreadBell thread_bell;
 const Options& options() noexcept { return engine().options; }
 
 void configure(Compose compose, LaneListener listener) noexcept {
-  set_fd_keeper(&high_fd, &forget_helper_fd);
+  rdma::set_fd_keeper(&high_fd, &forget_helper_fd);
   if (log_file_fd() >= 0) remember_helper_fd(log_file_fd());
   engine().compose = compose;
   engine().listener = listener;

@@ -9,8 +9,8 @@
 #include <cstdio>
 #include <optional>
 
+#include "rdma_core/base/high_fd.hpp"
 #include "rdma_core/base/sys.hpp"
-#include "sdp/high_fd.hpp"
 #include "sdp/stats.hpp"
 
 namespace sdp {
@@ -416,7 +416,7 @@ void apply_log_options(const Options& options) noexcept {
     errno = saved_errno;
     return;
   }
-  keep_log_file(keep_fd(static_cast<int>(fd)));
+  keep_log_file(rdma::keep_fd(static_cast<int>(fd)));
 }
 
 void keep_log_file(int fd) noexcept {

@@ -117,9 +117,10 @@ void report_option_problems() noexcept;
 /// Sets level and destination of the log. A file that cannot be opened is said on standard error.
 void apply_log_options(const Options& options) noexcept;
 
-/// The descriptor of the log file, kept for good; -1 when there is none. keep_fd() gave it, perhaps before there was a keeper.
+/// The descriptor of the log file, kept for good; -1 when there is none. rdma::keep_fd() gave it, perhaps before there was a
+/// keeper.
 int log_file_fd() noexcept;
-/// Makes `fd`, which keep_fd() gave, that descriptor.
+/// Makes `fd`, which rdma::keep_fd() gave, that descriptor.
 void keep_log_file(int fd) noexcept;
 
 /// One row of the table, as `sdp env` shows it.

@@ -9,8 +9,8 @@
 #include <cstring>
 #include <new>
 
+#include "rdma_core/base/high_fd.hpp"
 #include "rdma_core/base/sys.hpp"
-#include "sdp/high_fd.hpp"
 #include "sdp/policy.hpp"
 
 namespace sdp {
@@ -79,7 +79,7 @@ int open_libsdp_log(const std::string& name) {
   struct stat st {};
   if (sys::call(SYS_fstat, fd, sys::arg(&st)) == 0 && S_ISREG(st.st_mode) && st.st_nlink == 1 &&
       static_cast<long>(st.st_uid) == uid)
-    return keep_fd(static_cast<int>(fd));
+    return rdma::keep_fd(static_cast<int>(fd));
   sys::call(SYS_close, fd);
   return -1;
 }

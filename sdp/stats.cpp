@@ -12,8 +12,8 @@
 #include <cstring>
 #include <new>
 
+#include "rdma_core/base/high_fd.hpp"
 #include "rdma_core/base/sys.hpp"
-#include "sdp/high_fd.hpp"
 #include "sdp/stats_process.hpp"
 #include "sdp/stream_impl.hpp"
 
@@ -142,7 +142,7 @@ int make_memfd() noexcept {
   if (fd < 0) return -1;
   const bool good = sys::call(SYS_ftruncate, fd, kStatsBytes) == 0 && sys::call(SYS_fchmod, fd, 0600) == 0 &&
                     sys::call(SYS_fcntl, fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0;
-  if (good) return keep_fd(static_cast<int>(fd));
+  if (good) return rdma::keep_fd(static_cast<int>(fd));
   sys::call(SYS_close, fd);
   return -1;
 }
@@ -153,7 +153,7 @@ StatsHeader* make_table(bool first, std::uint32_t pid) noexcept {
   const int flags = fd >= 0 ? MAP_SHARED : MAP_SHARED | MAP_ANONYMOUS;
   void* p = mmap(nullptr, kStatsBytes, PROT_READ | PROT_WRITE, flags, fd, 0);
   if (p == MAP_FAILED) {
-    if (fd >= 0) forget_fd(fd), sys::call(SYS_close, fd);
+    if (fd >= 0) rdma::forget_fd(fd), sys::call(SYS_close, fd);
     return nullptr;
   }
   if (fd >= 0) {
@@ -173,7 +173,7 @@ void start_anew(std::uint32_t pid) noexcept {
   const PidLock lock(process.renewing, pid);
   if (process.pid.load(std::memory_order_relaxed) == pid) return;
   const int fd = process.fd.exchange(-1, std::memory_order_relaxed);
-  if (fd >= 0) forget_fd(fd);
+  if (fd >= 0) rdma::forget_fd(fd);
   if (still_ours(fd)) sys::call(SYS_close, fd);
   for (auto& table : process.tables) table.store(nullptr, std::memory_order_relaxed);
   process.totals.reset();

@@ -15,7 +15,8 @@
 //
 // Threading: one thread (the service thread) makes every call and runs progress(). No call blocks.
 // Trust: private data, paths and the peer's claims come from another process, possibly another user's. An implementation checks
-// that the peer owns the other end of the anchor before it reports an event; data are checked by whoever reads them.
+// that the peer owns the other end of the anchor before it reports an event, if Caps says that it can; data are checked by whoever
+// reads them.
 #pragma once
 
 #include <sys/socket.h>
@@ -44,6 +45,8 @@ struct Caps {
   std::size_t max_reply_private = 0;
   std::size_t max_reject_private = 0;
   bool active_must_send_first = false;  ///< a Send of the passive side before it has received one kills the connection
+  bool proves_owner = false;            ///< no event comes before the CM has checked that the peer owns the other end of the
+                                        ///< anchor. If false, whoever holds the anchor has to ask over it
 };
 
 enum class ConnId : std::uint64_t { none = 0 };
@@ -68,6 +71,7 @@ enum class Reason : std::uint8_t {
   bad_message,  ///< garbage or silence in the handshake
   timed_out,
   peer_died,
+  elsewhere,  ///< the other end is not on this host: another CM may reach it
 };
 const char* to_string(Reason) noexcept;
 
@@ -117,6 +121,10 @@ class ConnectionManager {
   virtual int fd() const noexcept = 0;
   virtual int next_timeout_ms() const noexcept = 0;  ///< -1: none
   virtual void progress() = 0;
+
+  /// In the child of a fork, first thing and with one thread: closes the child's copies of descriptors. The CM is inert afterwards
+  /// and is not destroyed: the child makes a new one.
+  virtual void abandon_in_child() noexcept {}
 };
 
 }  // namespace rdma::cm

@@ -15,6 +15,12 @@ using shm::ShmLink;
 constexpr std::size_t kMaxUnsent = 4096;
 constexpr Nanos kIdleCheck = 5000 * kMillisecond;
 
+/// Reason::none: the other end is on this host.
+Reason whereabouts(const Anchor& anchor, const Result<SocketOwner>& other_end) noexcept {
+  if (!in_our_namespace(anchor.fd)) return Reason::elsewhere;
+  return other_end ? Reason::none : not_found(other_end);
+}
+
 }  // namespace
 
 void LocalCm::State::emit_unreachable(std::uint64_t cookie, Reason reason) {
@@ -176,10 +182,10 @@ const Caps& LocalCm::caps() const noexcept { return state_->caps; }
 void LocalCm::on_event(std::function<void(const Event&)> handler) { state_->handler = std::move(handler); }
 
 Result<Unit> LocalCm::offer(const Anchor& anchor, unsigned ttl_ms) {
-  if (!in_our_namespace(anchor.fd) || !find_other_end(anchor)) {
+  if (const Reason away = whereabouts(anchor, find_other_end(anchor)); away != Reason::none) {
     // Known at once, but told like any other end: an event, not a result.
     state_->end_offer(anchor.cookie);
-    state_->emit_unreachable(anchor.cookie, Reason::no_peer);
+    state_->emit_unreachable(anchor.cookie, away);
     return Unit{};
   }
   const int fd = new_socket();
@@ -209,7 +215,7 @@ Result<Unit> LocalCm::dial(const Anchor& anchor, unsigned timeout_ms, MakeQp mak
   dial = State::Dial{};
   if (!in_our_namespace(anchor.fd)) {
     state_->dials.erase(anchor.cookie);
-    state_->emit_unreachable(anchor.cookie, Reason::no_peer);
+    state_->emit_unreachable(anchor.cookie, Reason::elsewhere);
     return Unit{};
   }
   dial.anchor = anchor;

@@ -46,9 +46,9 @@ class LocalCm final : public ConnectionManager {
 
   void close_idle_links_after(unsigned ms) noexcept;  ///< 30 s unless told
 
-  /// In the child of a fork: closes the child's copies of every descriptor (so that the parent's death shows at its peers) and
-  /// abandons the device's links. The CM is inert afterwards and is not destroyed: the child makes a new one, with a new device.
-  void abandon_in_child() noexcept;
+  /// Of every descriptor, so that the parent's death shows at its peers; and abandons the device's links: the child makes a new
+  /// device too.
+  void abandon_in_child() noexcept override;
 
  private:
   struct State;

@@ -185,8 +185,9 @@ void LocalCm::State::finish_channel(int fd) {
 void LocalCm::State::try_dial(std::uint64_t cookie, Dial& dial) {
   const auto owner = find_other_end(dial.anchor);
   if (!owner) {
+    const bool was_here = dial.tries != 0;
     dials.erase(cookie);
-    return emit_unreachable(cookie, Reason::no_peer);
+    return emit_unreachable(cookie, was_here ? Reason::no_peer : not_found(owner));
   }
   dial.next_try = now() + kBackoffMs[std::min(dial.tries, std::size(kBackoffMs) - 1)] * kMillisecond;
   ++dial.tries;
@@ -318,7 +319,7 @@ Reason LocalCm::State::active_frame(int fd, Channel& channel, Frame& frame) {
       e.anchor_cookie = channel.cookie;
       if (frame.as(wire::Type::reject, reject) && reject.private_bytes <= wire::kRejectPrivate) {
         e.kind = EventKind::rejected;
-        e.reason = reject.reason != 0 && reject.reason <= static_cast<std::uint32_t>(Reason::peer_died)
+        e.reason = reject.reason != 0 && reject.reason <= static_cast<std::uint32_t>(Reason::elsewhere)
                        ? static_cast<Reason>(reject.reason)
                        : Reason::refused;
         e.private_data = {reject.data, reject.private_bytes};

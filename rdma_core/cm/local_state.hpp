@@ -4,6 +4,7 @@
 
 #include <sys/epoll.h>
 
+#include <cerrno>
 #include <functional>
 #include <map>
 #include <memory>
@@ -22,6 +23,11 @@ namespace rdma::cm {
 
 inline constexpr Nanos kMillisecond = 1'000'000;
 inline Nanos now() noexcept { return SteadyClock{}.now(); }
+
+/// Why `other_end` was not found: it is not here, or the kernel does not tell.
+inline Reason not_found(const Result<SocketOwner>& other_end) noexcept {
+  return other_end.error().code == ENOENT ? Reason::elsewhere : Reason::no_peer;
+}
 
 /// The moves of a QP of the software device to RTS, towards the peer's.
 Result<Unit> bring_up(Qp& qp, NodeType node, std::uint32_t peer_qpn);
@@ -84,7 +90,7 @@ struct LocalCm::State {
 
   shm::ShmDevice& device;
   Device* reported;
-  Caps caps{wire::kRequestPrivate, wire::kReplyPrivate, wire::kRejectPrivate, true};
+  Caps caps{wire::kRequestPrivate, wire::kReplyPrivate, wire::kRejectPrivate, true, true};
   std::function<void(const Event&)> handler;
   int epoll_fd = -1;
   std::unordered_map<std::uint64_t, Offer> offers;   ///< by own cookie

@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "tests/conformance/chain_fixture.hpp"
 #include "tests/conformance/wrapped.hpp"
 
 namespace rdma::conformance {
@@ -41,7 +42,7 @@ struct SimCmRnic : SimManagers {
   SimCmRnic() : SimManagers({.seed = 7, .flavour = NodeType::rnic}, {}) {}
 };
 
-using CmFixtures = std::tuple<SimCmIb, SimCmLossy, SimCmRnic>;
+using CmFixtures = std::tuple<SimCmIb, SimCmLossy, SimCmRnic, Chained<SimCmIb>>;
 
 }  // namespace rdma::conformance
 

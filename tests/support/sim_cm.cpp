@@ -84,7 +84,7 @@ class SimCmPair::SimCm final : public cm::ConnectionManager {
  public:
   SimCm(SimFabric& fabric, Side side, const SimCmOptions& options) : fabric_(fabric), side_(side), options_(options) {
     const bool rnic = fabric.options().flavour == NodeType::rnic;
-    caps_ = rnic ? Caps{197, 251, 251, true} : Caps{56, 196, 148, false};
+    caps_ = rnic ? Caps{197, 251, 251, true, true} : Caps{56, 196, 148, false, true};
     device_ = &fabric.device(side);
     fd_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   }

@@ -1,4 +1,4 @@
-#include "sdp/high_fd.hpp"
+#include "rdma_core/base/high_fd.hpp"
 
 #include <fcntl.h>
 #include <sys/resource.h>
@@ -7,10 +7,8 @@
 
 #include "rdma_core/base/sys.hpp"
 
-namespace sdp {
+namespace rdma {
 namespace {
-
-namespace sys = rdma::sys;
 
 /// Out of reach of the lowest-free rule and of loops over low numbers, and not higher than needed: the kernel's table is as long as
 /// the highest number, and fork copies it.
@@ -38,4 +36,4 @@ void set_fd_keeper(int (*keep)(int fd) noexcept, void (*forget)(int fd) noexcept
   forgetter.store(forget, std::memory_order_relaxed);
 }
 
-}  // namespace sdp
+}  // namespace rdma
