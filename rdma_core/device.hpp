@@ -77,6 +77,10 @@ class CompletionChannel {
   virtual int fd() const noexcept = 0;
   /// Announces from inside the process (another thread changed something that a sleeper waits for). Any thread.
   virtual void ring() noexcept = 0;
+  /// Takes what the device has announced and passes it on: changes the wake words of the Cqs concerned and wakes their sleepers.
+  /// Whoever watches fd() calls it when there was an edge, always in one thread, which is also the one that destroys the Cqs; fd()
+  /// may not be readable afterwards. The software device's peers change the words themselves: nothing to do there.
+  virtual void progress() noexcept {}
 };
 
 /// A completion queue. Threading: externally serialised, except maybe_ready(), wake_word() and wake_sleepers(), which any thread
@@ -92,7 +96,8 @@ class Cq {
   /// certain only after Device::arm_fence(): arm, fence, look once more (maybe_ready), then sleep.
   virtual void arm(std::uint8_t wake) noexcept = 0;
   virtual void disarm() noexcept = 0;
-  /// The futex word (process-shared) that kWakeWord changes. nullptr: this device has none, sleep on the channel.
+  /// The futex word (process-shared) that kWakeWord changes, on some devices not before CompletionChannel::progress(). nullptr:
+  /// this device has none, sleep on the channel.
   virtual std::atomic<std::uint32_t>* wake_word() noexcept = 0;
   /// Changes the word and wakes its sleepers from inside the process.
   virtual void wake_sleepers() noexcept = 0;

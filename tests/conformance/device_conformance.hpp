@@ -670,10 +670,12 @@ BOOST_AUTO_TEST_CASE_TEMPLATE(an_armed_cq_announces_the_next_message_once_by_its
   BOOST_REQUIRE_EQUAL(ends.a.send(1, 8), Post::ok);
   ends.wait_until([&] { return cq.maybe_ready(); });
   ends.settle();
+  ends.b.channel->progress();
   const std::uint32_t woken = word->load();
   BOOST_TEST(woken != start);
   BOOST_REQUIRE_EQUAL(ends.a.send(2, 8), Post::ok);  // one announcement for one arm
   BOOST_TEST(ends.wait(cq, 2).size() == 2u);
+  ends.b.channel->progress();
   BOOST_TEST(word->load() == woken);
 
   cq.arm(kWakeWord);
@@ -681,6 +683,7 @@ BOOST_AUTO_TEST_CASE_TEMPLATE(an_armed_cq_announces_the_next_message_once_by_its
   cq.disarm();
   BOOST_REQUIRE_EQUAL(ends.a.send(3, 8), Post::ok);
   ends.wait_one(cq);
+  ends.b.channel->progress();
   BOOST_TEST(word->load() == woken);
 
   cq.wake_sleepers();
@@ -715,6 +718,26 @@ BOOST_AUTO_TEST_CASE_TEMPLATE(an_armed_cq_announces_the_next_message_once_by_its
   BOOST_TEST(ends.wait(*ends.a.send_cq, 4).size() == 4u);
 }
 
+BOOST_AUTO_TEST_CASE_TEMPLATE(who_sleeps_on_the_word_is_woken_by_whoever_watches_the_channel, F, DeviceFixtures) {
+  Ends<F> ends({.recvs = 2});
+  Cq& cq = *ends.b.recv_cq;
+  std::atomic<std::uint32_t>* word = cq.wake_word();
+  if (word == nullptr) return;
+  for (std::uint32_t i = 0; i < 2; ++i) {
+    const std::uint32_t before = word->load();
+    cq.arm(kWakeWord);
+    ends.b.device->arm_fence();
+    BOOST_REQUIRE_EQUAL(ends.a.send(i, 8), Post::ok);
+    ends.wait_one(cq);
+    ends.wait_until([&] {
+      ends.b.channel->progress();
+      return word->load() != before;
+    });
+    BOOST_TEST(word->load() != before);
+  }
+  BOOST_TEST(ends.wait(*ends.a.send_cq, 2).size() == 2u);
+}
+
 BOOST_AUTO_TEST_CASE_TEMPLATE(both_kinds_of_sleeper_are_woken, F, DeviceFixtures) {
   Ends<F> ends({.recvs = 1});
   Cq& cq = *ends.b.recv_cq;
@@ -728,6 +751,7 @@ BOOST_AUTO_TEST_CASE_TEMPLATE(both_kinds_of_sleeper_are_woken, F, DeviceFixtures
   ends.wait_one(cq);
   ends.settle();
   BOOST_TEST(watch.edge());
+  ends.b.channel->progress();
   if (word != nullptr) BOOST_TEST(word->load() != start);
   ends.wait_one(*ends.a.send_cq);
 }

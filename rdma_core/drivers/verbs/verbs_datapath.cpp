@@ -199,7 +199,7 @@ bool VerbsCq::maybe_ready() const noexcept {
 
 void VerbsCq::arm(std::uint8_t wake) noexcept {
   if (wake == 0 || channel_ == nullptr) return;
-  channel_->drain();
+  armed_.fetch_or(wake, std::memory_order_acq_rel);
   ibv_req_notify_cq(cq_, 0);
 }
 

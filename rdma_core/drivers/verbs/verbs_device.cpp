@@ -138,10 +138,9 @@ Result<std::unique_ptr<CompletionChannel>> VerbsDevice::create_channel() { retur
 
 Result<std::unique_ptr<Cq>> VerbsDevice::create_cq(std::uint32_t depth, CompletionChannel* channel) {
   auto* own = static_cast<VerbsChannel*>(channel);
-  ibv_cq* cq =
-      ibv_create_cq(context_, static_cast<int>(std::max(depth, 64U)), nullptr, own != nullptr ? own->channel() : nullptr, 0);
-  if (cq == nullptr) return fail(errno, "verbs: no completion queue");
-  return std::unique_ptr<Cq>(new VerbsCq(cq, own));
+  auto made = std::make_unique<VerbsCq>();
+  if (!made->open(context_, std::max(depth, 64U), own)) return fail(errno, "verbs: no completion queue");
+  return std::unique_ptr<Cq>(std::move(made));
 }
 
 int VerbsDevice::async_fd() const noexcept { return context_->async_fd; }

@@ -1,8 +1,8 @@
 // The verbs driver: a device of libibverbs, InfiniBand and RoCE as IB CA, iWARP as RNIC.
 //
 // What differs from the general contract:
-// - There is no wake word: a thread that waits for completions sleeps on the channel. Cq::arm() costs a system call where the
-//   device's doorbell does; disarm() takes no announcement back.
+// - The device announces by the channel only, whatever is armed; CompletionChannel::progress() changes the wake words. Cq::arm()
+//   costs a system call where the device's doorbell does; disarm() takes an edge of the channel not back.
 // - An IB CA's Qp is moved with the attributes of device.hpp, sgid_index among them for RoCE. An RNIC's Qp is bound to its stream
 // by
 //   the kernel's iWARP CM: the CM moves it to init, connects it, and then tells it with the move to rts.

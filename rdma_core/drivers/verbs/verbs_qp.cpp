@@ -3,15 +3,18 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <infiniband/verbs.h>
+#include <linux/futex.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <bit>
+#include <climits>
 #include <cstring>
 #include <utility>
 
+#include "rdma_core/base/high_fd.hpp"
 #include "rdma_core/base/log.hpp"
 #include "rdma_core/base/sys.hpp"
 
@@ -148,9 +151,9 @@ Result<std::unique_ptr<CompletionChannel>> VerbsChannel::open(ibv_context* conte
   if (channel == nullptr) return fail(errno, "verbs: no completion channel");
   std::unique_ptr<VerbsChannel> own(new VerbsChannel(channel));
   set_nonblocking(channel->fd);
-  sys::call(SYS_fcntl, channel->fd, F_SETFD, FD_CLOEXEC);
-  own->bell_fd_ = static_cast<int>(sys::call(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK));
-  own->epoll_fd_ = static_cast<int>(sys::call(SYS_epoll_create1, EPOLL_CLOEXEC));
+  channel->fd = keep_fd(channel->fd);
+  own->bell_fd_ = keep_fd(static_cast<int>(sys::call(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK)));
+  own->epoll_fd_ = keep_fd(static_cast<int>(sys::call(SYS_epoll_create1, EPOLL_CLOEXEC)));
   if (own->bell_fd_ < 0 || own->epoll_fd_ < 0)
     return fail(-std::min(own->bell_fd_, own->epoll_fd_), "verbs: no descriptor for a completion channel");
   for (const int fd : {channel->fd, own->bell_fd_}) {
@@ -163,8 +166,12 @@ Result<std::unique_ptr<CompletionChannel>> VerbsChannel::open(ibv_context* conte
 }
 
 VerbsChannel::~VerbsChannel() {
-  for (const int fd : {epoll_fd_, bell_fd_})
-    if (fd >= 0) sys::call(SYS_close, fd);
+  for (const int fd : {epoll_fd_, bell_fd_}) {
+    if (fd < 0) continue;
+    forget_fd(fd);
+    sys::call(SYS_close, fd);
+  }
+  forget_fd(channel_->fd);
   ibv_destroy_comp_channel(channel_);
 }
 
@@ -173,18 +180,35 @@ void VerbsChannel::ring() noexcept {
   sys::call(SYS_write, bell_fd_, sys::arg(&one), sizeof one);
 }
 
-void VerbsChannel::drain() noexcept {
+void VerbsChannel::progress() noexcept {
   ibv_cq* cq = nullptr;
   void* context = nullptr;
-  while (ibv_get_cq_event(channel_, &cq, &context) == 0) ibv_ack_cq_events(cq, 1);
+  while (ibv_get_cq_event(channel_, &cq, &context) == 0) {
+    ibv_ack_cq_events(cq, 1);
+    static_cast<VerbsCq*>(context)->announced();
+  }
 }
 
 // ---- queues
 
-VerbsCq::~VerbsCq() { ibv_destroy_cq(cq_); }
+bool VerbsCq::open(ibv_context* context, std::uint32_t depth, VerbsChannel* channel) noexcept {
+  channel_ = channel;
+  cq_ = ibv_create_cq(context, static_cast<int>(depth), this, channel != nullptr ? channel->channel() : nullptr, 0);
+  return cq_ != nullptr;
+}
+
+VerbsCq::~VerbsCq() {
+  if (cq_ != nullptr) ibv_destroy_cq(cq_);
+}
 
 void VerbsCq::wake_sleepers() noexcept {
-  if (channel_ != nullptr) channel_->ring();
+  wake_word_.fetch_add(1, std::memory_order_acq_rel);
+  sys::call(SYS_futex, sys::arg(&wake_word_), FUTEX_WAKE, INT_MAX);
+}
+
+// An announcement of an earlier arming counts as this one's, as a spare one does no harm: who is woken looks and arms again.
+void VerbsCq::announced() noexcept {
+  if (armed_.exchange(0, std::memory_order_acq_rel) & kWakeWord) wake_sleepers();
 }
 
 Result<std::unique_ptr<Qp>> VerbsPd::create_qp(const QpInit& init) {

@@ -52,9 +52,9 @@ class VerbsChannel final : public CompletionChannel {
   int fd() const noexcept override { return epoll_fd_; }
   void ring() noexcept override;
 
+  void progress() noexcept override;
+
   ibv_comp_channel* channel() const noexcept { return channel_; }
-  /// Takes and acknowledges what the device has announced. Any thread.
-  void drain() noexcept;
 
  private:
   explicit VerbsChannel(ibv_comp_channel* channel) noexcept : channel_(channel) {}
@@ -66,16 +66,19 @@ class VerbsChannel final : public CompletionChannel {
 /// libibverbs cannot be asked whether a completion is there: a look takes it, and poll() finds it here.
 class VerbsCq final : public Cq {
  public:
-  VerbsCq(ibv_cq* cq, VerbsChannel* channel) noexcept : cq_(cq), channel_(channel) {}
+  VerbsCq() = default;
   ~VerbsCq() override;
+  /// False: errno says why.
+  bool open(ibv_context* context, std::uint32_t depth, VerbsChannel* channel) noexcept;
   unsigned poll(std::span<Wc> out) noexcept override;
   bool maybe_ready() const noexcept override;
   void arm(std::uint8_t wake) noexcept override;
-  void disarm() noexcept override {}
-  std::atomic<std::uint32_t>* wake_word() noexcept override { return nullptr; }
+  void disarm() noexcept override { armed_.store(0, std::memory_order_relaxed); }
+  std::atomic<std::uint32_t>* wake_word() noexcept override { return channel_ != nullptr ? &wake_word_ : nullptr; }
   void wake_sleepers() noexcept override;
 
   ibv_cq* cq() const noexcept { return cq_; }
+  void announced() noexcept;  ///< by the channel
   void attach(VerbsQp& qp) { qps_.push_back(&qp); }
   /// Nothing of the Qp's comes out any more. It is destroyed already as far as the device is concerned.
   void detach(VerbsQp& qp);
@@ -86,8 +89,10 @@ class VerbsCq final : public Cq {
   unsigned take(Wc* out, unsigned room) const noexcept;
   bool translate(const ibv_wc& from, Wc& to) const noexcept;
 
-  ibv_cq* cq_;
-  VerbsChannel* channel_;
+  ibv_cq* cq_ = nullptr;
+  VerbsChannel* channel_ = nullptr;
+  std::atomic<std::uint8_t> armed_{0};  ///< Wake bits
+  std::atomic<std::uint32_t> wake_word_{0};
   std::vector<VerbsQp*> qps_;                         ///< that send or receive into this Cq
   mutable std::atomic_flag busy_ = ATOMIC_FLAG_INIT;  ///< somebody polls; guards what follows
   mutable Wc ahead_[kLookAhead];
