@@ -59,7 +59,8 @@ std::uint32_t probe_inline(ibv_context* context) noexcept {
 
 std::vector<std::string> device_names() {
   std::vector<std::string> names;
-  for (ibv_device* each : DeviceList().devices()) names.emplace_back(ibv_get_device_name(each));
+  const DeviceList list;  // named: a range-for keeps only what devices() returns
+  for (ibv_device* each : list.devices()) names.emplace_back(ibv_get_device_name(each));
   return names;
 }
 
