@@ -170,7 +170,7 @@ class Device {
   /// `depth` completions at the most; `channel` may be null when the Cq is never armed for kWakeChannel.
   virtual Result<std::unique_ptr<Cq>> create_cq(std::uint32_t depth, CompletionChannel* channel) = 0;
   /// Makes every arm() before it visible to every peer: a completion posted after it announces. May cost a system call;
-  /// called only before going to sleep. Any thread.
+  /// called only before going to sleep. Any thread. Only the first device of a process may need it: the others' arm() is certain.
   virtual void arm_fence() noexcept = 0;
   /// Called with each asynchronous event, from the thread that runs the driver's progress. Set once, before use.
   virtual void on_async_event(std::function<void(AsyncEvent)> handler) = 0;

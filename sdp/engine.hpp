@@ -59,7 +59,7 @@ int thread_bell_fd() noexcept;
 /// The process's bell itself, for epoll sets: register with EPOLLIN | EPOLLET.
 int bell_fd() noexcept;
 void prepare_sleep() noexcept;  ///< before arm(): empties this thread's bell
-void arm_fence() noexcept;      ///< after the arm()s
+void arm_fence() noexcept;      ///< after the arm()s. The primary device's only: on others arm() is certain without one
 /// Wakes other sleepers of this process (more is ready than one of them will take).
 void ring_bell() noexcept;
 

@@ -55,6 +55,11 @@ void ask_for_short_slices() noexcept {
   sys::call(SYS_sched_setattr, 0, sys::arg(&attr), 0);
 }
 
+Transport transport_of(const rdma::DeviceAttr& attr) noexcept {
+  if (attr.link_layer == rdma::LinkLayer::memory) return Transport::local;
+  return attr.node_type == rdma::NodeType::rnic ? Transport::rnic : Transport::ib;
+}
+
 LaneReason reason_of(cm::Reason reason) noexcept {
   switch (reason) {
     case cm::Reason::wrong_owner:
@@ -76,7 +81,7 @@ LaneReason reason_of(cm::Reason reason) noexcept {
 
 }  // namespace
 
-/// SDP as a client of the midlayer: it takes every device that can carry it, of either node type.
+/// SDP as a client of the midlayer: it takes every device that can carry it, of either node type. Devices go in the service thread.
 struct Service::Client final : rdma::DeviceClient {
   explicit Client(Service& s) : service(s) {}
   const char* name() const noexcept override { return "sdp"; }
@@ -84,7 +89,10 @@ struct Service::Client final : rdma::DeviceClient {
     if (service.device_ == nullptr) service.device_ = &device;
   }
   void device_removed(rdma::Device& device) noexcept override {
-    if (service.device_ == &device) service.device_ = nullptr;
+    if (service.device_ == &device)
+      service.device_ = nullptr;
+    else
+      service.leave_device(device);
   }
   Service& service;
 };
@@ -165,7 +173,7 @@ void Service::run() noexcept {
       if (tag == kWakeTag) {
         std::uint64_t count = 0;
         sys::call(SYS_read, wake_fd_.load(), sys::arg(&count), sizeof count);
-      } else if (tag != kCmTag && tag != kBellTag) {
+      } else if (tag != kCmTag && tag != kBellTag && !pass_on(tag)) {
         on_anchor(reinterpret_cast<StreamImpl*>(tag));
       }
     }
@@ -338,7 +346,8 @@ void Service::give_up(Handshake& h, LaneReason reason) noexcept {
 }
 
 std::shared_ptr<PeerContext> Service::context_for(rdma::Device& device, const rdma::Path& path) noexcept {
-  if (auto known = peers_[path.id].lock()) return known;
+  std::weak_ptr<PeerContext>& slot = peers_[{&device, path.id}];
+  if (auto known = slot.lock()) return known;
   auto pd = device.create_pd(path);
   if (!pd) return nullptr;
   auto context = std::make_shared<PeerContext>();
@@ -348,13 +357,101 @@ std::shared_ptr<PeerContext> Service::context_for(rdma::Device& device, const rd
   auto heap = rdma::RegisteredHeap::create(*context->pd);
   if (!heap) return nullptr;
   context->heap = std::move(heap.value());
-  peers_[path.id] = context;
+  slot = context;
   return context;
+}
+
+/// The channel on which the device's Cqs announce; made with the first lane on it. nullptr: there can be none.
+rdma::CompletionChannel* Service::channel_of(rdma::Device& device) noexcept {
+  if (&device == device_) return channel_.get();
+  const auto known = channels_.find(&device);
+  if (known != channels_.end()) return known->second.get();
+  auto channel = device.create_channel();
+  if (!channel) {
+    RDMA_LOG(info, "no lane on %s: %s", device.name(), channel.error().what);
+    return nullptr;
+  }
+  epoll_event ev{EPOLLIN | EPOLLET, {.u64 = reinterpret_cast<std::uint64_t>(channel.value().get())}};
+  sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_ADD, channel.value()->fd(), sys::arg(&ev));
+  return (channels_[&device] = std::move(channel.value())).get();
+}
+
+/// False: `tag` is no channel's.
+bool Service::pass_on(std::uint64_t tag) noexcept {
+  for (const auto& [device, channel] : channels_) {
+    if (reinterpret_cast<std::uint64_t>(channel.get()) != tag) continue;
+    channel->progress();
+    channel_->ring();
+    return true;
+  }
+  return false;
+}
+
+/// A device beside the primary one goes: so does all that was made on it, before this returns. What was under way is lost, and its
+/// connections fail.
+void Service::leave_device(rdma::Device& device) noexcept {
+  const auto is_on_it = [&](Lane* lane) { return lane != nullptr && &lane->device() == &device; };
+  std::vector<std::uint64_t> cookies;
+  for (const auto& [cookie, h] : handshakes_)
+    if (is_on_it(h.lane)) cookies.push_back(cookie);
+  for (const std::uint64_t cookie : cookies) {
+    Handshake& h = handshakes_[cookie];
+    if (h.conn != cm::ConnId::none) cm_->disconnect(h.conn);
+    cm_->withdraw(cookie);
+    give_up(h, LaneReason::device_lost);
+  }
+  for (;;) {
+    take_commands();  // a stream that is just being closed leaves by these
+    const auto on_it = std::find_if(laned_.begin(), laned_.end(), [&](const StreamImpl* s) { return is_on_it(s->lane); });
+    if (on_it == laned_.end()) break;
+    if (!detach(*on_it)) sys::call(SYS_sched_yield);
+  }
+  for (Dying& d : dying_)
+    if (is_on_it(d.lane)) d.peer_gone = true;
+  while (std::any_of(dying_.begin(), dying_.end(), [&](const Dying& d) { return is_on_it(d.lane); })) {
+    look_after_lanes();
+    sys::call(SYS_sched_yield);  // for threads that look, which are not long about it
+  }
+  std::erase_if(peers_, [&](const auto& each) { return each.first.first == &device; });
+  channels_.erase(&device);
+}
+
+/// Takes a stream off its lane, whatever it still wanted there. False: not yet, a thread waits on it or is closing it.
+bool Service::detach(StreamImpl* s) noexcept {
+  (void)s->lock.lock();
+  s->state_edges.fetch_add(1);
+  s->lane->wake_sleepers();
+  const bool free = s->waiters == 0 && s->phase.load() == Phase::laned;
+  if (free) {
+    s->take_down_locked(LaneReason::device_lost);
+    // Not a shutdown, which would pass for an orderly end: neither side may take the stream for complete.
+    const sockaddr nowhere{AF_UNSPEC, {}};
+    if (s->names_us(s->fd)) sys::call(SYS_connect, s->fd, sys::arg(&nowhere), sizeof nowhere);
+    s->resend.clear();
+    s->reset_by_peer = s->bytes_missing = false;
+    s->tx.store(TxState::ended);
+    s->rx.store(RxState::ended);
+  }
+  Lane* const lane = free ? s->take_spent_lane() : nullptr;
+  s->lock.unlock();
+  if (lane == nullptr) return false;
+  if (s->watched) sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_DEL, s->fd, 0);
+  s->watched = false;
+  streams_by_conn_.erase(s->conn);
+  {
+    const std::lock_guard guard(laned_lock_);
+    std::erase(laned_, s);
+  }
+  retire(nullptr, lane, s->conn, true);
+  engine::notify(engine::handle_of(s));
+  return true;
 }
 
 Lane* Service::make_lane(rdma::Device& device, const rdma::Path& path) noexcept {
   auto context = context_for(device, path);
   if (context == nullptr) return nullptr;
+  rdma::CompletionChannel* channel = channel_of(device);
+  if (channel == nullptr) return nullptr;
   auto* peer = new (std::nothrow) std::shared_ptr<PeerContext>(std::move(context));  // the lane's, once it is made
   if (peer == nullptr) return nullptr;
   void* cell = engine::lane_cell();
@@ -368,7 +465,7 @@ Lane* Service::make_lane(rdma::Device& device, const rdma::Path& path) noexcept 
   limits.conn.recv_buffers = static_cast<std::uint16_t>(options_.recv_buffers_initial);
   limits.recv_buffers_max = static_cast<std::uint16_t>(options_.recv_buffers);
   Lane* lane = new (cell) Lane(peer, limits);
-  const auto opened = lane->open(channel_.get());
+  const auto opened = lane->open(channel);
   if (!opened) {
     RDMA_LOG(info, "no lane: %s", opened.error().what);
     lane->close();
@@ -480,7 +577,7 @@ void Service::poll_handshakes() noexcept {
         cm_->withdraw(cookie);
         give_up(it->second, it->second.lane != nullptr ? LaneReason::protocol_error : LaneReason::no_peer);
       }
-    if (pass == 0 && waiting) device_->arm_fence();
+    if (pass == 0 && waiting) device_->arm_fence();  // other devices' arm() needs none
     if (!waiting) break;
   }
 }
@@ -494,7 +591,7 @@ void Service::finish(Handshake& h) noexcept {
     stream->watched = true;
     epoll_event ev{EPOLLIN | EPOLLRDHUP | EPOLLET, {.u64 = reinterpret_cast<std::uint64_t>(stream)}};
     sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_ADD, stream->fd, sys::arg(&ev));
-    if (stream->stats != nullptr) stream->stats->set_transport(Transport::local);
+    if (stream->stats != nullptr) stream->stats->set_transport(transport_of(h.lane->device().attr()));
     stream->attach(h.lane);
     {
       const std::lock_guard guard(laned_lock_);
@@ -594,6 +691,7 @@ void Service::stop_at_exit() noexcept {
 
 void Service::abandon_in_child() noexcept {
   if (composition_ != nullptr) composition_->abandon_in_child();
+  for (const auto& [device, channel] : channels_) sys::call(SYS_close, channel->fd());
   sys::call(SYS_close, epoll_fd_);
 }
 

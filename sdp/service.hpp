@@ -6,8 +6,10 @@
 
 #include <atomic>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "rdma_core/base/shared_lock.hpp"
@@ -26,6 +28,7 @@ class Service {
   void nudge() noexcept;
   void buffer_is_large() noexcept;
   int wake_fd() const noexcept { return wake_fd_.load(std::memory_order_relaxed); }
+  /// The bell is the primary device's channel, which peers ring; other devices' announcements are passed on to it.
   int bell_fd() const noexcept { return bell_fd_.load(std::memory_order_acquire); }
   rdma::CompletionChannel* channel() const noexcept { return channel_.get(); }
   rdma::Device* device() const noexcept { return device_; }
@@ -60,6 +63,10 @@ class Service {
   void search_is_over(StreamImpl* stream) noexcept;
   void on_cm_event(const rdma::cm::Event& event) noexcept;
   Lane* make_lane(rdma::Device& device, const rdma::Path& path) noexcept;
+  rdma::CompletionChannel* channel_of(rdma::Device& device) noexcept;
+  bool pass_on(std::uint64_t tag) noexcept;
+  void leave_device(rdma::Device& device) noexcept;
+  bool detach(StreamImpl* stream) noexcept;
   std::shared_ptr<PeerContext> context_for(rdma::Device& device, const rdma::Path& path) noexcept;
   bool accept_proposal(Handshake& handshake, std::span<const std::byte> data) noexcept;
   void poll_handshakes() noexcept;
@@ -73,8 +80,9 @@ class Service {
   engine::Compose compose_;
   std::unique_ptr<engine::Composition> composition_;
   rdma::cm::ConnectionManager* cm_ = nullptr;
-  rdma::Device* device_ = nullptr;
+  rdma::Device* device_ = nullptr;  ///< the primary one: the first of the composition
   std::unique_ptr<rdma::CompletionChannel> channel_;
+  std::map<rdma::Device*, std::unique_ptr<rdma::CompletionChannel>> channels_;  ///< of the other devices that have had a lane
   std::atomic<int> bell_fd_{-1};
   std::atomic<int> wake_fd_{-1};
   int epoll_fd_ = -1;
@@ -92,8 +100,8 @@ class Service {
     bool peer_gone;
     std::uint64_t epoch;  ///< of engine::grace() when nobody could find the lane any more
   };
-  std::vector<Dying> dying_;                                             ///< closed streams whose lane the peer may still write to
-  std::unordered_map<std::uint64_t, std::weak_ptr<PeerContext>> peers_;  ///< by path
+  std::vector<Dying> dying_;  ///< closed streams whose lane the peer may still write to
+  std::map<std::pair<rdma::Device*, std::uint64_t>, std::weak_ptr<PeerContext>> peers_;  ///< by device and path
 };
 
 }  // namespace sdp
