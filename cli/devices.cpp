@@ -14,7 +14,10 @@ const char* yes_no(bool b) { return b ? "yes" : "no"; }
 
 void print(const rdma::Device& device) {
   const rdma::DeviceAttr& a = device.attr();
-  std::printf("%s (software device: shared memory between processes of this host)\n", device.name());
+  if (a.link_layer == rdma::LinkLayer::memory)
+    std::printf("%s (software device: shared memory between processes of this host)\n", device.name());
+  else
+    std::printf("\n%s\n", device.name());
   std::printf("  node type               %s\n", to_string(a.node_type));
   std::printf("  link layer              %s\n", to_string(a.link_layer));
   std::printf("  send queue              %u requests\n", a.max_send_wr);
@@ -27,18 +30,29 @@ void print(const rdma::Device& device) {
   std::printf("  sent data outlives      %s\n", yes_no(a.remembers_sent_data));
 }
 
+/// Shows the RDMA devices as they come into the registry.
+class Printer final : public rdma::DeviceClient {
+ public:
+  const char* name() const noexcept override { return "sdp devices"; }
+  void device_added(rdma::Device& device) override { print(device); }
+  void device_removed(rdma::Device&) noexcept override {}
+};
+
 }  // namespace
 
 int devices() {
   sdp::OptionProblems problems;
   const sdp::Options options = sdp::parse_options(::environ, problems);
-  rdma::DeviceRegistry registry;
-  auto made = rdma::make_software_device(registry, options.device_flavour);
+  auto made = rdma::make_software_device(options.device_flavour);
   if (made)
-    print(made.value()->device());
+    print(**made);
   else
     std::printf("software device: cannot be opened here: %s (%s)\n", made.error().what, strerror(made.error().code));
-  std::printf("\nInfiniBand, RoCE and iWARP devices: the verbs driver is not built yet, so none is looked for.\n");
+  Printer printer;
+  rdma::DeviceRegistry registry;
+  registry.register_client(printer);
+  if (const auto module = rdma::open_verbs_module(registry); !module)
+    std::printf("\nInfiniBand, RoCE and iWARP devices: none: %s.\n", module.error().c_str());
   return made ? 0 : 1;
 }
 

@@ -4,7 +4,7 @@
 #include <pthread.h>
 
 #include <atomic>
-#include <new>
+#include <vector>
 
 #include "preload/epoll_set.hpp"
 #include "preload/fd_table.hpp"
@@ -18,25 +18,39 @@ namespace preload {
 
 namespace {
 
-class SoftwareOnly final : public sdp::engine::Composition {
+rdma::Carrier carrier_of(sdp::Transport transport) noexcept {
+  switch (transport) {
+    case sdp::Transport::ib:
+      return rdma::Carrier::ib;
+    case sdp::Transport::rnic:
+      return rdma::Carrier::rnic;
+    case sdp::Transport::local:
+      break;
+  }
+  return rdma::Carrier::local;
+}
+
+class Composed final : public sdp::engine::Composition {
  public:
   static std::unique_ptr<sdp::engine::Composition> make(const sdp::Options& options) {
-    auto mine = std::make_unique<SoftwareOnly>();
-    auto built = rdma::make_software_device(mine->registry_, options.device_flavour);
+    std::vector<rdma::Carrier> order;
+    for (const sdp::Transport each : options.transports) order.push_back(carrier_of(each));
+    auto mine = std::make_unique<Composed>();
+    auto built = rdma::compose_builtin(mine->registry_, order, options.device_flavour);
     if (!built) {
       RDMA_LOG(warn, "the software device cannot be made: %s", built.error().what);
       return nullptr;
     }
-    mine->device_ = std::move(built.value());
+    mine->built_ = std::move(built.value());
     return mine;
   }
   rdma::DeviceRegistry& registry() noexcept override { return registry_; }
-  rdma::cm::ConnectionManager& cm() noexcept override { return device_->cm(); }
-  void abandon_in_child() noexcept override { device_->abandon_in_child(); }
+  rdma::cm::ConnectionManager& cm() noexcept override { return built_->cm(); }
+  void abandon_in_child() noexcept override { built_->abandon_in_child(); }
 
  private:
   rdma::DeviceRegistry registry_;
-  std::unique_ptr<rdma::Builtin> device_;
+  std::unique_ptr<rdma::Builtin> built_;
 };
 
 void before_fork() noexcept {
@@ -57,7 +71,7 @@ std::atomic<bool> started{false};
 void start() noexcept {
   if (started.load(std::memory_order_acquire)) return;
   if (started.exchange(true)) return;
-  sdp::engine::configure(&SoftwareOnly::make, &EpollSet::on_lane_changed);
+  sdp::engine::configure(&Composed::make, &EpollSet::on_lane_changed);
   pthread_atfork(before_fork, after_fork_parent, after_fork_child);
 }
 

@@ -1,5 +1,8 @@
 #include "rdma_core/builtin_drivers.hpp"
 
+#include <utility>
+
+#include "rdma_core/cm/cm_chain.hpp"
 #include "rdma_core/cm/local_cm.hpp"
 #include "rdma_core/drivers/shm/shm_device.hpp"
 
@@ -7,32 +10,79 @@ namespace rdma {
 
 namespace {
 
-class SoftwareDevice final : public Builtin {
+Result<std::unique_ptr<shm::ShmDevice>> make_shm(NodeType flavour) {
+  shm::ShmOptions options;
+  options.flavour = flavour;
+  return shm::ShmDevice::create(options);
+}
+
+class Composed final : public Builtin {
  public:
-  SoftwareDevice(shm::ShmDevice& device, std::unique_ptr<cm::LocalCm> manager) : device_(device), cm_(std::move(manager)) {}
-  Device& device() noexcept override { return device_; }
-  cm::ConnectionManager& cm() noexcept override { return *cm_; }
-  void abandon_in_child() noexcept override { cm_->abandon_in_child(); }
+  static Result<std::unique_ptr<Builtin>> make(DeviceRegistry& registry, std::span<const Carrier> order, NodeType flavour) {
+    auto device = make_shm(flavour);
+    if (!device) return Err{device.error()};
+    auto local = cm::LocalCm::create(**device);
+    if (!local) return Err{local.error()};
+    std::unique_ptr<Composed> mine(new Composed(registry));
+    mine->local_ = std::move(*local);
+    registry.add_device(std::move(*device));
+    std::vector<cm::CmChain::Transport> transports;
+    for (const Carrier each : order) transports.push_back(mine->transport(each));
+    auto chain = cm::CmChain::create(std::move(transports), mine->clock_);
+    if (!chain) return Err{chain.error()};
+    mine->chain_ = std::move(*chain);
+    return std::unique_ptr<Builtin>(std::move(mine));
+  }
+  cm::ConnectionManager& cm() noexcept override { return *chain_; }
+  void abandon_in_child() noexcept override {
+    chain_->abandon_in_child();
+    if (!has_local_) local_->abandon_in_child();  // the device's links, which the chain does not know
+    if (module_ != nullptr) module_->abandon_in_child();
+  }
 
  private:
-  shm::ShmDevice& device_;  ///< the registry's
-  std::unique_ptr<cm::LocalCm> cm_;
+  explicit Composed(DeviceRegistry& registry) : registry_(registry) {}
+  cm::CmChain::Transport transport(Carrier carrier) {
+    switch (carrier) {
+      case Carrier::ib:
+        return {"ib", [this] { return verbs(NodeType::ib_ca); }};
+      case Carrier::rnic:
+        return {"rnic", [this] { return verbs(NodeType::rnic); }};
+      case Carrier::local:
+        break;
+    }
+    has_local_ = true;
+    return {"local", {}, local_.get()};
+  }
+  Told<cm::ConnectionManager*> verbs(NodeType type) {
+    if (module_ == nullptr) {
+      auto opened = open_verbs_module(registry_);
+      if (!opened) return Err{opened.error()};
+      module_ = std::move(*opened);
+    }
+    return module_->cm(type);
+  }
+
+  DeviceRegistry& registry_;
+  SteadyClock clock_;
+  std::unique_ptr<cm::LocalCm> local_;
+  bool has_local_ = false;
+  std::unique_ptr<VerbsModule> module_;
+  std::unique_ptr<cm::CmChain> chain_;
 };
 
 }  // namespace
 
 void prepare_process() noexcept { (void)shm::ShmDevice::register_for_fences(); }
 
-Result<std::unique_ptr<Builtin>> make_software_device(DeviceRegistry& registry, NodeType flavour) {
-  shm::ShmOptions options;
-  options.flavour = flavour;
-  auto device = shm::ShmDevice::create(options);
+Result<std::unique_ptr<Builtin>> compose_builtin(DeviceRegistry& registry, std::span<const Carrier> order, NodeType flavour) {
+  return Composed::make(registry, order, flavour);
+}
+
+Result<std::unique_ptr<Device>> make_software_device(NodeType flavour) {
+  auto device = make_shm(flavour);
   if (!device) return Err{device.error()};
-  shm::ShmDevice& kept = *device.value();
-  auto manager = cm::LocalCm::create(kept);
-  if (!manager) return Err{manager.error()};
-  registry.add_device(std::move(device.value()));
-  return std::unique_ptr<Builtin>(new SoftwareDevice(kept, std::move(manager.value())));
+  return std::unique_ptr<Device>(std::move(*device));
 }
 
 }  // namespace rdma

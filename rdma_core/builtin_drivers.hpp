@@ -1,21 +1,26 @@
-// The devices and connection managers that are built in: with builtin_drivers.cpp the only files that name concrete ones.
+// The devices and connection managers of a process, composed: with builtin_drivers.cpp the only files that name concrete ones.
 #pragma once
 
 #include <memory>
+#include <span>
 
 #include "rdma_core/cm/connection_manager.hpp"
 #include "rdma_core/device_registry.hpp"
+#include "rdma_core/verbs_module.hpp"
 
 namespace rdma {
 
-/// A device and the CM that makes connections on it. Destroy it before the registry that holds the device.
+/// A way for lanes: the software device, InfiniBand and RoCE, iWARP.
+enum class Carrier : std::uint8_t { local, ib, rnic };
+
+/// What there is. The software device is always made, and is the registry's first: its completion channel is the process's bell.
+/// RDMA devices are looked for when a connection gets as far as them. Destroy it before the registry.
 class Builtin {
  public:
   virtual ~Builtin() = default;
-  virtual Device& device() noexcept = 0;
   virtual cm::ConnectionManager& cm() noexcept = 0;
-  /// In the child of a fork, first thing and with one thread: forgets what is the parent's; post_send on inherited QPs goes on
-  /// working.
+  /// In the child of a fork, first thing and with one thread: forgets what is the parent's; post_send on inherited QPs of the
+  /// software device goes on working.
   virtual void abandon_in_child() noexcept = 0;
 };
 
@@ -23,8 +28,11 @@ class Builtin {
 /// its time to be made.
 void prepare_process() noexcept;
 
-/// Makes the software device, enters it into `registry`, and makes its CM. `flavour`: ib_ca or rnic.
-/// Errors: EMFILE, ENOMEM, ENOSYS: this process can have no local lanes.
-Result<std::unique_ptr<Builtin>> make_software_device(DeviceRegistry& registry, NodeType flavour = NodeType::ib_ca);
+/// `order`: the carriers that connections may use, the preferred first; not empty. `flavour`: what the software device plays, ib_ca
+/// or rnic. Errors: EMFILE, ENOMEM, ENOSYS: this process can have no lanes.
+Result<std::unique_ptr<Builtin>> compose_builtin(DeviceRegistry& registry, std::span<const Carrier> order, NodeType flavour);
+
+/// The software device alone, to look at. Errors as above.
+Result<std::unique_ptr<Device>> make_software_device(NodeType flavour);
 
 }  // namespace rdma

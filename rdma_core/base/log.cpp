@@ -37,6 +37,7 @@ const char* name_of(Level level) noexcept {
 constinit std::atomic<Level> threshold{Level::warn};
 
 void set_fd(int fd) noexcept { line_fd.store(fd, std::memory_order_relaxed); }
+int fd() noexcept { return line_fd.load(std::memory_order_relaxed); }
 
 void write(Level level, const char* format, ...) noexcept {
   const int saved_errno = errno;

@@ -15,6 +15,7 @@ inline bool enabled(Level level) noexcept { return level <= threshold.load(std::
 
 /// Where lines go: a descriptor (2 at first) that log does not own. May be called any time.
 void set_fd(int fd) noexcept;
+int fd() noexcept;
 
 /// One line "sdpreload[pid]: level: text"; longer than 1000 bytes is cut. Async-signal-safe but for the formatting of floats.
 void write(Level level, const char* format, ...) noexcept __attribute__((format(printf, 2, 3)));

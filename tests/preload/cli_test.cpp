@@ -161,7 +161,8 @@ BOOST_AUTO_TEST_CASE(devices_shows_the_software_device_in_either_flavour) {
   Outcome o = run({kSdp, "devices"});
   BOOST_TEST(o.status == 0, o.out);
   BOOST_TEST(has(o.out, "node type               ib_ca"));
-  BOOST_TEST(has(o.out, "verbs driver is not built yet"));
+  // What there is of hardware differs; that it has been looked for does not.
+  BOOST_TEST((has(o.out, "this host has no RDMA device") == (access("/sys/class/infiniband", F_OK) != 0)), o.out);
   BOOST_TEST(has(run({kSdp, "devices"}, {"SDP_DEVICE_FLAVOUR=rnic"}).out, "node type               rnic"));
 }
 

@@ -6,7 +6,10 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <utility>
 
+#include "rdma_core/base/high_fd.hpp"
+#include "rdma_core/base/sys.hpp"
 #include "rdma_core/drivers/verbs/verbs_qp.hpp"
 
 namespace rdma::verbs {
@@ -78,7 +81,24 @@ Result<std::unique_ptr<VerbsDevice>> VerbsDevice::open(const std::string& name) 
   return fail(ENODEV, "verbs: no such device");
 }
 
-VerbsDevice::~VerbsDevice() { ibv_close_device(context_); }
+// libibverbs goes by these fields whenever it needs the descriptors, and closes them.
+VerbsDevice::VerbsDevice(ibv_context* context, std::string name) : context_(context), name_(std::move(name)) {
+  context_->cmd_fd = keep_fd(context_->cmd_fd);
+  context_->async_fd = keep_fd(context_->async_fd);
+}
+
+VerbsDevice::~VerbsDevice() {
+  forget_fd(context_->cmd_fd);
+  forget_fd(context_->async_fd);
+  ibv_close_device(context_);
+}
+
+void VerbsDevice::abandon_in_child() noexcept {
+  for (int* fd : {&context_->cmd_fd, &context_->async_fd}) {
+    forget_fd(*fd);
+    sys::call(SYS_close, std::exchange(*fd, -1));
+  }
+}
 
 Result<Unit> VerbsDevice::look_around() {
   ibv_device_attr limits{};

@@ -47,11 +47,13 @@ class VerbsDevice final : public Device {
   Result<std::uint8_t> gid_index(const Gid& gid) const;
   /// Non-blocking; readable when progress() has something to do.
   int async_fd() const noexcept;
+  /// In the child of a fork: closes the child's copies of the descriptors.
+  void abandon_in_child() noexcept;
   /// Hands the asynchronous events that are there to the handler.
   void progress();
 
  private:
-  VerbsDevice(ibv_context* context, std::string name) : context_(context), name_(std::move(name)) {}
+  VerbsDevice(ibv_context* context, std::string name);
   Result<Unit> look_around();
 
   ibv_context* context_;

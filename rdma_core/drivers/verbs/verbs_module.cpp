@@ -1,0 +1,122 @@
+#include "rdma_core/verbs_module.hpp"
+
+#include <errno.h>
+#include <infiniband/verbs.h>
+
+#include <array>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "rdma_core/base/high_fd.hpp"
+#include "rdma_core/base/log.hpp"
+#include "rdma_core/drivers/verbs/verbs_device.hpp"
+
+namespace rdma::verbs {
+namespace {
+
+/// In the place of the connection managers for RDMA devices, which are not there yet: it reaches nobody.
+class ReachesNobody final : public cm::ConnectionManager {
+ public:
+  const char* name() const noexcept override { return "nobody"; }
+  const cm::Caps& caps() const noexcept override { return caps_; }
+  void on_event(std::function<void(const cm::Event&)> handler) override { handler_ = std::move(handler); }
+  Result<Unit> offer(const cm::Anchor& anchor, unsigned) override { return elsewhere(anchor); }
+  void withdraw(std::uint64_t) noexcept override {}
+  Result<Unit> dial(const cm::Anchor& anchor, unsigned, MakeQp) override { return elsewhere(anchor); }
+  Result<Unit> accept(cm::ConnId, Qp&, std::span<const std::byte>) override { return fail(ENOENT, "no such connection"); }
+  void reject(cm::ConnId, cm::Reason, std::span<const std::byte>) noexcept override {}
+  Result<Unit> establish(cm::ConnId) override { return fail(ENOENT, "no such connection"); }
+  void disconnect(cm::ConnId) noexcept override {}
+  int fd() const noexcept override { return -1; }
+  int next_timeout_ms() const noexcept override { return -1; }
+  void progress() override {}
+
+ private:
+  Result<Unit> elsewhere(const cm::Anchor& anchor) {
+    cm::Event e;
+    e.anchor_cookie = anchor.cookie;
+    e.reason = cm::Reason::elsewhere;
+    if (handler_) handler_(e);
+    return Unit{};
+  }
+  cm::Caps caps_{56, 196, 148, true, true};
+  std::function<void(const cm::Event&)> handler_;
+};
+
+class Module final : public VerbsModule {
+ public:
+  explicit Module(std::vector<VerbsDevice*> devices) : devices_(std::move(devices)) {}
+
+  Told<cm::ConnectionManager*> cm(NodeType type) override {
+    const bool rnic = type == NodeType::rnic;
+    std::vector<VerbsDevice*> mine;
+    for (VerbsDevice* each : devices_)
+      if (each->attr().node_type == type) mine.push_back(each);
+    if (mine.empty()) return Err{std::string(rnic ? "no iWARP device" : "no InfiniBand or RoCE device")};
+    std::unique_ptr<cm::ConnectionManager>& slot = cms_[rnic ? 1 : 0];
+    // THE PLACE where the connection managers come in: make_ib_cm or make_rnic_cm on `mine`.
+    if (slot == nullptr) slot = std::make_unique<ReachesNobody>();
+    return slot.get();
+  }
+  void abandon_in_child() noexcept override {
+    for (VerbsDevice* each : devices_) each->abandon_in_child();
+  }
+
+ private:
+  std::vector<VerbsDevice*> devices_;  ///< the registry's
+  std::array<std::unique_ptr<cm::ConnectionManager>, 2> cms_;
+};
+
+/// Kept for who asked, who copies it.
+const char* say(std::string text) {
+  static std::string kept;
+  kept = std::move(text);
+  return kept.c_str();
+}
+
+}  // namespace
+
+static VerbsModule* open_module(const ModuleHost& host, DeviceRegistry& registry, const char*& why) {
+  if (std::strcmp(host.version, SDPRELOAD_VERSION) != 0) {
+    why = say(std::string("the module for RDMA devices is of version " SDPRELOAD_VERSION ", the library of ") + host.version);
+    return nullptr;
+  }
+  log::threshold.store(host.log_level);
+  log::set_fd(host.log_fd);
+  set_fd_keeper(host.keep_fd, host.forget_fd);
+  ibv_fork_init();  // programs fork; does nothing where the kernel copies registered pages at once
+  const std::vector<std::string> names = device_names();
+  if (names.empty()) {
+    why = "libibverbs knows none of this host's RDMA devices (Debian: ibverbs-providers)";
+    return nullptr;
+  }
+  std::vector<VerbsDevice*> opened;
+  std::string reasons;
+  for (const std::string& name : names) {
+    auto device = VerbsDevice::open(name);
+    if (device) {
+      opened.push_back(device->get());
+      registry.add_device(std::move(*device));
+      continue;
+    }
+    const int code = device.error().code;
+    const std::string reason = name + ": " +
+                               (code == EACCES || code == EPERM ? "no permission for /dev/infiniband/uverbs*"
+                                                                : std::string(device.error().what) + " (" + strerror(code) + ")");
+    RDMA_LOG(info, "%s", reason.c_str());
+    reasons += (reasons.empty() ? "" : "; ") + reason;
+  }
+  if (!opened.empty()) return new Module(std::move(opened));
+  why = say(std::move(reasons));
+  return nullptr;
+}
+
+}  // namespace rdma::verbs
+
+extern "C" __attribute__((visibility("default"))) rdma::VerbsModule* sdpreload_open_verbs(const rdma::ModuleHost* host,
+                                                                                          rdma::DeviceRegistry* registry,
+                                                                                          const char** why) noexcept {
+  return rdma::verbs::open_module(*host, *registry, *why);
+}
+static_assert(std::is_same_v<decltype(&sdpreload_open_verbs), rdma::VerbsModuleEntry>);
