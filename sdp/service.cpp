@@ -419,20 +419,20 @@ void Service::leave_device(rdma::Device& device) noexcept {
 /// Takes a stream off its lane, whatever it still wanted there. False: not yet, a thread waits on it or is closing it.
 bool Service::detach(StreamImpl* s) noexcept {
   (void)s->lock.lock();
-  s->state_edges.fetch_add(1);
-  s->lane->wake_sleepers();
-  const bool free = s->waiters == 0 && s->phase.load() == Phase::laned;
-  if (free) {
+  const bool laned = s->phase.load() == Phase::laned;
+  if (laned && (s->tx.load() != TxState::ended || s->rx.load() != RxState::ended)) {
     s->take_down_locked(LaneReason::device_lost);
     // Not a shutdown, which would pass for an orderly end: neither side may take the stream for complete.
     const sockaddr nowhere{AF_UNSPEC, {}};
     if (s->names_us(s->fd)) sys::call(SYS_connect, s->fd, sys::arg(&nowhere), sizeof nowhere);
     s->resend.clear();
-    s->reset_by_peer = s->bytes_missing = false;
     s->tx.store(TxState::ended);
     s->rx.store(RxState::ended);
   }
-  Lane* const lane = free ? s->take_spent_lane() : nullptr;
+  s->state_edges.fetch_add(1);  // who waits finds that nothing is to be had from the lane, and leaves it
+  s->lane->wake_sleepers();
+  s->reset_by_peer = s->bytes_missing = false;
+  Lane* const lane = laned ? s->take_spent_lane() : nullptr;
   s->lock.unlock();
   if (lane == nullptr) return false;
   if (s->watched) sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_DEL, s->fd, 0);
