@@ -28,6 +28,7 @@ void print(const rdma::Device& device) {
   std::printf("  RNR retry               %s\n", yes_no(a.rnr_retry));
   std::printf("  RDMA Write wakes        %s\n", yes_no(a.rdma_write_wakes));
   std::printf("  sent data outlives      %s\n", yes_no(a.remembers_sent_data));
+  std::printf("  posts arrive at once    %s\n", yes_no(a.posts_arrive_at_once));
 }
 
 /// Shows the RDMA devices as they come into the registry.

@@ -892,6 +892,22 @@ BOOST_AUTO_TEST_CASE_TEMPLATE(sent_data_are_remembered_where_the_device_says_so,
   BOOST_TEST(ends.wait(*ends.b.recv_cq, 4).size() == 4u);
 }
 
+BOOST_AUTO_TEST_CASE_TEMPLATE(what_is_posted_is_there_at_once_where_the_device_says_so, F, DeviceFixtures) {
+  Ends<F> ends({.recvs = 6});
+  if (!ends.a.device->attr().posts_arrive_at_once) return;
+  Wc wc[2];
+  for (std::uint32_t i = 0; i < 4; ++i) {  // nobody pumps, waits or polls in between
+    ends.a.fill(i, 64, i);
+    BOOST_REQUIRE_EQUAL(ends.a.post(WrOpcode::rdma_write, i, 64, kSignalled, i, ends.b.remote(ends.b.slot(7)), ends.b.memory->rkey),
+                        Post::ok);
+    for (std::uint32_t k = 0; k < 64; ++k) BOOST_REQUIRE(ends.b.slot(7)[k] == End::pattern(i, k));
+    BOOST_REQUIRE_EQUAL(ends.a.send(i, 64, kSignalled, i), Post::ok);
+    BOOST_REQUIRE(ends.b.recv_cq->maybe_ready());
+    BOOST_TEST(ends.b.recv_cq->poll(wc) == 1u);
+    BOOST_TEST(wc[0].byte_len == 64u);
+  }
+}
+
 BOOST_AUTO_TEST_CASE_TEMPLATE(the_peers_memory_is_in_view_where_the_device_says_so, F, DeviceFixtures) {
   Ends<F> ends;
   End& b = ends.b;

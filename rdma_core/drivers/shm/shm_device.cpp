@@ -27,6 +27,7 @@ ShmDevice::ShmDevice(const ShmOptions& options) noexcept : segment_bytes_(option
   attr_.rnr_retry = false;
   attr_.rdma_write_wakes = true;
   attr_.remembers_sent_data = true;
+  attr_.posts_arrive_at_once = true;
   attr_.maps_peer_memory = true;
 }
 
