@@ -40,8 +40,8 @@ struct DeviceAttr {
   bool rdma_write_wakes = false;        ///< kSolicited on an RDMA Write wakes a peer that armed its receive CQ
   bool remembers_sent_data = false;     ///< bytes in flight survive the sender's death (they lie in the receiver's memory)
   bool posts_arrive_at_once = false;    ///< Sends and RDMA Writes are in the peer's memory when post_send returns: nothing that
-                                      ///< leaves later by another way overtakes them
-  bool maps_peer_memory = false;  ///< Qp::remote_view() works; RDMA Writes are seen in the order in which they were posted
+                                        ///< leaves later by another way overtakes them
+  bool maps_peer_memory = false;        ///< Qp::remote_view() works; RDMA Writes are seen in the order in which they were posted
 };
 
 // clang-format 14 takes an enum with an attribute for a function.

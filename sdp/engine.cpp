@@ -35,6 +35,8 @@ struct Lingering {
   int fd;
   KeptBytes bytes;
   Lingering* next;
+  const Lane* behind;  ///< its END is not acknowledged yet
+  bool may_go() const noexcept { return behind == nullptr || behind->said(kEndSeen) || behind->said(kGone); }
 };
 constexpr long kPageBytes = 4096;
 
@@ -294,7 +296,7 @@ void nudge() noexcept {
   if (fd >= 0) sys::call(SYS_write, fd, sys::arg(&one), sizeof one);
 }
 
-void linger(int fd, KeptBytes bytes) noexcept {
+void linger(int fd, KeptBytes bytes, const Lane* behind) noexcept {
   ::linger option{};
   socklen_t option_len = sizeof option;
   sys::call(SYS_getsockopt, fd, SOL_SOCKET, SO_LINGER, sys::arg(&option), sys::arg(&option_len));
@@ -315,7 +317,7 @@ void linger(int fd, KeptBytes bytes) noexcept {
     bytes.clear();
     return;
   }
-  auto* entry = new (reinterpret_cast<void*>(page)) Lingering{own, bytes.take(), nullptr};
+  auto* entry = new (reinterpret_cast<void*>(page)) Lingering{own, bytes.take(), nullptr, behind};
   (void)e.lock.lock();
   entry->next = e.lingering;
   e.lingering = entry;
@@ -329,7 +331,7 @@ bool flush_lingering() noexcept {
   (void)e.lock.lock();
   for (Lingering** at = &e.lingering; *at != nullptr;) {
     Lingering& l = **at;
-    long n = 0;
+    long n = l.may_go() ? 0 : -EAGAIN;
     while (!l.bytes.empty() && n >= 0) n = l.bytes.send_by(l.fd);
     if (n == -EAGAIN || n == -EINTR) {
       at = &l.next;
@@ -344,6 +346,14 @@ bool flush_lingering() noexcept {
   const bool none = e.lingering == nullptr;
   e.lock.unlock();
   return none;
+}
+
+void release_lingering(const Lane* lane) noexcept {
+  Engine& e = engine();
+  (void)e.lock.lock();
+  for (Lingering* l = e.lingering; l != nullptr; l = l->next)
+    if (l->behind == lane) l->behind = nullptr;
+  e.lock.unlock();
 }
 
 void notify(Stream stream) noexcept {
@@ -452,13 +462,34 @@ void after_fork_child() noexcept {
   forget_stats_in_child();
 }
 
+namespace {
+/// What could not be sent in time is missing: the reader must not take the end of the connection for the end of the stream.
+void reset_lingering() noexcept {
+  Engine& e = engine();
+  if (e.lock.held_by_me()) return;
+  (void)e.lock.lock();
+  for (const Lingering* l = e.lingering; l != nullptr; l = l->next) {
+    const ::linger reset{.l_onoff = 1, .l_linger = 0};
+    sys::call(SYS_setsockopt, l->fd, SOL_SOCKET, SO_LINGER, sys::arg(&reset), sizeof reset);
+  }
+  e.lock.unlock();
+}
+}  // namespace
+
 void at_exit() noexcept {
   constexpr int kPatienceMs = 1000, kStepMs = 5;
   Engine* e = engine_pointer.load(std::memory_order_acquire);
   if (e == nullptr) return;
-  if (Service* running = e->service.load(std::memory_order_acquire)) running->stop_at_exit();
+  if (Service* s = e->service.load(std::memory_order_acquire)) s->stop_at_exit();
   // The kernel sends on after a process has ended, we cannot: what the lanes' readers gave back gets a moment.
-  for (int waited = 0; waited < kPatienceMs && !flush_lingering(); waited += kStepMs) sys::call(SYS_poll, 0, 0, kStepMs);
+  // On devices whose posts are lost with the process their readers get it to acknowledge that they have everything.
+  Service* const running = e->service.load(std::memory_order_acquire);
+  const auto done = [running] {
+    const bool seen = running == nullptr || running->ends_are_seen();
+    return flush_lingering() && seen;
+  };
+  for (int waited = 0; waited < kPatienceMs && !done(); waited += kStepMs) sys::call(SYS_poll, 0, 0, kStepMs);
+  reset_lingering();
   if (e->capture != nullptr) e->capture->flush();
   if (!e->options.stats_file.empty()) write_stats_report(e->options);
 }

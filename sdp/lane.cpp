@@ -33,6 +33,7 @@ Result<Unit> Lane::open(rdma::CompletionChannel* channel) noexcept {
   PeerContext& peer = **peer_;
   device_ = peer.device;
   may_buffer_ = device_->attr().maps_peer_memory;
+  unordered_ = !device_->attr().posts_arrive_at_once;
   max_sge_ = device_->attr().max_sge < 8 ? device_->attr().max_sge : 8;
   auto words = peer.heap->allocate(sizeof(LaneBlock), 64);
   if (!words) return rdma::Err{words.error()};

@@ -42,6 +42,8 @@ enum Word : std::uint8_t {
   kEnd,      ///< position of the lane's stream: all later bytes come by the anchor
   kAbandon,  ///< position of the lane's stream: "I have read this far; send the rest by the anchor, unless you have said kEnd"
   kResend,   ///< position of the lane's stream, in place of kEnd: "the anchor brings what you abandoned, up to here"
+  kEndSeen,  ///< "I have seen kEnd": said on devices where the lane's words come later than the anchor's bytes; then those may
+             ///< follow
   kGone,     ///< "I write no more to your memory": buffers may be given back
   kWords = 8,
 };
@@ -62,7 +64,7 @@ static_assert(sizeof(LaneBlock) == 192 && offsetof(LaneBlock, cursors) == 64 && 
 /// Private data of the CM's request and reply: where our switch words lie, and the byte counts that both ends compare.
 struct LaneProposal {
   static constexpr std::uint32_t kMagic = 0x4C504453;  // "SDPL"
-  static constexpr std::uint32_t kVersion = 2;
+  static constexpr std::uint32_t kVersion = 3;
   std::uint32_t magic = kMagic;
   std::uint32_t version = kVersion;
   std::uint64_t words_addr = 0;
@@ -156,6 +158,15 @@ class Lane {
   bool peer_disconn() const noexcept { return peer_disconn_; }
 
   // --- switch words
+  /// What the anchor carries later may arrive earlier than what was posted here, and what is posted here may be lost with its
+  /// sender.
+  bool unordered() const noexcept { return unordered_; }
+  /// Which words the peer has said, to see that there are new ones.
+  std::uint8_t words_said() const noexcept {
+    std::uint8_t bits = 0;
+    for (unsigned i = 0; i < kWords; ++i) bits |= static_cast<std::uint8_t>(said(static_cast<Word>(i)) << i);
+    return bits;
+  }
   void write_word(Word which, std::uint64_t value) noexcept;
   /// The peer's word, or nothing if not said yet.
   bool said(Word which, std::uint64_t* value = nullptr) const noexcept {
@@ -237,6 +248,7 @@ class Lane {
   bool violated_ = false;
   bool peer_disconn_ = false;
   bool may_buffer_ = false;
+  bool unordered_ = false;
   std::uint16_t buffer_count_ = 0;
   std::uint16_t small_left_ = 0;  ///< buffers still below wanted_recv_size
   std::uint16_t pending_posts_ = 0;

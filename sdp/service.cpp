@@ -34,6 +34,7 @@ constexpr unsigned kMeetMs = 3000;                               // how long a c
 constexpr std::int64_t kHandshakeNs = 3'000'000'000;
 constexpr int kTendMs = 20;
 constexpr int kReleaseMs = 250;
+constexpr int kWordsMs = 250;  // between two looks for words that a device's writes wake nobody for
 
 std::int64_t now_ns() noexcept { return rdma::SteadyClock{}.now(); }
 
@@ -162,10 +163,12 @@ void Service::run() noexcept {
     release_buffers();
     int timeout = cm_->next_timeout_ms();
     const bool busy = !handshakes_.empty() || !dying_.empty();
-    const bool resending = std::any_of(laned_.begin(), laned_.end(), [](const StreamImpl* s) { return !s->resend.empty(); });
+    const bool needed = std::any_of(laned_.begin(), laned_.end(), [](const StreamImpl* s) { return s->needs_looks(); });
     const bool lingering = !engine::flush_lingering();
-    if ((busy || resending || lingering) && (timeout < 0 || timeout > kTendMs)) timeout = kTendMs;
-    if (releasing_.load(std::memory_order_relaxed) && (timeout < 0 || timeout > kReleaseMs)) timeout = kReleaseMs;
+    const auto at_most = [&timeout](int ms) { timeout = timeout < 0 ? ms : std::min(timeout, ms); };
+    if (busy || needed || lingering) at_most(kTendMs);
+    if (releasing_.load(std::memory_order_relaxed)) at_most(kReleaseMs);
+    if (!laned_.empty() && has_unordered_lanes()) at_most(kWordsMs);
     epoll_event events[32];
     const long n = sys::call(SYS_epoll_pwait, epoll_fd_, sys::arg(events), 32, timeout, 0, 8);
     for (long i = 0; i < n; ++i) {
@@ -250,23 +253,26 @@ void Service::forget(StreamImpl* stream) noexcept {
     if (it->second.lane != nullptr) retire(nullptr, it->second.lane, 0, true);
     it = handshakes_.erase(it);
   }
-  {
+  if (stream->lane == nullptr) {
     const std::lock_guard guard(laned_lock_);
     std::erase(laned_, stream);
+    return engine::free_stream(stream);
   }
-  if (stream->lane == nullptr) return engine::free_stream(stream);
   (void)stream->lock.lock();
   if (stream->phase.load() == Phase::laned) {  // closed in a signal handler, under the hands of its own thread
-    if (stream->tx.load() != TxState::ended) stream->end_tx_locked();
+    if (!stream->has_said_end()) stream->end_tx_locked();
     stream->lane->write_word(kGone, 0);
     stream->phase.store(Phase::final, std::memory_order_seq_cst);
     stream->lane->wake_sleepers();
   }
   stream->lock.unlock();
   retire(stream, stream->lane, stream->conn, stream->peer_gone);
+  const std::lock_guard guard(laned_lock_);
+  std::erase(laned_, stream);
 }
 
 void Service::retire(StreamImpl* stream, Lane* lane, std::uint64_t conn, bool peer_gone) noexcept {
+  const std::lock_guard guard(laned_lock_);
   dying_.push_back({stream, lane, conn, peer_gone, engine::grace().epoch()});
 }
 
@@ -639,6 +645,7 @@ void Service::look_after_lanes() noexcept {
     const Stream handle = engine::handle_of(s);
     (void)s->lock.lock();
     s->tend();
+    wake_for_words(*s);
     if (Lane* const spent = s->take_spent_lane()) {
       retire(nullptr, spent, s->conn, s->peer_gone);
       if (s->watched) sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_DEL, s->fd, 0);
@@ -667,12 +674,42 @@ void Service::look_after_lanes() noexcept {
       streams_by_conn_.erase(d.conn);
       cm_->disconnect(static_cast<cm::ConnId>(d.conn));
     }
-    d.lane->close();
-    engine::free_lane_cell(d.lane);
-    if (d.stream != nullptr) engine::free_stream(d.stream);
-    dying_[i] = dying_.back();
-    dying_.pop_back();
+    const Dying over = d;
+    {
+      const std::lock_guard guard(laned_lock_);
+      dying_[i] = dying_.back();
+      dying_.pop_back();
+    }
+    engine::release_lingering(over.lane);
+    over.lane->close();
+    engine::free_lane_cell(over.lane);
+    if (over.stream != nullptr) engine::free_stream(over.stream);
   }
+}
+
+bool Service::has_unordered_lanes() const noexcept { return device_ != nullptr && !device_->attr().posts_arrive_at_once; }
+
+// Not every device wakes a sleeper for a word. Where it does, the sleeper has seen it long ago.
+void Service::wake_for_words(StreamImpl& s) noexcept {
+  if (s.lane == nullptr || !s.lane->unordered()) return;
+  const std::uint8_t words = s.lane->words_said();
+  if (std::exchange(s.words_seen, words) == words) return;
+  s.lane->wake_sleepers();
+  channel_->ring();
+}
+
+bool Service::ends_are_seen() noexcept {
+  if (!has_unordered_lanes()) return true;
+  if (inbox_.load(std::memory_order_acquire) != nullptr) return false;  // closed a moment ago
+  const auto seen = [](const Lane& lane) { return lane.said(kEndSeen) || lane.said(kGone) || lane.dead(); };
+  const Grace::Look look(engine::grace());
+  const std::lock_guard guard(laned_lock_);
+  return std::all_of(laned_.begin(), laned_.end(),
+                     [&](const StreamImpl* s) {
+                       const Lane* const lane = s->published_lane.load(std::memory_order_acquire);
+                       return lane == nullptr || s->peer_gone.load() || seen(*lane);
+                     }) &&
+         std::all_of(dying_.begin(), dying_.end(), [&](const Dying& d) { return d.peer_gone || seen(*d.lane); });
 }
 
 void Service::stop_at_exit() noexcept {
@@ -681,8 +718,8 @@ void Service::stop_at_exit() noexcept {
     if (!s->lock.try_lock()) continue;
     if (s->lane != nullptr && s->phase.load() == Phase::laned) {
       s->tend();
-      if (s->tx.load() != TxState::ended) s->end_tx_locked();
-      if (!s->resend.empty()) engine::linger(s->fd, s->resend.take());
+      if (!s->has_said_end()) s->end_tx_locked();
+      if (!s->resend.empty()) engine::linger(s->fd, s->resend.take(), s->end_is_settled() ? nullptr : s->lane);
       s->lane->write_word(kGone, s->rx.load() == RxState::lane && s->lane->unread() != 0 ? 1 : 0);
     }
     s->lock.unlock();

@@ -33,6 +33,7 @@ class Service {
   rdma::CompletionChannel* channel() const noexcept { return channel_.get(); }
   rdma::Device* device() const noexcept { return device_; }
   void stop_at_exit() noexcept;      ///< says END on every lane; the thread is left alone
+  bool ends_are_seen() noexcept;     ///< of lanes whose posts are lost with the process: may it end?
   void abandon_in_child() noexcept;  ///< closes the child's copies of our descriptors
 
  private:
@@ -75,6 +76,8 @@ class Service {
   void tend(StreamImpl* stream) noexcept;
   void look_after_lanes() noexcept;
   void release_buffers() noexcept;
+  bool has_unordered_lanes() const noexcept;
+  void wake_for_words(StreamImpl& stream) noexcept;
 
   Options options_;
   engine::Compose compose_;
@@ -92,7 +95,7 @@ class Service {
   std::unordered_map<std::uint64_t, Handshake> handshakes_;  ///< by anchor cookie
   std::unordered_map<std::uint64_t, StreamImpl*> streams_by_conn_;
   std::vector<StreamImpl*> laned_;  ///< streams with a lane
-  rdma::SharedLock laned_lock_;     ///< this thread takes it to change laned_, others to look at it
+  rdma::SharedLock laned_lock_;     ///< this thread takes it to change laned_ and dying_, others to look at them
   struct Dying {
     StreamImpl* stream;
     Lane* lane;

@@ -93,16 +93,20 @@ std::int64_t Stream::sendfile(int fd, int in_fd, std::int64_t* offset, std::size
     if (s->generation.load(std::memory_order_relaxed) == generation() && s->phase.load(std::memory_order_relaxed) == Phase::laned &&
         s->usable_here()) {
       s->try_switch(fd);
-      resending = !s->resend.empty() && !s->flush_resend(fd);  // then send() knows what comes first
+      resending = !s->end_is_settled() || (!s->resend.empty() && !s->flush_resend(fd));  // then send() knows what comes first
     }
     s->lock.unlock();
   }
   if (s->phase.load(std::memory_order_acquire) == Phase::unjudged) s->judge(fd);
-  const bool by_tcp = !resending && (s->phase.load(std::memory_order_acquire) != Phase::laned ||
-                                     s->tx.load(std::memory_order_acquire) != TxState::lane);
+  const auto off_tcp = [s](std::memory_order order) noexcept {
+    const TxState tx = s->tx.load(order);
+    return tx == TxState::lane || tx == TxState::ending;
+  };
+  const bool by_tcp =
+      !resending && (s->phase.load(std::memory_order_acquire) != Phase::laned || !off_tcp(std::memory_order_acquire));
   if (by_tcp && !(s->strict.load(std::memory_order_relaxed) && s->tx.load(std::memory_order_acquire) != TxState::ended)) {
     s->kernel_senders.fetch_add(1, std::memory_order_seq_cst);
-    if (s->tx.load(std::memory_order_seq_cst) != TxState::lane) {
+    if (!off_tcp(std::memory_order_seq_cst)) {
       const long n = sys::call(SYS_sendfile, fd, in_fd, sys::arg(offset), static_cast<long>(count));
       s->count_tcp(true, n);
       s->kernel_senders.fetch_sub(1, std::memory_order_release);
@@ -138,9 +142,8 @@ int Stream::shutdown(int fd, int how) const noexcept {
   if (known && s->phase.load(std::memory_order_acquire) == Phase::laned && s->lock.enter()) {
     if (s->generation.load(std::memory_order_relaxed) == generation() && s->phase.load(std::memory_order_relaxed) == Phase::laned &&
         s->usable_here()) {
-      if (how != SHUT_RD && s->tx.load(std::memory_order_relaxed) != TxState::ended) {
-        end_sending(*s);
-      }
+      if (how != SHUT_RD && !s->has_said_end()) end_sending(*s);
+      if (how != SHUT_RD) s->tx_shut = true;
       if (how != SHUT_WR) s->rx_shut = true;
       s->lane->wake_sleepers();
     }
@@ -152,7 +155,14 @@ int Stream::shutdown(int fd, int how) const noexcept {
     }
     s->lock.unlock();
   }
-  return static_cast<int>(sys::call(SYS_shutdown, fd, how));
+  const int result = static_cast<int>(sys::call(SYS_shutdown, fd, how));
+  // The lane may have come up meanwhile. Its peer, if it is unordered, waits for END; see attach().
+  if (result == 0 && how != SHUT_RD && s->phase.load(std::memory_order_seq_cst) == Phase::laned && s->lock.enter()) {
+    if (s->generation.load(std::memory_order_relaxed) == generation() && s->phase.load(std::memory_order_relaxed) == Phase::laned)
+      s->end_if_half_closed(fd);
+    s->lock.unlock();
+  }
+  return result;
 }
 
 void Stream::close(int fd) const noexcept {
@@ -170,14 +180,16 @@ void Stream::close(int fd) const noexcept {
   s->inherited = nullptr;  // a child that only inherits changes nothing
   if (lane != nullptr && s->phase.load(std::memory_order_relaxed) == Phase::laned) {
     if (s->abandoned()) s->handle_abandon(fd);
-    if (s->tx.load(std::memory_order_relaxed) != TxState::ended) end_sending(*s);
+    if (!s->has_said_end()) end_sending(*s);
     lane->drain();
+    if (lane->unordered()) s->acknowledge_end();
     // Rule 7: closing with bytes unread resets the connection; the peer reads what it has and then gets ECONNRESET.
     const bool reset = s->rx.load(std::memory_order_relaxed) == RxState::lane && lane->unread() != 0;
     lane->write_word(kGone, reset ? 1 : 0);
   }
   if (!s->resend.empty() && !s->flush_resend(fd)) {
-    engine::linger(fd, s->resend.take());
+    const bool waits = s->tx.load(std::memory_order_relaxed) == TxState::ending;
+    engine::linger(fd, s->resend.take(), waits ? lane : nullptr);
   }
   s->generation.fetch_add(1, std::memory_order_acq_rel);
   const Phase was = s->phase.exchange(Phase::final, std::memory_order_acq_rel);
@@ -233,7 +245,7 @@ int Stream::outq(int fd) const noexcept {
   if (r < 0) return static_cast<int>(r);
   if (s->phase.load(std::memory_order_acquire) != Phase::laned || !s->lock.enter()) return queued;
   if (s->phase.load(std::memory_order_relaxed) == Phase::laned && s->lane != nullptr)
-    queued += static_cast<int>(s->lane->buffered());
+    queued += static_cast<int>(s->lane->buffered() + s->resend.size());
   s->lock.unlock();
   return queued;
 }
@@ -277,6 +289,13 @@ std::uint32_t Stream::poll(std::uint32_t events) const noexcept {
       }
     }
     if (s->reset_by_peer || s->bytes_missing) ready |= POLLIN | POLLRDNORM;
+    if (s->tx.load(std::memory_order_relaxed) != TxState::lane && !s->resend.empty()) (void)s->flush_resend(fd);
+    if (!s->end_is_settled() && !s->tx_shut) {
+      if (s->resend.size() < StreamImpl::kBufferAhead)
+        ready |= POLLOUT | POLLWRNORM;
+      else if (events & POLLOUT)
+        s->tx_blocked = true;
+    }
     if (s->tx.load(std::memory_order_relaxed) == TxState::lane) {
       const bool gone = s->lane_is_over();
       if (gone) s->tx.store(TxState::ended, std::memory_order_release);  // how a write ends is the kernel's to say
@@ -301,8 +320,11 @@ std::uint32_t Stream::kernel_events(std::uint32_t events) const noexcept {
   if (s->strict.load(std::memory_order_relaxed) && s->tx.load(std::memory_order_acquire) == TxState::prepared) events &= ~out;
   // An abandoned direction reads nothing before the peer has said how it goes on, whatever lies on the anchor.
   const RxState rx = s->rx.load(std::memory_order_acquire);
-  if (rx == RxState::lane || rx == RxState::abandoned) events &= ~static_cast<std::uint32_t>(POLLIN | POLLRDNORM);
-  if (s->tx.load(std::memory_order_acquire) == TxState::lane) events &= ~static_cast<std::uint32_t>(POLLOUT | POLLWRNORM);
+  // Nor does one whose end by the anchor has overtaken the lane's words.
+  const bool awaits_end = rx == RxState::ready && s->end_due_ns.load(std::memory_order_relaxed) != 0;
+  if (rx == RxState::lane || rx == RxState::abandoned || awaits_end) events &= ~static_cast<std::uint32_t>(POLLIN | POLLRDNORM);
+  const TxState tx = s->tx.load(std::memory_order_acquire);
+  if (tx == TxState::lane || (tx == TxState::ending && !s->tx_shut)) events &= ~out;
   return events;
 }
 
@@ -319,11 +341,13 @@ bool Stream::maybe_ready(const Grace::Look& look, std::uint32_t events) const no
     if ((events & POLLOUT) != 0 && s->tx_blocked && writable(*s, *lane)) return true;
     if (lane->said(kAbandon) || lane->said(kGone) || lane->dead() || peer_gone) return true;
   }
+  if (s->tx.load(std::memory_order_relaxed) == TxState::ending && (lane->said(kEndSeen) || lane->said(kGone) || peer_gone))
+    return true;
   switch (s->rx.load(std::memory_order_relaxed)) {
     case RxState::abandoned:
-      return lane->said(kResend) || lane->said(kEnd) || lane->said(kGone) || peer_gone;
+      return lane->said(kResend) || lane->said(kEnd) || s->no_word_comes();
     case RxState::ready:
-      return lane->said(kSwitch) || lane->said(kEnd) || peer_gone;
+      return lane->said(kSwitch) || lane->said(kEnd) || peer_gone || (lane->unordered() && lane->dead());
     case RxState::lane:
       return lane->unread() == 0 &&
              (lane->end_reached() || peer_gone || lane->dead() || s->anchor_event.load(std::memory_order_acquire));

@@ -7,6 +7,7 @@
 //
 // Directions, each on its own (architecture: PREPARE, READY, SWITCH(P), END):
 //   tx   tcp ──PREPARE──> prepared ──READY seen, nobody in a kernel send──> lane ──END──> ended (TCP again)
+//        on an unordered lane:                                                    lane ──END──> ending ──END_SEEN──> ended
 //   rx   tcp ──PREPARE seen, nobody else inside──> ready ──SWITCH(P) seen──> draining ──P reached──> lane ──END reached──> ended
 //        taken down in ready, draining or lane: ──ABANDON──> abandoned ──RESEND(Q) seen──> resent ──Q reached──> ended
 //                                                                      ╰─END seen, or the peer is gone──> where it was, and reads
@@ -14,6 +15,9 @@
 //
 // Only one of END and RESEND is ever said: who has said END does not look at ABANDON. What lies in the lane stays there until the
 // anchor has brought it again, so that a sender that dies in the middle of that costs no byte.
+//
+// Unordered lanes (real RDMA devices; stream_unordered.cpp): what TCP carries later may come earlier. So the sender stays off TCP
+// until its END is acknowledged, and the receiver believes no end of the anchor before it has seen the lane's.
 //
 // Locking: `lock` guards everything that is not atomic. It is held over system calls only if they cannot block. Order: a stream's
 // lock, then (in the shim) nothing of ours: listeners are called without it.
@@ -33,7 +37,7 @@
 namespace sdp {
 
 enum class Phase : std::uint8_t { unjudged, plain, pursued, laned, final };
-enum class TxState : std::uint8_t { tcp, prepared, lane, ended };
+enum class TxState : std::uint8_t { tcp, prepared, lane, ending, ended };
 enum class RxState : std::uint8_t { tcp, ready, draining, lane, abandoned, resent, ended };
 
 class alignas(64) StreamImpl {
@@ -61,6 +65,8 @@ class alignas(64) StreamImpl {
   bool reset_by_peer = false;                 ///< one ECONNRESET is due behind the bytes that the anchor still has
   bool bytes_missing = false;                 ///< bytes before those on the anchor are lost: one ECONNRESET is due at once
   std::atomic<bool> peer_gone{false};         ///< the peer's process or its lane is gone; what has come is still to be read
+  bool tx_shut = false;                       ///< half-closed while it had a lane
+  bool end_acknowledged = false;              ///< END_SEEN is said
   bool watched = false;                       ///< the anchor is in the service thread's epoll
   std::uint8_t doubts = 0;                    ///< how often our counts differed from the kernel's
 
@@ -84,7 +90,10 @@ class alignas(64) StreamImpl {
   RxState before_abandon = RxState::tcp;         ///< where an abandoned direction was
   std::uint64_t resent_from = 0, resent_to = 0;  ///< which bytes of the anchor's stream are the lane's once more
   std::int64_t rcv_timeout_ns = 0, snd_timeout_ns = 0;
-  KeptBytes resend;                       ///< lane bytes that the peer abandoned, on their way by the anchor
+  /// Unordered: the anchor ended, or has bytes, before the peer's END came; when to give it up. 0: nothing of that.
+  std::atomic<std::int64_t> end_due_ns{0};
+  std::uint8_t words_seen = 0;            ///< the service thread's: Lane::words_said() at its last look
+  KeptBytes resend;                       ///< bytes on their way by the anchor: abandoned by the peer, or sent before END_SEEN
   bool fin_due = false;                   ///< half-closed while resending: FIN follows the last of those bytes
   std::atomic<std::uint32_t> waiters{0};  ///< threads between unlock and lock inside a wait on the lane
   std::uint64_t conn = 0;                 ///< the CM's ConnId
@@ -117,7 +126,26 @@ class alignas(64) StreamImpl {
   bool flush_resend(int fd) noexcept;    ///< true: nothing left to resend
   void tend() noexcept;                  ///< what is due though the program makes no call
   Lane* take_spent_lane() noexcept;      ///< both directions are through with the lane: it is the caller's; nullptr: not yet
-  void judge(int fd) noexcept;           ///< unjudged -> what the rules say, once the connection is made
+
+  // --- unordered lanes (stream_unordered.cpp); the lock is held
+  static constexpr std::int64_t kEndPatienceNs = 5'000'000'000;  ///< for an END that the anchor's end has overtaken
+  /// Has END been said, and does TCP carry what comes now? False: it is not acknowledged yet.
+  bool end_is_settled() noexcept;
+  /// Bytes that wait for that; returns how many were taken.
+  std::size_t keep_behind_end(IovCursor& from) noexcept;
+  void acknowledge_end() noexcept;
+  void end_if_half_closed(int fd) noexcept;  ///< before the lane was up: FIN is out, END is still to be said
+  /// The anchor ended or brought bytes: is the lane's end still on its way? Then the anchor has to wait, for a while.
+  bool end_is_awaited() noexcept;
+  void give_up_on_end(int fd) noexcept;     ///< if it is time to
+  void leave_failed_lane(int fd) noexcept;  ///< nothing more comes or goes by it
+  /// Something is under way that no event is sure to tell of: the service thread has to look now and then.
+  bool needs_looks() const noexcept {
+    return !resend.empty() || tx.load(std::memory_order_relaxed) == TxState::ending ||
+           end_due_ns.load(std::memory_order_relaxed) != 0;
+  }
+
+  void judge(int fd) noexcept;  ///< unjudged -> what the rules say, once the connection is made
   /// Strict: waits for the end of the search. 0: there is a lane; -EAGAIN, -EINTR; -ECONNREFUSED: there is none, the connection is
   /// over.
   int await_lane(int fd, bool nowait, std::int64_t timeout_ns);
@@ -137,6 +165,7 @@ class alignas(64) StreamImpl {
   void leave_dead_lane(int fd) noexcept;
   /// Rule 11: does `fd` still name this connection? The program may have closed it in a way that we did not see.
   bool names_us(int fd) const noexcept;
+  bool has_said_end() const noexcept { return tx.load(std::memory_order_relaxed) >= TxState::ending; }
   bool abandoned() const noexcept { return tx.load(std::memory_order_relaxed) == TxState::lane && lane->said(kAbandon); }
   /// Keeps what credits do not let out now, within what a TCP socket would take. Returns the bytes taken.
   std::size_t keep_unsent(IovCursor& from, std::size_t limit) noexcept;
@@ -148,11 +177,14 @@ class alignas(64) StreamImpl {
   /// The peer writes no more and reads no more: what is left to do is the kernel's to say.
   bool lane_is_left() const noexcept { return peer_gone.load(std::memory_order_relaxed) || lane->said(kGone); }
   bool lane_is_over() const noexcept { return lane_is_left() || lane->dead(); }
+  /// No further word will come. An unordered lane that failed brings none either.
+  bool no_word_comes() const noexcept { return lane_is_left() || (lane->unordered() && lane->dead() && !lane->violated()); }
   /// Something that a thread waiting to send (or to receive) can act on; no lock needed.
   bool changed(bool for_send) const noexcept;
 
   static constexpr int kNothingYet = 1;
   static constexpr std::int64_t kEndsHere = -1, kLookAgain = -2;
+  int wait_for_room(bool nowait, std::int64_t& deadline);  ///< as wait()
   enum class Patience : std::uint8_t { spin, sleep };
   /// Waits for changed(for_send); the lock is held on entry and exit. 0, -EINTR, or -EAGAIN when `deadline_ns` (0: none) has
   /// passed.
@@ -201,7 +233,10 @@ void forget_helper_fd(int fd) noexcept;
 void buffer_is_large() noexcept;  ///< some stream's has_large_buffer went up
 void nudge() noexcept;            ///< the service thread should look at its streams
 /// The connection `fd` is closed with bytes to resend, which become ours: they go out, and then FIN, by a descriptor of ours.
-void linger(int fd, KeptBytes bytes) noexcept;
+/// Not before the peer has acknowledged the end of the lane `behind`, if there is one; release_lingering() says that this lane
+/// goes.
+void linger(int fd, KeptBytes bytes, const Lane* behind = nullptr) noexcept;
+void release_lingering(const Lane* lane) noexcept;
 bool flush_lingering() noexcept;  ///< false: some cannot go out yet
 void notify(Stream) noexcept;     ///< tell the shim (no lock held)
 }  // namespace engine

@@ -199,6 +199,16 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
       continue;
     }
     if (phase.load(std::memory_order_relaxed) != Phase::laned || tx.load(std::memory_order_relaxed) != TxState::lane) {
+      if (tx.load(std::memory_order_relaxed) == TxState::ending && !tx_shut && !end_is_settled()) {
+        lane->drain();
+        if ((flags & MSG_OOB) == 0) total += static_cast<std::int64_t>(keep_behind_end(from));
+        if (from.done()) break;
+        if (const int r = wait_for_room(nowait, deadline); r != 0) {
+          if (total == 0) total = r;
+          break;
+        }
+        continue;
+      }
       if (!resend.empty() && !flush_resend(at)) {
         const bool shut = fin_due;
         lock.unlock();
@@ -251,20 +261,20 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
         generation.load(std::memory_order_relaxed) == gen && !lane_is_over() && !lane->said(kAbandon))
       total += static_cast<std::int64_t>(keep_unsent(from, most));
     if (from.done()) break;
-    tx_blocked = true;
-    if (nowait) {
-      if (total == 0) total = -EAGAIN;
-      break;
-    }
-    if (deadline == 0 && snd_timeout_ns != 0) deadline = now_ns() + snd_timeout_ns;
-    const int r = wait(true, deadline, snd_timeout_ns != 0);
-    if (r != 0) {
+    if (const int r = wait_for_room(nowait, deadline); r != 0) {
       if (total == 0) total = r;
       break;
     }
   }
   lock.unlock();
   return total;
+}
+
+int StreamImpl::wait_for_room(bool nowait, std::int64_t& deadline) {
+  tx_blocked = true;
+  if (nowait) return -EAGAIN;
+  if (deadline == 0 && snd_timeout_ns != 0) deadline = now_ns() + snd_timeout_ns;
+  return wait(true, deadline, snd_timeout_ns != 0);
 }
 
 std::int64_t StreamImpl::recv(int at, IovCursor& to, int flags, std::uint16_t gen) {
@@ -367,6 +377,10 @@ std::int64_t StreamImpl::take_from_anchor(Receiving& r, RxState state) noexcept 
     if (n < 0) reset_by_peer = true;  // the kernel has told its error, and we owe it behind the lane's bytes
     return kLookAgain;
   }
+  if (state == RxState::ready && end_is_awaited()) {  // SWITCH may be on its way, with bytes behind it
+    if (n < 0) reset_by_peer = true;
+    return 0;
+  }
   if (n < 0)
     r.result = static_cast<int>(n);
   else if ((state == RxState::draining || state == RxState::resent) && r.total == 0 && lane->said(kSwitch) && !end_reached())
@@ -400,7 +414,7 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
     if (phase.load(std::memory_order_relaxed) != Phase::laned || tcp_alone || state == RxState::ended) {
       if (bytes_missing) {
         if (r.total > 0) break;  // it is the next call's
-        bytes_missing = false;
+        bytes_missing = reset_by_peer = false;
         r.result = -ECONNRESET;
         break;
       }
@@ -459,8 +473,10 @@ bool StreamImpl::changed(bool for_send) const noexcept {
   if (lane->maybe_ready()) return true;
   if (tx.load(std::memory_order_relaxed) == TxState::lane && lane->said(kAbandon)) return true;
   // Another thread may have taken the message in: what it brought counts, not only what is still in the CQ.
-  if (for_send && tx.load(std::memory_order_relaxed) == TxState::prepared) return lane->said(kReady) || lane_is_over();
   if (for_send) {
+    const TxState now = tx.load(std::memory_order_relaxed);
+    if (now == TxState::prepared) return lane->said(kReady) || lane_is_over();
+    if (now == TxState::ending) return lane->said(kEndSeen) || lane_is_over();
     const std::uint64_t buffered = lane->buffered();
     return lane_is_over() || lane->may_send() || (buffered != 0 && buffered < full_at / 2);
   }
@@ -469,9 +485,10 @@ bool StreamImpl::changed(bool for_send) const noexcept {
     case RxState::tcp:
       return strict.load(std::memory_order_relaxed) && (lane->said(kPrepare) || lane_is_over());
     case RxState::abandoned:
-      return lane->said(kResend) || lane->said(kEnd) || lane_is_left();
+      return lane->said(kResend) || lane->said(kEnd) || no_word_comes();
     case RxState::ready:
-      return lane->said(kSwitch) || lane->said(kEnd) || peer_gone.load(std::memory_order_relaxed);
+      return lane->said(kSwitch) || lane->said(kEnd) || peer_gone.load(std::memory_order_relaxed) ||
+             (lane->unordered() && lane->dead());
     case RxState::lane:
       return lane->unread() != 0 || lane->said(kEnd) || peer_gone.load(std::memory_order_relaxed) || lane->dead();
     default:

@@ -65,6 +65,7 @@ void StreamImpl::attach(Lane* new_lane) noexcept {
   anchor_event.store(false, std::memory_order_relaxed);
   phase.store(Phase::laned, std::memory_order_seq_cst);
   lane->write_word(kPrepare, 0);
+  end_if_half_closed(fd);
 }
 
 // Rule 4, custody: only while every byte that the kernel has moved for this socket went through us.
@@ -104,6 +105,7 @@ void StreamImpl::try_switch(int at) noexcept {
 void StreamImpl::advance_rx(int at) noexcept {
   if (rx.load(std::memory_order_relaxed) == RxState::tcp) try_ready(at);
   if (rx.load(std::memory_order_relaxed) == RxState::abandoned) {
+    const bool over = lane->said(kEnd) || no_word_comes();  // looked at first, for it is said last
     std::uint64_t end = 0;
     if (lane->said(kResend, &end)) {
       std::uint64_t p = 0;
@@ -112,7 +114,7 @@ void StreamImpl::advance_rx(int at) noexcept {
       resent_to = resent_from + (end > lane->rx_bytes() ? end - lane->rx_bytes() : 0);
       rx.store(RxState::resent, std::memory_order_release);
       state_edges.fetch_add(1, std::memory_order_relaxed);
-    } else if (lane->said(kEnd) || lane_is_left()) {
+    } else if (over) {
       rx.store(before_abandon, std::memory_order_release);
       state_edges.fetch_add(1, std::memory_order_relaxed);
     }
@@ -122,10 +124,14 @@ void StreamImpl::advance_rx(int at) noexcept {
     state_edges.fetch_add(1, std::memory_order_relaxed);
   }
   if (rx.load(std::memory_order_relaxed) == RxState::ready) {
-    if (lane->said(kSwitch, &switch_at))
+    const bool ended = lane->said(kEnd);  // looked at first, for it is said last
+    const bool over = peer_gone || (lane->unordered() && lane->dead());
+    if (lane->said(kSwitch, &switch_at)) {
       rx.store(RxState::draining, std::memory_order_release);
-    else if (lane->said(kEnd) || peer_gone)
+    } else if (ended || over) {
+      if (!ended && lane->unordered()) reset_by_peer = true;  // SWITCH and bytes may be lost behind those of the anchor
       rx.store(RxState::ended, std::memory_order_release);
+    }
   }
   if (rx.load(std::memory_order_relaxed) == RxState::draining && tcp_received.load(std::memory_order_relaxed) >= switch_at) {
     rx.store(RxState::lane, std::memory_order_release);
@@ -134,12 +140,14 @@ void StreamImpl::advance_rx(int at) noexcept {
   if (rx.load(std::memory_order_relaxed) != RxState::lane || lane->unread() != 0) return;
   const bool over = peer_gone || lane->dead();
   if (!lane->said(kEnd) && !over) return;
+  if (lane->unordered()) acknowledge_end();
   // What was put there before the end was said, or before the peer went, is visible by now.
   lane->drain();
   if (lane->unread() != 0) return;
   std::uint64_t end = 0;
   const bool ended = lane->said(kEnd, &end);
-  if (ended && lane->rx_bytes() != end) bytes_missing = true;  // rule 7: the end is known and bytes before it are missing
+  // Rule 7: the end is known and bytes before it are missing; or nobody knows what was under way when the peer went.
+  if (ended ? lane->rx_bytes() != end : lane->unordered()) bytes_missing = true;
   std::uint64_t gone = 0;
   if (lane->said(kGone, &gone) && gone != 0) reset_here(at);
   rx.store(RxState::ended, std::memory_order_release);
@@ -154,6 +162,7 @@ void StreamImpl::look_at_anchor(int at) noexcept {
   const long n = sys::call(SYS_recvfrom, at, sys::arg(&one), 1, MSG_PEEK | MSG_DONTWAIT);
   if (n == -EAGAIN || (n == 0 && rx_shut && !has_fin(at))) return;
   if (n < 0) reset_by_peer = true;  // the kernel tells its error once; the program gets it after the lane's bytes
+  if (lane->unordered()) return (void)end_is_awaited();
   lane->drain();
   if (lane->unread() != 0) {
     anchor_event.store(true, std::memory_order_release);  // the lane's bytes first, then look again
@@ -168,17 +177,14 @@ void StreamImpl::look_at_anchor(int at) noexcept {
 
 void StreamImpl::reset_here(int at) noexcept {
   reset_by_peer = true;
-  sys::call(SYS_shutdown, at, SHUT_RDWR);
+  if (names_us(at)) sys::call(SYS_shutdown, at, SHUT_RDWR);
 }
 
 void StreamImpl::end_tx_locked() noexcept {
-  if (tx.load(std::memory_order_relaxed) == TxState::lane) {
-    if (stats != nullptr) stats->switches_down.add(1);
-    lane->write_word(kEnd, lane->tx_bytes());
-  } else {
-    lane->write_word(kEnd, 0);
-  }
-  tx.store(TxState::ended, std::memory_order_release);
+  const bool switched = tx.load(std::memory_order_relaxed) == TxState::lane;
+  if (switched && stats != nullptr) stats->switches_down.add(1);
+  lane->write_word(kEnd, switched ? lane->tx_bytes() : 0);
+  tx.store(switched && lane->unordered() ? TxState::ending : TxState::ended, std::memory_order_release);
   state_edges.fetch_add(1, std::memory_order_relaxed);
 }
 
@@ -192,7 +198,7 @@ void StreamImpl::abandon_rx() noexcept {
     return;
   }
   if (now != RxState::ready && now != RxState::draining && now != RxState::lane) return;
-  if (lane->said(kEnd) || lane_is_left()) return;
+  if (lane->said(kEnd) || no_word_comes()) return;
   before_abandon = now;
   rx.store(RxState::abandoned, std::memory_order_release);
   lane->write_word(kAbandon, lane->rx_bytes());
@@ -212,9 +218,9 @@ bool StreamImpl::resume_after_resend() noexcept {
 // Rule 8: local recovery reads the shared memory. The bytes past the position that the peer named lie unread in its buffers.
 void StreamImpl::handle_abandon(int at) noexcept {
   std::uint64_t from = 0;
-  const TxState now = tx.load(std::memory_order_relaxed);
-  if (now == TxState::ended || !lane->said(kAbandon, &from)) return;
-  if (now != TxState::lane) return end_tx_locked();
+  if (has_said_end() || !lane->said(kAbandon, &from)) return;
+  // RESEND has no acknowledgement, and most devices cannot read anything back: the peer reads on by the lane, to END.
+  if (tx.load(std::memory_order_relaxed) != TxState::lane || lane->unordered()) return end_tx_locked();
   const std::uint64_t sent = lane->tx_bytes();
   const std::size_t bytes = from < sent ? static_cast<std::size_t>(sent - from) : 0;
   std::byte* const room = bytes != 0 ? resend.room(bytes) : nullptr;
@@ -238,12 +244,14 @@ void StreamImpl::handle_abandon(int at) noexcept {
 void StreamImpl::leave_dead_lane(int at) noexcept {
   if (!lane->dead() || lane_is_left() || (tx.load() == TxState::ended && rx.load() == RxState::ended)) return;
   if (lane->violated()) return take_down_locked(LaneReason::protocol_error);
+  if (lane->unordered()) return leave_failed_lane(at);
   RDMA_LOG(error, "fd %d: the lane failed (%s) with bytes under way; the connection is reset", at, lane->conn.error());
   take_down_locked(LaneReason::device_lost);
   reset_here(at);
 }
 
 bool StreamImpl::flush_resend(int at) noexcept {
+  if (!end_is_settled()) return false;
   if (!names_us(at)) {  // closed behind our back: what we hold must not reach a stranger
     resend.clear();
     fin_due = false;
@@ -259,7 +267,14 @@ bool StreamImpl::flush_resend(int at) noexcept {
 }
 
 void StreamImpl::tend() noexcept {
-  if (lane != nullptr && tx.load(std::memory_order_relaxed) != TxState::ended && lane->said(kAbandon)) handle_abandon(fd);
+  if (lane != nullptr && !has_said_end() && lane->said(kAbandon)) handle_abandon(fd);
+  if (lane != nullptr && lane->unordered() && phase.load(std::memory_order_relaxed) == Phase::laned) {
+    acknowledge_end();
+    (void)end_is_settled();
+    leave_dead_lane(fd);
+    if (rx.load(std::memory_order_relaxed) == RxState::lane) look_at_anchor(fd);
+    give_up_on_end(fd);
+  }
   if (!resend.empty()) (void)flush_resend(fd);
 }
 

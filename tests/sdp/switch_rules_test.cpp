@@ -1,7 +1,6 @@
 // The sixteen rules of the switch between TCP and a lane, each with a case that fails without it. Rules that other parts keep have
 // their tests there:
 //
-//    3  ordering of lane and TCP on RDMA devices        comes with the first of them: on the software device both are ordered
 //   10  every call that runs a program or does stdio    differential/fcntl_ioctl, differential/by_syscall, apps/ends (exec, fork)
 //   12  epoll entries, edges, EPOLLEXCLUSIVE            here in part; differential/epoll_*
 //   13  identity of the other end                       rdma_core/local_cm_test, rdma_core/hostile_test
@@ -29,6 +28,7 @@ struct Rig {
   std::uint64_t sent[2] = {}, received[2] = {};
 
   explicit Rig(int kernel_buffer = 0) : pair(hosts, LaneLimits{}, kernel_buffer) {}
+  explicit Rig(Hosts::Order order) : hosts(rdma::NodeType::ib_ca, order), pair(hosts, LaneLimits{}) {}
   StreamImpl& stream(unsigned side) { return *pair[side].stream; }
   std::int64_t send(unsigned side, std::size_t bytes) {
     std::vector<std::byte> data(bytes);
@@ -47,8 +47,11 @@ struct Rig {
   /// Both directions by the lane: each side enters a receive (READY), then a send (SWITCH).
   void up() {
     for (unsigned side : {0U, 1U}) pair.attach(side);
+    hosts.release_all();
     for (unsigned side : {0U, 1U}) BOOST_REQUIRE(recv(side, 100) == -EAGAIN);
+    hosts.release_all();
     for (unsigned side : {0U, 1U}) BOOST_REQUIRE(send(side, 10) == 10);
+    hosts.release_all();
     for (unsigned side : {0U, 1U}) BOOST_REQUIRE(recv(side, 100) == 10);
     for (unsigned side : {0U, 1U}) {
       BOOST_REQUIRE((stream(side).tx.load() == TxState::lane));
@@ -61,6 +64,38 @@ struct Rig {
     if (s.tx.load() != TxState::ended && s.lane->said(kAbandon)) s.handle_abandon(pair[side].fd);
     if (!s.resend.empty()) (void)s.flush_resend(pair[side].fd);
     s.lock.unlock();
+  }
+  /// As the service thread does, of its own accord.
+  void tend(unsigned side) {
+    StreamImpl& s = stream(side);
+    (void)s.lock.lock();
+    s.tend();
+    s.lock.unlock();
+  }
+  /// Unordered: side 1 has said READY, and SWITCH with bytes behind it is on its way to it.
+  void switch_under_way() {
+    for (unsigned side : {0U, 1U}) pair.attach(side);
+    hosts.release_all();
+    BOOST_REQUIRE(send(0, 30) == 30);
+    BOOST_REQUIRE(recv(1, 10) == 10);  // READY
+    hosts.release_all();
+    BOOST_REQUIRE(send(0, 100) == 100);
+    BOOST_REQUIRE((stream(0).tx.load() == TxState::lane));
+    BOOST_REQUIRE((stream(1).rx.load() == RxState::ready));
+  }
+  /// kill -9 of side 0: what it has posted and not gone is lost.
+  void kill_0() {
+    hosts.late[0]->die();
+    ::close(pair[0].fd);
+    pair[0].fd = -1;
+    stream(1).anchor_event = true;  // the service thread saw FIN
+  }
+  void close_0() {
+    pair[0].handle().close(pair[0].fd);
+    pair[0].stream = nullptr;
+    ::close(pair[0].fd);
+    pair[0].fd = -1;
+    stream(1).anchor_event = true;
   }
   /// Side 1 leaves the lane with so much unread that side 0 cannot send all of it again at once.
   void leave_with_much_unread() {
@@ -180,6 +215,112 @@ BOOST_AUTO_TEST_CASE(rule_2_bytes_past_p_are_neither_dropped_nor_read_too_early)
     r.received[1] += static_cast<std::uint64_t>(n);
     while (r.received[1] < 600) BOOST_REQUIRE(r.recv(1, 1000) > 0);  // checks the order of the bytes
   }
+}
+
+constexpr auto kLate = Hosts::Order::late;
+
+BOOST_AUTO_TEST_CASE(rule_3_off_tcp_until_the_end_is_acknowledged) {
+  Rig r(kLate);
+  r.up();
+  BOOST_TEST(r.send(0, 100) == 100);
+  r.pair[0].handle().take_down(LaneReason::mode);
+  BOOST_TEST(r.send(0, 50) == 50);
+  BOOST_TEST(r.send(0, 60) == 60);
+  r.tend(0);
+  BOOST_TEST(r.by_tcp(0) == 0U);
+  BOOST_TEST(r.pair[0].handle().outq(r.pair[0].fd) == 110);
+  BOOST_TEST(r.recv(1, 1000) == -EAGAIN);
+  r.hosts.release(0);
+  BOOST_TEST(r.recv(1, 1000) == 100);
+  BOOST_TEST(r.recv(1, 1000) == -EAGAIN);  // END is acknowledged
+  r.tend(0);
+  BOOST_TEST(r.by_tcp(0) == 0U);
+  r.hosts.release(1);
+  r.tend(0);
+  BOOST_TEST(r.by_tcp(0) == 110U);
+  BOOST_TEST(r.recv(1, 1000) == 110);
+  BOOST_TEST(r.send(0, 5) == 5);
+  BOOST_TEST(r.by_tcp(0) == 115U);
+  BOOST_TEST(r.recv(1, 1000) == 5);
+}
+
+BOOST_AUTO_TEST_CASE(rule_3_the_end_is_acknowledged_though_nobody_reads) {
+  Rig r(kLate);
+  r.up();
+  BOOST_TEST(r.send(0, 100) == 100);
+  r.pair[0].handle().take_down(LaneReason::mode);
+  BOOST_TEST(r.send(0, 50) == 50);
+  r.hosts.release(0);
+  r.tend(1);
+  r.hosts.release(1);
+  r.tend(0);
+  BOOST_TEST(r.by_tcp(0) == 50U);
+  BOOST_TEST(r.recv(1, 1000) == 100);
+  BOOST_TEST(r.recv(1, 1000) == 50);
+}
+
+BOOST_AUTO_TEST_CASE(rule_3_what_waits_for_the_acknowledgement_is_bounded) {
+  Rig r(kLate);
+  r.up();
+  r.pair[0].handle().take_down(LaneReason::mode);
+  const std::uint64_t before = r.sent[0];
+  const auto writable = [&r] {
+    const std::uint32_t by_lane = r.pair[0].handle().poll(POLLOUT);
+    return ((by_lane | r.pair[0].handle().kernel_events(POLLOUT)) & POLLOUT) != 0;
+  };
+  BOOST_TEST(r.send(0, 10'000) == 10'000);
+  BOOST_TEST(writable());
+  while (r.send(0, 10'000) > 0) {
+  }
+  BOOST_TEST(r.sent[0] - before == StreamImpl::kBufferAhead);
+  BOOST_TEST(r.send(0, 1) == -EAGAIN);
+  BOOST_TEST(!writable());
+  const std::uint64_t edges = r.pair[0].handle().tx_edges();
+  r.hosts.release(0);
+  BOOST_TEST(r.recv(1, 1000) == -EAGAIN);
+  r.hosts.release(1);
+  BOOST_TEST(r.pair[0].handle().maybe_ready(Grace::Look(engine::grace()), POLLOUT));
+  BOOST_TEST(writable());
+  BOOST_TEST(r.pair[0].handle().tx_edges() != edges);
+  BOOST_TEST(r.send(0, 1) == 1);
+  while (r.received[1] < r.sent[0]) BOOST_REQUIRE(r.recv(1, 100'000) > 0);
+}
+
+BOOST_AUTO_TEST_CASE(rule_3_neither_sendfile_nor_urgent_bytes_overtake_the_end) {
+  Rig r(kLate);
+  r.up();
+  BOOST_TEST(r.send(0, 100) == 100);
+  r.pair[0].handle().take_down(LaneReason::mode);
+  std::vector<std::byte> data(100);
+  fill(data.data(), data.size(), 0, r.sent[0]);
+  const int file = memfd_create("bytes", MFD_CLOEXEC);
+  BOOST_REQUIRE(write(file, data.data(), data.size()) == 100);
+  std::int64_t offset = 0;
+  BOOST_TEST(r.pair[0].handle().sendfile(r.pair[0].fd, file, &offset, data.size()) == 100);
+  close(file);
+  BOOST_TEST(r.pair[0].handle().send(r.pair[0].fd, data.data(), 1, MSG_OOB) == -EAGAIN);
+  BOOST_TEST(r.by_tcp(0) == 0U);
+  r.hosts.release(0);
+  BOOST_TEST(r.recv(1, 1000) == 100);
+  BOOST_TEST(r.recv(1, 1000) == -EAGAIN);
+  r.hosts.release(1);
+  r.tend(0);
+  r.sent[0] += 100;
+  BOOST_TEST(r.recv(1, 1000) == 100);
+  BOOST_TEST(r.pair[0].handle().send(r.pair[0].fd, data.data(), 1, MSG_OOB) == 1);
+}
+
+BOOST_AUTO_TEST_CASE(rule_3_a_reader_that_is_gone_acknowledges_nothing) {
+  Rig r(kLate);
+  r.up();
+  r.pair[0].handle().take_down(LaneReason::mode);
+  BOOST_TEST(r.send(0, 50) == 50);
+  close(r.pair[1].fd);
+  r.pair[1].fd = -1;
+  r.stream(0).peer_gone = true;
+  r.tend(0);
+  BOOST_TEST(r.stream(0).resend.empty());
+  BOOST_TEST(r.send(0, 50) < 0);
 }
 
 BOOST_AUTO_TEST_CASE(rule_4_a_foreign_writer_keeps_the_stream_on_tcp) {
@@ -316,6 +457,136 @@ BOOST_AUTO_TEST_CASE(rule_7_a_half_closed_before_the_lane_stays_closed) {
   BOOST_TEST(r.received[1] == r.sent[0]);
 }
 
+BOOST_AUTO_TEST_CASE(rule_7_an_end_that_overtakes_the_lane_is_not_the_end) {
+  for (const bool closed : {false, true}) {
+    Rig r(kLate);
+    r.up();
+    BOOST_TEST(r.send(0, 100) == 100);
+    if (closed)
+      r.close_0();
+    else
+      BOOST_TEST(r.pair[0].handle().shutdown(r.pair[0].fd, SHUT_WR) == 0);
+    r.stream(1).anchor_event = true;
+    BOOST_TEST(r.recv(1, 1000) == -EAGAIN);
+    BOOST_TEST((r.pair[1].handle().poll(POLLIN) & POLLIN) == 0U);
+    BOOST_TEST((r.pair[1].handle().kernel_events(POLLIN) & POLLIN) == 0U);
+    r.hosts.release(0);
+    BOOST_TEST((r.pair[1].handle().poll(POLLIN) & POLLIN) != 0U);
+    BOOST_TEST(r.recv(1, 1000) == 100);
+    BOOST_TEST(r.recv(1, 1000) == 0);
+    BOOST_TEST(r.recv(1, 1000) == 0);
+  }
+}
+
+BOOST_AUTO_TEST_CASE(rule_7_an_end_that_overtakes_the_switch_is_not_the_end) {
+  Rig r(kLate);
+  r.switch_under_way();
+  r.close_0();
+  BOOST_TEST(r.recv(1, 1000) == 20);
+  BOOST_TEST(r.recv(1, 1000) == -EAGAIN);
+  BOOST_TEST((r.pair[1].handle().kernel_events(POLLIN) & POLLIN) == 0U);
+  r.hosts.release(0, 2);  // SWITCH and the message
+  BOOST_TEST(r.recv(1, 1000) == 100);
+  BOOST_TEST(r.recv(1, 1000) == -EAGAIN);
+  r.hosts.release(0);
+  BOOST_TEST(r.recv(1, 1000) == 0);
+}
+
+BOOST_AUTO_TEST_CASE(rule_7_a_half_closed_before_an_unordered_lane_is_the_end) {
+  for (const bool first : {false, true}) {
+    Rig r(kLate);
+    if (first) BOOST_TEST(r.pair[0].handle().shutdown(r.pair[0].fd, SHUT_WR) == 0);
+    for (unsigned side : {0U, 1U}) r.pair.attach(side);
+    if (!first) {  // FIN by the kernel as the lane comes up
+      BOOST_TEST(::shutdown(r.pair[0].fd, SHUT_WR) == 0);
+      BOOST_TEST(r.pair[0].handle().shutdown(r.pair[0].fd, SHUT_WR) == 0);
+    }
+    r.hosts.release_all();
+    BOOST_TEST(r.recv(1, 10) == 0);
+    BOOST_TEST(r.recv(1, 10) == 0);
+  }
+}
+
+BOOST_AUTO_TEST_CASE(rule_7_what_a_killed_sender_had_under_way_is_missed) {
+  for (const bool word_of_it : {false, true}) {  // the CM may say so, or nobody
+    Rig r(kLate);
+    r.up();
+    BOOST_TEST(r.send(0, 100) == 100);
+    r.hosts.release(0);
+    BOOST_TEST(r.send(0, 50) == 50);
+    r.kill_0();
+    BOOST_TEST(r.recv(1, 60) == 60);
+    if (word_of_it) r.stream(1).peer_gone = true;
+    BOOST_TEST(r.recv(1, 1000) == 40);
+    if (!word_of_it) {
+      BOOST_TEST(r.recv(1, 1000) == -EAGAIN);
+      BOOST_TEST(r.stream(1).end_due_ns.load() != 0);
+      r.tend(1);
+      BOOST_TEST(r.recv(1, 1000) == -EAGAIN);
+      r.stream(1).end_due_ns = 1;  // long ago
+      r.tend(1);
+    }
+    BOOST_TEST((r.pair[1].handle().poll(POLLIN) & POLLIN) != 0U);
+    BOOST_TEST(r.recv(1, 1000) == -ECONNRESET);
+    BOOST_TEST(r.recv(1, 1000) == 0);
+  }
+}
+
+BOOST_AUTO_TEST_CASE(rule_7_a_switch_lost_with_its_sender_is_missed) {
+  Rig r(kLate);
+  r.switch_under_way();
+  r.kill_0();
+  BOOST_TEST(r.recv(1, 5) == 5);
+  r.stream(1).peer_gone = true;
+  BOOST_TEST(r.recv(1, 1000) == 15);  // what TCP brought
+  BOOST_TEST(r.recv(1, 1000) == -ECONNRESET);
+  BOOST_TEST(r.recv(1, 1000) == 0);
+}
+
+BOOST_AUTO_TEST_CASE(rule_7_a_sender_killed_after_its_end_is_an_end) {
+  Rig r(kLate);
+  r.up();
+  BOOST_TEST(r.send(0, 100) == 100);
+  BOOST_TEST(r.pair[0].handle().shutdown(r.pair[0].fd, SHUT_WR) == 0);
+  r.hosts.release(0);
+  r.kill_0();
+  r.stream(1).peer_gone = true;
+  BOOST_TEST(r.recv(1, 1000) == 100);
+  BOOST_TEST(r.recv(1, 1000) == 0);
+}
+
+/// The QP of side 1 goes to error, as it does when the other end of the wire vanishes.
+void fail_lane_of_1(Rig& r) {
+  rdma::QpAttributes attr;
+  attr.state = rdma::QpState::error;
+  BOOST_REQUIRE(r.pair[1].lane->qp().modify(attr));
+}
+
+BOOST_AUTO_TEST_CASE(rule_7_a_lane_that_fails_is_read_as_far_as_it_came) {
+  Rig r(kLate);
+  r.up();
+  BOOST_TEST(r.send(0, 100) == 100);
+  r.hosts.release(0);
+  BOOST_TEST(r.recv(1, 60) == 60);
+  fail_lane_of_1(r);
+  BOOST_TEST(r.recv(1, 1000) == 40);
+  BOOST_TEST(r.recv(1, 1000) == -ECONNRESET);
+  BOOST_TEST(r.recv(1, 1000) <= 0);
+}
+
+BOOST_AUTO_TEST_CASE(rule_7_a_lane_that_fails_after_its_end_was_said_and_seen_is_no_reset) {
+  Rig r(kLate);
+  r.up();
+  BOOST_TEST(r.send(0, 100) == 100);
+  for (unsigned side : {1U, 0U}) BOOST_TEST(r.pair[side].handle().shutdown(r.pair[side].fd, SHUT_WR) == 0);
+  r.hosts.release_all();
+  r.tend(0);
+  r.hosts.release(0);  // END_SEEN
+  fail_lane_of_1(r);
+  BOOST_TEST(r.recv(1, 1000) == 100);
+  BOOST_TEST(r.recv(1, 1000) == 0);
+}
+
 BOOST_AUTO_TEST_CASE(rule_8_a_take_down_waits_for_nobody_and_loses_nothing) {
   Rig r;
   r.up();
@@ -431,6 +702,57 @@ BOOST_AUTO_TEST_CASE(rule_8_the_end_after_close_follows_what_is_sent_again) {
   r.pair[0].fd = -1;
   r.read_to_the_end_by_tcp([] { engine::flush_lingering(); });
   BOOST_TEST(engine::flush_lingering());
+}
+
+BOOST_AUTO_TEST_CASE(rule_8_the_end_after_close_follows_what_waits_for_the_acknowledgement) {
+  for (const bool lane_goes : {false, true}) {
+    Rig r(kLate);
+    r.up();
+    BOOST_TEST(r.send(0, 100) == 100);
+    r.pair[0].handle().take_down(LaneReason::mode);
+    BOOST_TEST(r.send(0, 50) == 50);
+    r.close_0();
+    BOOST_TEST(!engine::flush_lingering());
+    r.hosts.release(0);
+    BOOST_TEST(r.recv(1, 1000) == 100);
+    BOOST_TEST(r.recv(1, 1000) == -EAGAIN);
+    BOOST_TEST(!engine::flush_lingering());
+    if (lane_goes)
+      engine::release_lingering(r.pair[0].lane);
+    else
+      r.hosts.release(1);
+    BOOST_TEST(engine::flush_lingering());
+    BOOST_TEST(r.recv(1, 1000) == 50);
+    BOOST_TEST(r.recv(1, 1000) == 0);
+  }
+}
+
+BOOST_AUTO_TEST_CASE(rule_8_what_cannot_be_read_back_is_read_where_it_lies) {
+  for (const unsigned writer : {0U, 1U}) {
+    const unsigned reader = 1 - writer;
+    Rig r(kLate);
+    r.up();
+    BOOST_TEST(r.send(writer, 1000) == 1000);
+    r.hosts.release(writer);
+    BOOST_TEST(r.recv(reader, 300) == 300);
+    BOOST_TEST(r.send(writer, 200) == 200);
+    r.pair[reader].handle().take_down(LaneReason::mode);
+    BOOST_TEST(r.recv(reader, 5000) == -EAGAIN);
+    r.hosts.release(reader);
+    r.tend(writer);
+    BOOST_TEST(r.send(writer, 10) == 10);
+    r.hosts.release(writer);
+    std::int64_t n = 0;
+    while ((n = r.recv(reader, 5000)) > 0) {
+    }
+    BOOST_TEST(n == -EAGAIN);
+    BOOST_TEST(r.received[reader] == 10U + 1200U);
+    BOOST_TEST(r.by_tcp(writer) == 0U);
+    r.hosts.release(reader);
+    r.tend(writer);
+    BOOST_TEST(r.recv(reader, 5000) == 10);
+    BOOST_TEST(r.by_tcp(writer) == 10U);
+  }
 }
 
 BOOST_AUTO_TEST_CASE(rule_8_sendfile_does_not_overtake_what_is_sent_again) {

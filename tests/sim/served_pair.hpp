@@ -76,10 +76,12 @@ class ServedPair {
     }
     if (s.open) serve_stream(s, e);
     if (e.lane != nullptr && s.retiring && (s.peer_gone || e.lane->said(kGone))) {
+      engine::release_lingering(e.lane);
       free_lane(e.lane);
       served_[1 - i].disconnected = true;
     }
   }
+  Hosts& hosts() { return hosts_; }
 
   void close(unsigned i) {
     StreamEnd& e = pair_[i];
@@ -94,6 +96,7 @@ class ServedPair {
     count(pair_[i]);
     served_[i].dead = true;
     served_[1 - i].disconnected = true;
+    if (hosts_.unordered()) hosts_.late[i]->die();
     gone(i);
   }
 

@@ -12,6 +12,7 @@
 #include <memory>
 
 #include "rdma_core/drivers/shm/shm_device.hpp"
+#include "rdma_core/drivers/wrap/late_device.hpp"
 #include "tests/rdma_core/shm_pair.hpp"
 #include "tests/sim/lane_ends.hpp"
 
@@ -20,14 +21,27 @@ namespace sdp::sim {
 /// The devices of both processes. They outlive all seeds, as in a program.
 struct Hosts {
   std::array<std::unique_ptr<rdma::shm::ShmDevice>, 2> device;
+  std::array<std::unique_ptr<rdma::wrap::LateDevice>, 2> late;  ///< round them, if the lanes are to be unordered
   std::array<LaneHost, 2> host;
 
-  explicit Hosts(rdma::NodeType flavour) {
+  enum class Order : std::uint8_t { at_once, late };
+  explicit Hosts(rdma::NodeType flavour, Order order = Order::at_once, std::uint32_t max_inline = 0) {
     std::array<rdma::Path, 2> path;
     for (auto& d : device)
       d = std::move(*rdma::shm::ShmDevice::create({.flavour = flavour, .segment_bytes = std::size_t{256} << 20}));
     rdma::shm::test::link_devices(*device[0], *device[1], path[0], path[1]);
-    for (unsigned i : {0U, 1U}) host[i].open(*device[i], path[i]);
+    for (unsigned i : {0U, 1U}) {
+      if (order == Order::late) late[i] = std::make_unique<rdma::wrap::LateDevice>(*device[i], max_inline);
+      host[i].open(late[i] != nullptr ? static_cast<rdma::Device&>(*late[i]) : *device[i], path[i]);
+    }
+  }
+  bool unordered() const { return late[0] != nullptr; }
+  /// What side `i` has posted arrives, up to `most` requests of each lane.
+  void release(unsigned i, std::size_t most = ~std::size_t{0}) {
+    if (unordered()) late[i]->release(most);
+  }
+  void release_all() {
+    for (unsigned i : {0U, 1U}) release(i);
   }
 };
 
@@ -93,7 +107,10 @@ class StreamPair {
     ends_[1].lane->conn.await_hello();
     ends_[0].lane->send_hello({});
     for (int i = 0; i < 3; ++i)
-      for (StreamEnd& end : ends_) end.lane->drain();
+      for (StreamEnd& end : ends_) {
+        hosts.release_all();
+        end.lane->drain();
+      }
     for (const StreamEnd& end : ends_)
       if (end.lane->conn.state() != ConnState::established) broken("no lane: ", end.lane->conn.error());
   }

@@ -1,0 +1,100 @@
+#include "rdma_core/drivers/wrap/late_device.hpp"
+
+#include <algorithm>
+#include <deque>
+
+namespace rdma::wrap {
+
+class LateQp final : public ForwardQp {
+ public:
+  LateQp(std::unique_ptr<Qp> inner, std::vector<LateQp*>& all, const QpInit& init, std::uint32_t max_inline)
+      : ForwardQp(std::move(inner)), all_(all), depth_(init.send_depth), max_inline_(std::min(init.max_inline, max_inline)) {
+    all_.push_back(this);
+  }
+  ~LateQp() override { std::erase(all_, this); }
+
+  std::uint32_t max_inline() const noexcept override { return std::min(ForwardQp::max_inline(), max_inline_); }
+  Post post_send(const SendWr& wr) noexcept override {
+    if (state() != QpState::rts) return Post::qp_error;
+    if (held_.size() >= depth_) return Post::queue_full;
+    Held& h = held_.emplace_back();
+    h.wr = wr;
+    h.sges.assign(wr.sges, wr.sges + wr.sge_count);
+    if ((wr.flags & kInline) == 0) return Post::ok;
+    for (const Sge& sge : h.sges) h.bytes.insert(h.bytes.end(), sge.addr, sge.addr + sge.length);
+    h.sges = {Sge{h.bytes.data(), static_cast<std::uint32_t>(h.bytes.size()), {}}};
+    return Post::ok;
+  }
+  std::span<const std::byte> sent_message(std::uint64_t) const noexcept override { return {}; }
+  const std::byte* remote_view(std::uint64_t, std::size_t, Rkey) noexcept override { return nullptr; }
+
+  std::size_t held() const noexcept { return held_.size(); }
+  void release(std::size_t most) {
+    for (; !dead_ && most > 0 && !held_.empty(); --most) {
+      SendWr wr = held_.front().wr;
+      wr.sges = held_.front().sges.data();
+      wr.sge_count = static_cast<std::uint8_t>(held_.front().sges.size());
+      if (ForwardQp::post_send(wr) == Post::queue_full) return;
+      held_.pop_front();
+    }
+  }
+  void die() noexcept { dead_ = true; }
+
+ private:
+  struct Held {
+    SendWr wr;
+    std::vector<Sge> sges;
+    std::vector<std::byte> bytes;  ///< if inline
+  };
+  std::vector<LateQp*>& all_;
+  std::size_t depth_;
+  std::uint32_t max_inline_;
+  std::deque<Held> held_;
+  bool dead_ = false;
+};
+
+namespace {
+
+class LatePd final : public ForwardPd {
+ public:
+  LatePd(std::unique_ptr<Pd> inner, std::vector<LateQp*>& all, std::uint32_t max_inline)
+      : ForwardPd(std::move(inner)), all_(all), max_inline_(max_inline) {}
+
+ protected:
+  std::unique_ptr<Qp> wrap_qp(std::unique_ptr<Qp> qp, const QpInit& init) override {
+    return std::make_unique<LateQp>(std::move(qp), all_, init, max_inline_);
+  }
+
+ private:
+  std::vector<LateQp*>& all_;
+  std::uint32_t max_inline_;
+};
+
+}  // namespace
+
+LateDevice::LateDevice(Device& inner, std::uint32_t max_inline) : ForwardDevice(inner), attr_(inner.attr()) {
+  if (max_inline != 0) attr_.max_inline = max_inline;
+  attr_.posts_arrive_at_once = false;
+  attr_.remembers_sent_data = false;
+  attr_.maps_peer_memory = false;
+}
+LateDevice::~LateDevice() = default;
+
+std::size_t LateDevice::held() const noexcept {
+  std::size_t sum = 0;
+  for (const LateQp* qp : qps_) sum += qp->held();
+  return sum;
+}
+void LateDevice::release(std::size_t most) {
+  for (LateQp* qp : qps_) qp->release(most);
+}
+void LateDevice::die() noexcept {
+  for (LateQp* qp : qps_) qp->die();
+}
+
+std::unique_ptr<Pd> LateDevice::wrap_pd(std::unique_ptr<Pd> pd) {
+  return std::make_unique<LatePd>(std::move(pd), qps_, attr_.max_inline);
+}
+std::unique_ptr<Cq> LateDevice::wrap_cq(std::unique_ptr<Cq> cq) { return std::make_unique<ForwardCq>(std::move(cq)); }
+
+}  // namespace rdma::wrap

@@ -1,0 +1,41 @@
+// A Device whose posts leave later than post_send returns, on top of one whose posts arrive at once: what a wire does to order. Its
+// requests wait in order, per Qp, until release() lets them go; nothing else waits for them, so that bytes, ends and deaths that
+// travel another way come first. It forgets what was sent and maps nobody's memory, as real RDMA devices do.
+//
+// For tests in one thread. post_send allocates.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <vector>
+
+#include "rdma_core/device.hpp"
+#include "rdma_core/drivers/wrap/forward.hpp"
+
+namespace rdma::wrap {
+
+class LateQp;
+
+class LateDevice final : public ForwardDevice {
+ public:
+  /// `max_inline`: bytes; 0: as the wrapped device, which outlives the wrapper.
+  explicit LateDevice(Device& inner, std::uint32_t max_inline = 0);
+  ~LateDevice() override;
+  const DeviceAttr& attr() const noexcept override { return attr_; }
+
+  std::size_t held() const noexcept;  ///< requests
+  /// Lets the `most` oldest requests of each Qp go, as far as its queues have room.
+  void release(std::size_t most = ~std::size_t{0});
+  /// The process ends: what waits, and what it posts from here on, never leaves. Qps made later work again.
+  void die() noexcept;
+
+ protected:
+  std::unique_ptr<Pd> wrap_pd(std::unique_ptr<Pd> pd) override;
+  std::unique_ptr<Cq> wrap_cq(std::unique_ptr<Cq> cq) override;
+
+ private:
+  DeviceAttr attr_;
+  std::vector<LateQp*> qps_;
+};
+
+}  // namespace rdma::wrap
