@@ -451,6 +451,8 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
         if (rx.load(std::memory_order_relaxed) != RxState::lane || lane->unread() != 0) continue;
       }
       if (rx_shut) break;
+    } else if (lane->unordered()) {
+      lane->drain();  // a lane that failed shows it there only
     }
     if (r.total > 0 && !r.all) break;
     if (nowait) {

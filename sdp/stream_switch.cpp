@@ -198,7 +198,7 @@ void StreamImpl::abandon_rx() noexcept {
     return;
   }
   if (now != RxState::ready && now != RxState::draining && now != RxState::lane) return;
-  if (lane->said(kEnd) || no_word_comes()) return;
+  if (lane->said(kEnd) || lane_is_left()) return;
   before_abandon = now;
   rx.store(RxState::abandoned, std::memory_order_release);
   lane->write_word(kAbandon, lane->rx_bytes());

@@ -74,8 +74,8 @@ void StreamImpl::leave_failed_lane(int at) noexcept {
   const bool lost = !end_is_settled() || (tx.load(std::memory_order_relaxed) == TxState::lane && credit.sent() != credit.acked());
   RDMA_LOG(info, "fd %d: the lane failed (%s)%s", at, lane->conn.error(),
            lost ? " with bytes under way; the connection is reset" : "");
-  take_down_locked(LaneReason::device_lost);
   peer_gone.store(true, std::memory_order_relaxed);
+  take_down_locked(LaneReason::device_lost);
   if (lost) reset_here(at);
 }
 
