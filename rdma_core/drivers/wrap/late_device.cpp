@@ -7,15 +7,22 @@ namespace rdma::wrap {
 
 class LateQp final : public ForwardQp {
  public:
-  LateQp(std::unique_ptr<Qp> inner, std::vector<LateQp*>& all, const QpInit& init, std::uint32_t max_inline)
-      : ForwardQp(std::move(inner)), all_(all), depth_(init.send_depth), max_inline_(std::min(init.max_inline, max_inline)) {
-    all_.push_back(this);
+  LateQp(std::unique_ptr<Qp> inner, LateDevice& device, const QpInit& init)
+      : ForwardQp(std::move(inner)), device_(device), depth_(init.send_depth), max_inline_(init.max_inline) {
+    const std::lock_guard guard(device_.mutex_);
+    device_.qps_.push_back(this);
   }
-  ~LateQp() override { std::erase(all_, this); }
+  ~LateQp() override {
+    const std::lock_guard guard(device_.mutex_);
+    std::erase(device_.qps_, this);
+  }
 
-  std::uint32_t max_inline() const noexcept override { return std::min(ForwardQp::max_inline(), max_inline_); }
+  std::uint32_t max_inline() const noexcept override {
+    return std::min({ForwardQp::max_inline(), max_inline_, device_.attr().max_inline});
+  }
   Post post_send(const SendWr& wr) noexcept override {
     if (state() != QpState::rts) return Post::qp_error;
+    const std::lock_guard guard(device_.mutex_);
     if (held_.size() >= depth_) return Post::queue_full;
     Held& h = held_.emplace_back();
     h.wr = wr;
@@ -28,6 +35,7 @@ class LateQp final : public ForwardQp {
   std::span<const std::byte> sent_message(std::uint64_t) const noexcept override { return {}; }
   const std::byte* remote_view(std::uint64_t, std::size_t, Rkey) noexcept override { return nullptr; }
 
+  // The device's mutex is held.
   std::size_t held() const noexcept { return held_.size(); }
   void release(std::size_t most) {
     for (; !dead_ && most > 0 && !held_.empty(); --most) {
@@ -46,7 +54,7 @@ class LateQp final : public ForwardQp {
     std::vector<Sge> sges;
     std::vector<std::byte> bytes;  ///< if inline
   };
-  std::vector<LateQp*>& all_;
+  LateDevice& device_;
   std::size_t depth_;
   std::uint32_t max_inline_;
   std::deque<Held> held_;
@@ -57,17 +65,15 @@ namespace {
 
 class LatePd final : public ForwardPd {
  public:
-  LatePd(std::unique_ptr<Pd> inner, std::vector<LateQp*>& all, std::uint32_t max_inline)
-      : ForwardPd(std::move(inner)), all_(all), max_inline_(max_inline) {}
+  LatePd(std::unique_ptr<Pd> inner, LateDevice& device) : ForwardPd(std::move(inner)), device_(device) {}
 
  protected:
   std::unique_ptr<Qp> wrap_qp(std::unique_ptr<Qp> qp, const QpInit& init) override {
-    return std::make_unique<LateQp>(std::move(qp), all_, init, max_inline_);
+    return std::make_unique<LateQp>(std::move(qp), device_, init);
   }
 
  private:
-  std::vector<LateQp*>& all_;
-  std::uint32_t max_inline_;
+  LateDevice& device_;
 };
 
 }  // namespace
@@ -81,20 +87,21 @@ LateDevice::LateDevice(Device& inner, std::uint32_t max_inline) : ForwardDevice(
 LateDevice::~LateDevice() = default;
 
 std::size_t LateDevice::held() const noexcept {
+  const std::lock_guard guard(mutex_);
   std::size_t sum = 0;
   for (const LateQp* qp : qps_) sum += qp->held();
   return sum;
 }
 void LateDevice::release(std::size_t most) {
+  const std::lock_guard guard(mutex_);
   for (LateQp* qp : qps_) qp->release(most);
 }
 void LateDevice::die() noexcept {
+  const std::lock_guard guard(mutex_);
   for (LateQp* qp : qps_) qp->die();
 }
 
-std::unique_ptr<Pd> LateDevice::wrap_pd(std::unique_ptr<Pd> pd) {
-  return std::make_unique<LatePd>(std::move(pd), qps_, attr_.max_inline);
-}
+std::unique_ptr<Pd> LateDevice::wrap_pd(std::unique_ptr<Pd> pd) { return std::make_unique<LatePd>(std::move(pd), *this); }
 std::unique_ptr<Cq> LateDevice::wrap_cq(std::unique_ptr<Cq> cq) { return std::make_unique<ForwardCq>(std::move(cq)); }
 
 }  // namespace rdma::wrap

@@ -2,11 +2,12 @@
 // requests wait in order, per Qp, until release() lets them go; nothing else waits for them, so that bytes, ends and deaths that
 // travel another way come first. It forgets what was sent and maps nobody's memory, as real RDMA devices do.
 //
-// For tests in one thread. post_send allocates.
+// For tests. post_send allocates and locks. release() is like another user of each Qp: keep the others off them.
 #pragma once
 
 #include <cstddef>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "rdma_core/device.hpp"
@@ -34,7 +35,9 @@ class LateDevice final : public ForwardDevice {
   std::unique_ptr<Cq> wrap_cq(std::unique_ptr<Cq> cq) override;
 
  private:
+  friend class LateQp;
   DeviceAttr attr_;
+  mutable std::mutex mutex_;  ///< guards what waits
   std::vector<LateQp*> qps_;
 };
 

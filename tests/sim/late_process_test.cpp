@@ -1,0 +1,149 @@
+// Processes whose lanes arrive later than TCP, with the real service thread and CM: what send() took before an exit is read, or its
+// loss is told.
+#include <sys/wait.h>
+
+#include <atomic>
+#include <thread>
+
+#include "rdma_core/cm/local_cm.hpp"
+#include "tests/sim/stream_pair.hpp"
+
+namespace sdp::sim {
+namespace {
+
+rdma::wrap::LateDevice* g_late = nullptr;
+
+class LateComposition final : public engine::Composition {
+ public:
+  static std::unique_ptr<engine::Composition> make(const Options&) {
+    auto mine = std::make_unique<LateComposition>();
+    mine->device_ = std::move(*rdma::shm::ShmDevice::create({}));
+    auto late = std::make_unique<rdma::wrap::LateDevice>(*mine->device_);
+    mine->cm_ = std::move(*rdma::cm::LocalCm::create(*mine->device_, late.get()));
+    g_late = late.get();
+    mine->registry_.add_device(std::move(late));
+    return mine;
+  }
+  rdma::DeviceRegistry& registry() noexcept override { return registry_; }
+  rdma::cm::ConnectionManager& cm() noexcept override { return *cm_; }
+  void abandon_in_child() noexcept override { cm_->abandon_in_child(); }
+
+ private:
+  std::unique_ptr<rdma::shm::ShmDevice> device_;
+  rdma::DeviceRegistry registry_;
+  std::unique_ptr<rdma::cm::LocalCm> cm_;
+};
+
+/// One process with one connection. What it posts leaves after a while, or not at all while `held`.
+class Process {
+ public:
+  Process(int at, Role role) : fd(at) {
+    alarm(60);
+    fcntl(fd, F_SETFL, 0);
+    setenv("SDP_UPGRADE_MESSAGES", "1", 1);
+    setenv("SDP_RECV_BUFFERS_INITIAL", "64", 1);  // credits for all that is to be held
+    engine::configure(&LateComposition::make, nullptr);
+    stream = engine::track(fd, role);
+    impl_ = reinterpret_cast<StreamImpl*>(stream.word() & 0xffffffffffffULL);
+    std::thread([this] { pump(); }).detach();
+  }
+  Process(const Process&) = delete;
+  Process& operator=(const Process&) = delete;
+
+  StreamImpl& impl() { return *impl_; }
+  const int fd;
+  Stream stream;
+  std::atomic<bool> held{false};
+
+ private:
+  void pump() {
+    for (;;) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      if (held || g_late == nullptr) continue;
+      (void)impl_->lock.lock();  // the Qp's users stay off
+      g_late->release(4);
+      impl_->lock.unlock();
+    }
+  }
+  StreamImpl* impl_ = nullptr;
+};
+
+enum class End : std::uint8_t { exit, exit_held, killed, close, close_held };
+constexpr std::size_t kMessages = 20, kBytes = 1000, kKept = 500;
+
+/// Byte for byte to and fro until the lane carries them; then what no reader must lose without being told.
+int write_and_end(int fd, End end) {
+  Process p(fd, Role::connector);
+  std::byte data[kBytes] = {};
+  while (p.impl().tx.load() != TxState::lane)
+    if (p.stream.send(fd, data, 1, MSG_NOSIGNAL) != 1 || p.stream.recv(fd, data, 1, 0) != 1) return 1;
+  data[0] = std::byte{1};  // from here on nothing is answered
+  if (p.stream.send(fd, data, 1, MSG_NOSIGNAL) != 1) return 2;
+  if (p.stream.recv(fd, data, 1, 0) != 1) return 3;
+  p.held = true;
+  for (std::size_t i = 0; i < kMessages; ++i)
+    if (p.stream.send(fd, data, kBytes, MSG_NOSIGNAL) != kBytes) return 4;
+  if (end == End::close || end == End::close_held) {
+    p.stream.take_down(LaneReason::mode);
+    if (p.stream.send(fd, data, kKept, MSG_NOSIGNAL) != kKept) return 5;
+    p.stream.close(fd);
+    ::close(fd);
+  }
+  if (end == End::exit || end == End::close) p.held = false;
+  if (end != End::killed) engine::at_exit();
+  return 0;
+}
+
+/// The result: 0: everything and the end; 100: less, and ECONNRESET.
+int read_to_the_end(int fd, std::size_t expected) {
+  Process p(fd, Role::acceptor);
+  std::byte data[kBytes] = {};
+  while (data[0] == std::byte{0})
+    if (p.stream.recv(fd, data, 1, 0) != 1 || p.stream.send(fd, data, 1, MSG_NOSIGNAL) != 1) return 1;
+  if (p.impl().rx.load() != RxState::lane) return 2;
+  std::size_t total = 0;
+  std::int64_t n = 0;
+  while ((n = p.stream.recv(fd, data, sizeof data, 0)) > 0) total += static_cast<std::size_t>(n);
+  if (n == 0) return total == expected ? 0 : 3;
+  if (n != -ECONNRESET) return 4;
+  if (p.stream.recv(fd, data, sizeof data, 0) != 0) return 5;
+  return total < expected ? 100 : 6;
+}
+
+int result_of(End end, std::size_t expected) {
+  std::array<int, 2> fds{};
+  connected_pair(fds);
+  std::array<pid_t, 2> pids{};
+  for (unsigned side : {0U, 1U}) {
+    pids[side] = fork();
+    BOOST_REQUIRE(pids[side] >= 0);
+    if (pids[side] != 0) continue;
+    close(fds[1 - side]);
+    _exit(side == 0 ? write_and_end(fds[0], end) : read_to_the_end(fds[1], expected));
+  }
+  for (const int fd : fds) close(fd);
+  std::array<int, 2> status{};
+  for (unsigned side : {0U, 1U}) BOOST_REQUIRE(waitpid(pids[side], &status[side], 0) == pids[side]);
+  BOOST_TEST(status[0] == 0);
+  return WIFEXITED(status[1]) ? WEXITSTATUS(status[1]) : -1;
+}
+
+}  // namespace
+
+BOOST_AUTO_TEST_CASE(exit_waits_until_the_reader_has_everything) { BOOST_TEST(result_of(End::exit, kMessages * kBytes) == 0); }
+
+BOOST_AUTO_TEST_CASE(exit_does_not_wait_for_ever_and_the_loss_is_told) {
+  BOOST_TEST(result_of(End::exit_held, kMessages * kBytes) == 100);
+}
+
+BOOST_AUTO_TEST_CASE(what_dies_with_its_process_is_missed) { BOOST_TEST(result_of(End::killed, kMessages * kBytes) == 100); }
+
+BOOST_AUTO_TEST_CASE(exit_after_close_waits_for_what_follows_the_end) {
+  BOOST_TEST(result_of(End::close, kMessages * kBytes + kKept) == 0);
+}
+
+BOOST_AUTO_TEST_CASE(exit_after_close_does_not_wait_for_ever_and_the_loss_is_told) {
+  BOOST_TEST(result_of(End::close_held, kMessages * kBytes + kKept) == 100);
+}
+
+}  // namespace sdp::sim
