@@ -288,12 +288,16 @@ void buffer_is_large() noexcept {
   if (Service* running = engine().service.load(std::memory_order_acquire)) running->buffer_is_large();
 }
 
+void nudge_parent() noexcept {
+  const int fd = engine().parents_wake_fd.load(std::memory_order_relaxed);
+  const std::uint64_t one = 1;
+  if (fd >= 0) sys::call(SYS_write, fd, sys::arg(&one), sizeof one);
+}
+
 void nudge() noexcept {
   Engine& e = engine();
   if (Service* running = e.service.load(std::memory_order_acquire)) return running->nudge();
-  const int fd = e.parents_wake_fd.load(std::memory_order_relaxed);
-  const std::uint64_t one = 1;
-  if (fd >= 0) sys::call(SYS_write, fd, sys::arg(&one), sizeof one);
+  nudge_parent();
 }
 
 void linger(int fd, KeptBytes bytes, const Lane* behind) noexcept {

@@ -38,6 +38,7 @@ namespace sdp {
 
 enum class Phase : std::uint8_t { unjudged, plain, pursued, laned, final };
 enum class TxState : std::uint8_t { tcp, prepared, lane, ending, ended };
+enum class Asked : std::uint8_t { no, now, under_way };
 enum class RxState : std::uint8_t { tcp, ready, draining, lane, abandoned, resent, ended };
 
 class alignas(64) StreamImpl {
@@ -92,11 +93,12 @@ class alignas(64) StreamImpl {
   std::int64_t rcv_timeout_ns = 0, snd_timeout_ns = 0;
   /// Unordered: the anchor ended, or has bytes, before the peer's END came; when to give it up. 0: nothing of that.
   std::atomic<std::int64_t> end_due_ns{0};
-  std::uint8_t words_seen = 0;            ///< the service thread's: Lane::words_said() at its last look
-  KeptBytes resend;                       ///< bytes on their way by the anchor: abandoned by the peer, or sent before END_SEEN
-  bool fin_due = false;                   ///< half-closed while resending: FIN follows the last of those bytes
-  std::atomic<std::uint32_t> waiters{0};  ///< threads between unlock and lock inside a wait on the lane
-  std::uint64_t conn = 0;                 ///< the CM's ConnId
+  std::atomic<Asked> asked_down{Asked::no};  ///< unordered: a fork's child uses the connection and cannot take our lane down itself
+  std::uint8_t words_seen = 0;               ///< the service thread's: Lane::words_said() at its last look
+  KeptBytes resend;                          ///< bytes on their way by the anchor: abandoned by the peer, or sent before END_SEEN
+  bool fin_due = false;                      ///< half-closed while resending: FIN follows the last of those bytes
+  std::atomic<std::uint32_t> waiters{0};     ///< threads between unlock and lock inside a wait on the lane
+  std::uint64_t conn = 0;                    ///< the CM's ConnId
   /// In a fork's child: the parent's stream that this one stands for, until its first use takes the parent's lane down.
   StreamImpl* inherited = nullptr;
   std::uint16_t inherited_generation = 0;
@@ -137,12 +139,17 @@ class alignas(64) StreamImpl {
   void end_if_half_closed(int fd) noexcept;  ///< before the lane was up: FIN is out, END is still to be said
   /// The anchor ended or brought bytes: is the lane's end still on its way? Then the anchor has to wait, for a while.
   bool end_is_awaited() noexcept;
-  void give_up_on_end(int fd) noexcept;     ///< if it is time to
+  void give_up_on_end(int fd) noexcept;  ///< if it is time to
+  /// A fork's child asks the parent's service thread, for a while. False: the lane is not over on both sides.
+  static bool ask_parent_down(StreamImpl& parent, std::uint16_t generation) noexcept;
+  bool is_through() const noexcept {
+    return phase.load() != Phase::laned || (tx.load() == TxState::ended && rx.load() == RxState::ended && resend.empty());
+  }
   void leave_failed_lane(int fd) noexcept;  ///< nothing more comes or goes by it
   /// Something is under way that no event is sure to tell of: the service thread has to look now and then.
   bool needs_looks() const noexcept {
-    return !resend.empty() || tx.load(std::memory_order_relaxed) == TxState::ending ||
-           end_due_ns.load(std::memory_order_relaxed) != 0;
+    return !resend.empty() || asked_down.load(std::memory_order_relaxed) != Asked::no ||
+           tx.load(std::memory_order_relaxed) == TxState::ending || end_due_ns.load(std::memory_order_relaxed) != 0;
   }
 
   void judge(int fd) noexcept;  ///< unjudged -> what the rules say, once the connection is made
@@ -231,6 +238,7 @@ int high_fd(int fd) noexcept;         ///< moves a helper descriptor out of the 
 void remember_helper_fd(int fd) noexcept;
 void forget_helper_fd(int fd) noexcept;
 void buffer_is_large() noexcept;  ///< some stream's has_large_buffer went up
+void nudge_parent() noexcept;     ///< in a fork's child: the parent's service thread should look at its streams
 void nudge() noexcept;            ///< the service thread should look at its streams
 /// The connection `fd` is closed with bytes to resend, which become ours: they go out, and then FIN, by a descriptor of ours.
 /// Not before the peer has acknowledged the end of the lane `behind`, if there is one; release_lingering() says that this lane

@@ -270,6 +270,11 @@ void StreamImpl::tend() noexcept {
   if (lane != nullptr && !has_said_end() && lane->said(kAbandon)) handle_abandon(fd);
   if (lane != nullptr && lane->unordered() && phase.load(std::memory_order_relaxed) == Phase::laned) {
     acknowledge_end();
+    if (const Asked asked = asked_down.load(std::memory_order_acquire); asked != Asked::no) {
+      if (asked == Asked::now) take_down_locked(LaneReason::second_process);
+      advance_rx(fd);
+      asked_down.store(is_through() ? Asked::no : Asked::under_way, std::memory_order_relaxed);
+    }
     (void)end_is_settled();
     leave_dead_lane(fd);
     if (rx.load(std::memory_order_relaxed) == RxState::lane) look_at_anchor(fd);
@@ -313,8 +318,15 @@ void StreamImpl::take_down_inherited(LaneReason reason) noexcept {
   phase.store(Phase::final, std::memory_order_release);
   if (stats != nullptr) stats->set_reason(reason);
   (void)parent->lock.lock();
-  if (parent->generation.load(std::memory_order_relaxed) == inherited_generation) parent->take_down_locked(reason);
+  const bool current = parent->generation.load(std::memory_order_relaxed) == inherited_generation &&
+                       parent->phase.load(std::memory_order_relaxed) == Phase::laned;
+  const bool unordered = current && parent->lane->unordered();  // its QP works in no other process
+  if (parent->generation.load(std::memory_order_relaxed) == inherited_generation && !unordered) parent->take_down_locked(reason);
   parent->lock.unlock();
+  if (!unordered || ask_parent_down(*parent, inherited_generation)) return;
+  RDMA_LOG(error, "fd %d: the parent's lane could not be taken down; the connection is reset", fd.load());
+  const sockaddr nobody{.sa_family = AF_UNSPEC, .sa_data = {}};
+  sys::call(SYS_connect, fd, sys::arg(&nobody), sizeof nobody);  // the kernel says ECONNRESET here, and RST to the peer
 }
 
 }  // namespace sdp

@@ -5,6 +5,7 @@
 
 #include "rdma_core/base/clock.hpp"
 #include "rdma_core/base/log.hpp"
+#include "rdma_core/base/sys.hpp"
 #include "sdp/iov_cursor.hpp"
 #include "sdp/stream_impl.hpp"
 
@@ -65,6 +66,21 @@ void StreamImpl::give_up_on_end(int at) noexcept {
   peer_gone.store(true, std::memory_order_relaxed);
   state_edges.fetch_add(1, std::memory_order_relaxed);
   reset_here(at);
+}
+
+// Bytes that the parent has taken in and not read lie in its own memory: with some of them this does not succeed.
+bool StreamImpl::ask_parent_down(StreamImpl& parent, std::uint16_t generation) noexcept {
+  constexpr int kPatienceMs = 1000, kStepMs = 2;
+  parent.asked_down.store(Asked::now, std::memory_order_release);
+  engine::nudge_parent();
+  for (int waited = 0; waited < kPatienceMs; waited += kStepMs) {
+    (void)parent.lock.lock();
+    const bool through = parent.generation.load(std::memory_order_relaxed) != generation || parent.is_through();
+    parent.lock.unlock();
+    if (through) return true;
+    rdma::sys::call(SYS_poll, 0, 0, kStepMs);
+  }
+  return false;
 }
 
 // The peer's exit looks like a failure of the device. It is none if nothing was under way: what is missing of the peer's bytes

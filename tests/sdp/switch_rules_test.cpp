@@ -14,6 +14,7 @@
 
 #include <cerrno>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "preload/mode_guard.hpp"
@@ -864,6 +865,46 @@ BOOST_AUTO_TEST_CASE(rule_9_the_first_use_by_a_second_process_takes_the_lane_dow
   BOOST_TEST((r.stream(0).tx.load() == TxState::ended));
   BOOST_TEST(r.by_tcp(0) == 10U);
   BOOST_TEST(r.recv(1, 100) == 10);
+}
+
+BOOST_AUTO_TEST_CASE(rule_9_a_child_asks_its_parent_to_take_an_unordered_lane_down) {
+  for (const bool unread : {false, true}) {
+    Rig r(kLate);
+    r.up();
+    BOOST_TEST(r.send(0, 100) == 100);
+    if (unread) BOOST_TEST(r.send(1, 70) == 70);
+    const Stream child = engine::inherit(engine::snapshot(r.pair[0].handle()));
+    std::atomic<bool> over{false};
+    std::thread services([&] {  // both sides' service threads, and the wire
+      while (!over)
+        for (unsigned side : {0U, 1U}) {
+          StreamImpl& s = r.stream(side);
+          (void)s.lock.lock();
+          r.hosts.release(side);
+          s.tend();
+          s.lock.unlock();
+        }
+    });
+    std::vector<std::byte> data(50);
+    fill(data.data(), data.size(), 0, r.sent[0]);
+    const std::int64_t n = child.send(r.pair[0].fd, data.data(), data.size(), MSG_NOSIGNAL);
+    std::int64_t got = 1;
+    if (unread) got = child.recv(r.pair[0].fd, data.data(), data.size(), 0);
+    over = true;
+    services.join();
+    if (unread) {  // 70 bytes lie in the parent
+      BOOST_TEST((n == -ECONNRESET || n == -EPIPE));
+      BOOST_TEST(got < 0);
+      BOOST_TEST(r.recv(1, 1000) == 100);
+      BOOST_TEST(r.recv(1, 1000) == -ECONNRESET);
+    } else {
+      BOOST_TEST(n == 50);
+      r.sent[0] += 50;
+      BOOST_TEST(r.by_tcp(0) == 50U);
+      BOOST_TEST(r.recv(1, 1000) == 100);
+      BOOST_TEST(r.recv(1, 1000) == 50);
+    }
+  }
 }
 
 /// Side 0's descriptor names another connection from here on, behind our back; its far end sees nothing of ours.
