@@ -84,7 +84,7 @@ int take_ib(const IbQpAttributes& ib, ibv_qp_attr& to) noexcept {
   return mask;
 }
 
-QpAttributes any_init(NodeType node) noexcept {
+QpAttributes any_init(NodeType node) {
   QpAttributes attr;
   attr.state = QpState::init;
   attr.access = Access::local_read;
