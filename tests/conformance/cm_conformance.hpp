@@ -231,9 +231,9 @@ BOOST_AUTO_TEST_CASE_TEMPLATE(private_data_have_room_for_what_every_transport_ca
   Processes<F> processes;
   for (Side side : {Side::a, Side::b}) {
     const cm::Caps& caps = processes.fixture.cm(side).caps();
-    BOOST_TEST(caps.max_request_private >= 56u);
+    BOOST_TEST(caps.max_request_private >= 40u);
     BOOST_TEST(caps.max_reply_private >= 196u);
-    BOOST_TEST(caps.max_reject_private >= 148u);
+    BOOST_TEST(caps.max_reject_private >= 140u);
     BOOST_TEST(processes.fixture.cm(side).name() != nullptr);
     BOOST_TEST(processes.fixture.cm(side).fd() >= 0);
   }

@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <infiniband/verbs.h>
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <utility>
@@ -10,39 +11,11 @@
 
 #include "rdma_core/base/high_fd.hpp"
 #include "rdma_core/base/log.hpp"
+#include "rdma_core/cm/rdma_cm.hpp"
 #include "rdma_core/drivers/verbs/verbs_device.hpp"
 
 namespace rdma::verbs {
 namespace {
-
-/// In the place of the connection managers for RDMA devices, which are not there yet: it reaches nobody.
-class ReachesNobody final : public cm::ConnectionManager {
- public:
-  const char* name() const noexcept override { return "nobody"; }
-  const cm::Caps& caps() const noexcept override { return caps_; }
-  void on_event(std::function<void(const cm::Event&)> handler) override { handler_ = std::move(handler); }
-  Result<Unit> offer(const cm::Anchor& anchor, unsigned) override { return elsewhere(anchor); }
-  void withdraw(std::uint64_t) noexcept override {}
-  Result<Unit> dial(const cm::Anchor& anchor, unsigned, MakeQp) override { return elsewhere(anchor); }
-  Result<Unit> accept(cm::ConnId, Qp&, std::span<const std::byte>) override { return fail(ENOENT, "no such connection"); }
-  void reject(cm::ConnId, cm::Reason, std::span<const std::byte>) noexcept override {}
-  Result<Unit> establish(cm::ConnId) override { return fail(ENOENT, "no such connection"); }
-  void disconnect(cm::ConnId) noexcept override {}
-  int fd() const noexcept override { return -1; }
-  int next_timeout_ms() const noexcept override { return -1; }
-  void progress() override {}
-
- private:
-  Result<Unit> elsewhere(const cm::Anchor& anchor) {
-    cm::Event e;
-    e.anchor_cookie = anchor.cookie;
-    e.reason = cm::Reason::elsewhere;
-    if (handler_) handler_(e);
-    return Unit{};
-  }
-  cm::Caps caps_{56, 196, 148, true, true};
-  std::function<void(const cm::Event&)> handler_;
-};
 
 class Module final : public VerbsModule {
  public:
@@ -55,8 +28,16 @@ class Module final : public VerbsModule {
       if (each->attr().node_type == type) mine.push_back(each);
     if (mine.empty()) return Err{std::string(rnic ? "no iWARP device" : "no InfiniBand or RoCE device")};
     std::unique_ptr<cm::ConnectionManager>& slot = cms_[rnic ? 1 : 0];
-    // THE PLACE where the connection managers come in: make_ib_cm or make_rnic_cm on `mine`.
-    if (slot == nullptr) slot = std::make_unique<ReachesNobody>();
+    if (slot == nullptr) {
+      auto find = [mine](const char* name) -> Device* {
+        const auto it =
+            std::find_if(mine.begin(), mine.end(), [name](const VerbsDevice* d) { return std::strcmp(d->name(), name) == 0; });
+        return it != mine.end() ? *it : nullptr;
+      };
+      auto made = rnic ? cm::make_rnic_cm(std::move(find)) : cm::make_ib_cm(std::move(find));
+      if (!made) return Err{std::string(made.error().what) + " (" + strerror(made.error().code) + ")"};
+      slot = std::move(*made);
+    }
     return slot.get();
   }
   void abandon_in_child() noexcept override {

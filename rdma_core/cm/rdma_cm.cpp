@@ -1,0 +1,621 @@
+#include "rdma_core/cm/rdma_cm.hpp"
+
+#include <errno.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <deque>
+#include <map>
+#include <tuple>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "rdma_core/base/clock.hpp"
+#include "rdma_core/base/high_fd.hpp"
+#include "rdma_core/base/log.hpp"
+#include "rdma_core/base/sys.hpp"
+#include "rdma_core/cm/offer_relay.hpp"
+#include "rdma_core/cm/rdma_manner.hpp"
+
+namespace rdma::cm {
+namespace {
+
+constexpr Nanos kMillisecond = 1'000'000;
+constexpr Nanos kHandshake = 3000 * kMillisecond;      ///< a peer that falls silent in it
+constexpr Nanos kNotedPatience = 1000 * kMillisecond;  ///< a peer that noted the offer dials within it, or is told again
+constexpr Nanos kKeep = 10'000 * kMillisecond;         ///< what an address has to do with RDMA, and what nobody uses
+constexpr int kResolveMs = 2000;
+constexpr int kBacklog = 64;
+constexpr unsigned kListenTries = 16;  ///< an RNIC's port of the kernel's choosing may be a TCP socket's
+constexpr Nanos kBackoff[] = {2 * kMillisecond,  4 * kMillisecond,  8 * kMillisecond,  16 * kMillisecond,
+                              32 * kMillisecond, 64 * kMillisecond, 128 * kMillisecond};
+
+Nanos now() noexcept { return SteadyClock{}.now(); }
+
+/// Rung from any thread; outlives the manager while a thread has it.
+struct Bell {
+  int fd = keep_fd(static_cast<int>(sys::call(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK)));
+  std::atomic<std::uint64_t> failed_conn{0};  ///< the last connection whose request could not be made; 0: none
+
+  ~Bell() {
+    forget_fd(fd);
+    sys::call(SYS_close, fd);
+  }
+  void ring() const noexcept {
+    const std::uint64_t one = 1;
+    sys::call(SYS_write, fd, sys::arg(&one), sizeof one);
+  }
+};
+
+class RdmaCm final : public ConnectionManager {
+ public:
+  RdmaCm(std::unique_ptr<Manner> manner, FindDevice find_device, std::shared_ptr<RdmaChannel> channel)
+      : manner_(std::move(manner)),
+        find_device_(std::move(find_device)),
+        channel_(std::move(channel)),
+        epoll_fd_(keep_fd(static_cast<int>(sys::call(SYS_epoll_create1, EPOLL_CLOEXEC)))),
+        relay_(epoll_fd_) {
+    watch(channel_->fd());
+    watch(bell_->fd);
+    rendezvous_ = manner_->make_rendezvous(
+        *channel_, epoll_fd_, [this](const offer::Offer& o, const IpAddress& server) { return on_offer(o, server); },
+        [this](std::uint64_t cookie, std::optional<offer::Code> code) { on_answer(cookie, code); });
+    sys::call(SYS_getrandom, sys::arg(&process_), sizeof process_, 0);
+  }
+  ~RdmaCm() override {
+    conns_.clear();
+    relay_.close_all();
+    rendezvous_ = nullptr;
+    forget_fd(epoll_fd_);
+    sys::call(SYS_close, epoll_fd_);
+  }
+
+  const char* name() const noexcept override { return manner_->name(); }
+  const Caps& caps() const noexcept override { return manner_->caps(); }
+  void on_event(std::function<void(const Event&)> handler) override { handler_ = std::move(handler); }
+
+  Result<Unit> offer(const Anchor& anchor, unsigned ttl_ms) override;
+  void withdraw(std::uint64_t cookie) noexcept override;
+  Result<Unit> dial(const Anchor& anchor, unsigned timeout_ms, MakeQp make_qp) override;
+  Result<Unit> accept(ConnId id, Qp& qp, std::span<const std::byte> data) override;
+  void reject(ConnId id, Reason reason, std::span<const std::byte> data) noexcept override;
+  Result<Unit> establish(ConnId id) override;
+  void disconnect(ConnId id) noexcept override;
+
+  int fd() const noexcept override { return epoll_fd_; }
+  int next_timeout_ms() const noexcept override;
+  void progress() override;
+  void abandon_in_child() noexcept override;
+
+ private:
+  struct Offered {
+    Anchor anchor;
+    offer::Offer offer;
+    Nanos deadline = 0, next_try = 0;
+    std::size_t tries = 0;
+  };
+  struct Dialling {
+    Anchor anchor;
+    MakeQp make_qp;
+    Nanos deadline = 0, next_look = 0;
+    std::size_t looks = 0;
+  };
+  enum class Step : std::uint8_t { finding, requested, replied, asked, answered, established };
+  struct Conn {
+    Step step = Step::finding;  ///< active: finding, requested, replied; passive: asked, answered
+    bool active = false;
+    std::uint64_t cookie = 0;
+    std::uint64_t key = 0;  ///< of `id`
+    RdmaId id;
+    IpAddress peer;
+    offer::Dial dial;
+    MakeQp make_qp;
+    Device* device = nullptr;
+    Qp* qp = nullptr;
+    rdma_conn_param granted{};
+    Nanos deadline = 0;  ///< 0: none
+  };
+  struct Listener {
+    RdmaId id;
+    std::uint64_t key = 0;
+    Nanos used = 0;
+  };
+  struct Known {
+    Device* device = nullptr;
+    Nanos until = 0;
+  };
+  struct Pending {
+    Event event;
+    std::vector<std::byte> data;
+  };
+
+  void watch(int fd) noexcept {
+    epoll_event event{EPOLLIN, {.u64 = 0}};
+    sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_ADD, fd, sys::arg(&event));
+  }
+  void tell(EventKind kind, ConnId conn, std::uint64_t cookie, Reason reason, std::span<const std::byte> data = {});
+  Result<Unit> is_elsewhere(std::uint64_t cookie) {
+    tell(EventKind::unreachable, ConnId::none, cookie, Reason::elsewhere);
+    return Unit{};
+  }
+  Device* device_of(rdma_cm_id* id) const {
+    const char* name = device_name_of(id);
+    Device* device = name != nullptr ? find_device_(name) : nullptr;
+    return device != nullptr && device->attr().node_type == manner_->node_type() ? device : nullptr;
+  }
+  Device* device_at(const IpAddress& here);
+  std::uint16_t listening_port(const IpAddress& here);
+  Path path_to(const Conn& conn);
+
+  offer::Code on_offer(const offer::Offer& offer, const IpAddress& server);
+  void on_answer(std::uint64_t cookie, std::optional<offer::Code> code);
+  void take_up(std::uint64_t cookie, const offer::Offer& offer);
+  void on_request(const CmEvent& event);
+  void on_cm_event(const CmEvent& event);
+  void on_conn_event(ConnId id, Conn& conn, const CmEvent& event);
+  void request(ConnId id);
+  void end(ConnId id, Reason reason, std::span<const std::byte> data = {}, bool refused = false);
+  rdma_conn_param parameters(const Conn& conn) const;
+  void keep_time();
+
+  std::unique_ptr<Manner> manner_;
+  FindDevice find_device_;
+  std::shared_ptr<RdmaChannel> channel_;
+  int epoll_fd_;
+  std::shared_ptr<Bell> bell_ = std::make_shared<Bell>();
+  OfferRelay relay_;
+  std::unique_ptr<Rendezvous> rendezvous_;
+  std::function<void(const Event&)> handler_;
+  std::uint32_t process_ = 0;
+
+  std::unordered_map<std::uint64_t, Offered> offers_;  ///< by own cookie
+  std::unordered_map<std::uint64_t, Dialling> dials_;  ///< likewise
+  std::map<ConnId, Conn> conns_;
+  std::unordered_map<std::uint64_t, ConnId> conn_by_key_;
+  std::map<IpAddress, Listener> listeners_;  ///< by local host
+  std::map<IpAddress, Nanos> held_;          ///< rendezvous of ours, and when a dial wanted them last
+  std::map<IpAddress, Known> known_;         ///< by local host
+  std::map<std::tuple<Device*, IpAddress, std::uint32_t>, std::uint64_t> paths_;  ///< one per process at the other end
+  std::uint64_t last_conn_ = 0, last_path_ = 0;
+  std::deque<Pending> pending_;
+};
+
+void RdmaCm::tell(EventKind kind, ConnId conn, std::uint64_t cookie, Reason reason, std::span<const std::byte> data) {
+  Pending p;
+  p.event.kind = kind;
+  p.event.conn = conn;
+  p.event.anchor_cookie = cookie;
+  p.event.reason = reason;
+  p.data.assign(data.begin(), data.end());
+  if (const auto it = conns_.find(conn); it != conns_.end() && (kind == EventKind::request || kind == EventKind::reply)) {
+    p.event.device = it->second.device;
+    p.event.path = path_to(it->second);
+  }
+  pending_.push_back(std::move(p));
+  bell_->ring();
+}
+
+/// What lies at the other end is the same process if address and number are: the number is told to its peers only.
+Path RdmaCm::path_to(const Conn& conn) {
+  constexpr std::size_t kMany = 4096;
+  if (paths_.size() >= kMany) paths_.clear();
+  auto& path = paths_[{conn.device, conn.peer.with_port(0), conn.dial.process}];
+  if (path == 0) path = ++last_path_;
+  return Path{path};
+}
+
+Device* RdmaCm::device_at(const IpAddress& here) {
+  const IpAddress host = here.with_port(0);
+  // Of the loopback address the kernel says that any device has it.
+  if (host.family == AF_UNSPEC || host.is_loopback()) return nullptr;
+  Known& known = known_[host];
+  if (known.until > now()) return known.device;
+  auto id = channel_->bound_id(manner_->port_space(), channel_->new_key(), host);
+  known.device = id ? device_of(id->get()) : nullptr;
+  known.until = now() + kKeep;
+  return known.device;
+}
+
+std::uint16_t RdmaCm::listening_port(const IpAddress& here) {
+  Listener& listener = listeners_[here.with_port(0)];
+  for (unsigned tries = 0; listener.id == nullptr && tries < kListenTries; ++tries) {
+    const std::uint64_t key = channel_->new_key();
+    auto id = channel_->bound_id(manner_->port_space(), key, here.with_port(0));
+    if (!id || rdma_listen(id->get(), kBacklog) != 0) continue;
+    listener = {*id, key, 0};
+  }
+  if (listener.id == nullptr) {
+    listeners_.erase(here.with_port(0));
+    return 0;
+  }
+  listener.used = now();
+  return ntohs(rdma_get_src_port(listener.id.get()));
+}
+
+// --- the connecting side
+
+Result<Unit> RdmaCm::offer(const Anchor& anchor, unsigned ttl_ms) {
+  const IpAddress local = IpAddress::from(anchor.local), remote = IpAddress::from(anchor.remote);
+  if (device_at(local) == nullptr) return is_elsewhere(anchor.cookie);
+  const std::uint16_t port = listening_port(local);
+  if (port == 0) return fail(EADDRINUSE, "rdma cm: no port to be called back at");
+  Offered& o = offers_[anchor.cookie];
+  o = Offered{.anchor = anchor};
+  sys::call(SYS_getrandom, sys::arg(o.offer.token.data()), static_cast<long>(o.offer.token.size()), 0);
+  o.offer.process = process_;
+  o.offer.client = local;
+  o.offer.server_port = remote.port;
+  o.offer.dial_port = port;
+  o.offer.hash = offer::hash_of(local, remote);
+  o.deadline = now() + static_cast<Nanos>(ttl_ms) * kMillisecond;
+  bell_->ring();  // the next progress() makes the first try
+  return Unit{};
+}
+
+void RdmaCm::on_answer(std::uint64_t cookie, std::optional<offer::Code> code) {
+  const auto it = offers_.find(cookie);
+  if (it == offers_.end()) return;
+  const Nanos wait = code == offer::Code::noted ? kNotedPatience : kBackoff[std::min(it->second.tries, std::size(kBackoff) - 1)];
+  it->second.next_try = now() + wait;
+  if (code != offer::Code::noted) ++it->second.tries;
+}
+
+void RdmaCm::on_request(const CmEvent& event) {
+  const auto dial = offer::Dial::parse(event.private_data());
+  const auto it = !dial ? offers_.end() : std::find_if(offers_.begin(), offers_.end(), [&](const auto& each) {
+    return each.second.offer.token == dial->token;
+  });
+  rdma_cm_id* const id = event.request.get();
+  Device* const device = device_of(id);
+  if (it == offers_.end() || device == nullptr || !peer_of(id).same_host(IpAddress::from(it->second.anchor.remote))) {
+    std::array<std::byte, offer::kRefusalBytes> why;
+    offer::emit_refusal(Reason::refused, why.data());
+    rdma_reject(id, why.data(), static_cast<std::uint8_t>(why.size()));
+    return;
+  }
+  const auto conn_id = ConnId{++last_conn_};
+  Conn c;
+  c.step = Step::asked;
+  c.cookie = it->first;
+  c.key = channel_->new_key();
+  c.id = event.request;
+  c.id->context = reinterpret_cast<void*>(c.key);
+  c.peer = peer_of(id);
+  c.dial = *dial;
+  c.device = device;
+  c.granted.responder_resources = event.responder_resources;
+  c.granted.initiator_depth = event.initiator_depth;
+  c.deadline = now() + kHandshake;
+  conn_by_key_[c.key] = conn_id;
+  const std::uint64_t cookie = c.cookie;
+  conns_.emplace(conn_id, std::move(c));
+  rendezvous_->cancel(cookie);
+  offers_.erase(it);
+  tell(EventKind::request, conn_id, cookie, Reason::none, event.private_data().subspan(offer::kDialBytes));
+}
+
+// --- the side that has accepted
+
+Result<Unit> RdmaCm::dial(const Anchor& anchor, unsigned timeout_ms, MakeQp make_qp) {
+  if (device_at(IpAddress::from(anchor.local)) == nullptr) return is_elsewhere(anchor.cookie);
+  Dialling& d = dials_[anchor.cookie];
+  d = Dialling{.anchor = anchor, .make_qp = std::move(make_qp)};
+  d.deadline = now() + static_cast<Nanos>(timeout_ms) * kMillisecond;
+  bell_->ring();  // the next progress() sees to the rendezvous
+  return Unit{};
+}
+
+offer::Code RdmaCm::on_offer(const offer::Offer& o, const IpAddress& server) {
+  const IpAddress there = server.with_port(o.server_port);
+  for (const auto& [cookie, dial] : dials_) {
+    const IpAddress local = IpAddress::from(dial.anchor.local), remote = IpAddress::from(dial.anchor.remote);
+    if (local.port != o.server_port || remote.port != o.client.port || remote.bytes != o.client.bytes ||
+        o.hash != offer::hash_of(remote, local))
+      continue;
+    take_up(cookie, o);
+    return offer::Code::noted;
+  }
+  for (const auto& [id, conn] : conns_)  // told again while it is being taken up
+    if (conn.active && conn.dial.token == o.token) return offer::Code::noted;
+  return relay_.pass_on(o, there) ? offer::Code::noted : offer::Code::nobody;
+}
+
+void RdmaCm::take_up(std::uint64_t cookie, const offer::Offer& o) {
+  const auto it = dials_.find(cookie);
+  if (it == dials_.end()) return;
+  Dialling d = std::move(it->second);
+  dials_.erase(it);
+  relay_.forget(cookie);
+  const IpAddress local = IpAddress::from(d.anchor.local).with_port(0);
+  Conn c;
+  c.active = true;
+  c.cookie = cookie;
+  c.key = channel_->new_key();
+  c.peer = IpAddress::from(d.anchor.remote).with_port(o.dial_port);
+  c.dial = {o.token, o.process};
+  c.make_qp = std::move(d.make_qp);
+  c.deadline = now() + kHandshake;
+  const auto id = ConnId{++last_conn_};
+  sockaddr_storage from = local.to_sockaddr(), to = c.peer.to_sockaddr();
+  auto made = channel_->create_id(manner_->port_space(), c.key);
+  const bool begun =
+      made && rdma_resolve_addr(made->get(), reinterpret_cast<sockaddr*>(&from), reinterpret_cast<sockaddr*>(&to), kResolveMs) == 0;
+  if (made) c.id = *made;
+  conn_by_key_[c.key] = id;
+  conns_.emplace(id, std::move(c));
+  if (!begun) end(id, Reason::no_resources);
+}
+
+/// The way is found: the QP, and the request on it.
+void RdmaCm::request(ConnId id) {
+  Conn& found = conns_.at(id);
+  found.device = device_of(found.id.get());
+  if (found.device == nullptr) return end(id, Reason::no_peer);
+  const MakeQp make_qp = std::move(found.make_qp);
+  const Proposal proposal = make_qp(*found.device, path_to(found), id);
+  const auto it = conns_.find(id);  // it may have called back and given up
+  if (it == conns_.end()) return;
+  Conn& c = it->second;
+  c.step = Step::requested;
+  if (proposal.qp == nullptr || proposal.private_data.size() > caps().max_request_private) return end(id, Reason::no_resources);
+  c.qp = proposal.qp;
+  std::vector<std::byte> data(offer::kDialBytes + proposal.private_data.size());
+  offer::Dial{c.dial.token, process_}.emit(data.data());
+  std::copy(proposal.private_data.begin(), proposal.private_data.end(), data.begin() + offer::kDialBytes);
+  c.granted.responder_resources = c.granted.initiator_depth =
+      static_cast<std::uint8_t>(std::min(c.device->attr().max_read_outstanding, 16U));
+  const auto failed = [bell = bell_, id] {
+    bell->failed_conn.store(static_cast<std::uint64_t>(id));
+    bell->ring();
+  };
+  if (const auto sent = manner_->connect(*c.qp, c.id, parameters(c), data, failed); !sent) {
+    RDMA_LOG(info, "%s: %s (%d)", name(), sent.error().what, sent.error().code);
+    end(id, Reason::no_resources);
+  }
+}
+
+Result<Unit> RdmaCm::establish(ConnId id) {
+  const auto it = conns_.find(id);
+  if (it == conns_.end() || it->second.step != Step::replied) return fail(ENOENT, "rdma cm: no such reply");
+  Conn& c = it->second;
+  if (auto up = manner_->establish(*c.qp, c.id.get(), c.granted); !up) return up;
+  c.step = Step::established;
+  c.deadline = 0;
+  tell(EventKind::established, id, c.cookie, Reason::none);
+  return Unit{};
+}
+
+// --- both
+
+rdma_conn_param RdmaCm::parameters(const Conn& c) const {
+  const auto most = static_cast<std::uint8_t>(std::min(c.device->attr().max_read_outstanding, 16U));
+  rdma_conn_param p{};
+  p.qp_num = static_cast<std::uint32_t>(c.qp->qpn());
+  p.responder_resources = std::min(c.granted.responder_resources, most);
+  p.initiator_depth = std::min(c.granted.initiator_depth, most);
+  p.retry_count = 6;      // 7 is for ever on Soft-RoCE
+  p.rnr_retry_count = 7;  // credits keep it from being needed
+  return p;
+}
+
+Result<Unit> RdmaCm::accept(ConnId id, Qp& qp, std::span<const std::byte> data) {
+  const auto it = conns_.find(id);
+  if (it == conns_.end() || it->second.step != Step::asked) return fail(ENOENT, "rdma cm: no such request");
+  if (data.size() > caps().max_reply_private) return fail(EINVAL, "rdma cm: private data of the reply are too long");
+  Conn& c = it->second;
+  c.qp = &qp;
+  rdma_conn_param p = parameters(c);
+  p.private_data = data.data();
+  p.private_data_len = static_cast<std::uint8_t>(data.size());
+  if (auto up = manner_->accept(qp, c.id.get(), p); !up) return up;
+  c.step = Step::answered;
+  c.deadline = now() + kHandshake;
+  return Unit{};
+}
+
+void RdmaCm::reject(ConnId id, Reason reason, std::span<const std::byte> data) noexcept {
+  const auto it = conns_.find(id);
+  if (it == conns_.end() || it->second.step != Step::asked) return;
+  std::array<std::byte, 255> bytes;
+  offer::emit_refusal(reason, bytes.data());
+  const std::size_t cut = std::min(data.size(), caps().max_reject_private);
+  std::copy_n(data.begin(), cut, bytes.begin() + offer::kRefusalBytes);
+  rdma_reject(it->second.id.get(), bytes.data(), static_cast<std::uint8_t>(offer::kRefusalBytes + cut));
+  conn_by_key_.erase(it->second.key);
+  conns_.erase(it);
+}
+
+void RdmaCm::disconnect(ConnId id) noexcept {
+  const auto it = conns_.find(id);
+  if (it == conns_.end()) return;
+  if (it->second.step == Step::asked) return reject(id, Reason::refused, {});
+  if (it->second.step == Step::requested)
+    manner_->abandon(std::move(it->second.id));
+  else if (it->second.step != Step::finding)
+    rdma_disconnect(it->second.id.get());
+  conn_by_key_.erase(it->second.key);
+  conns_.erase(it);
+}
+
+/// Over, and the owner is told how.
+void RdmaCm::end(ConnId id, Reason reason, std::span<const std::byte> data, bool refused) {
+  const auto it = conns_.find(id);
+  if (it == conns_.end()) return;
+  Conn c = std::move(it->second);
+  conn_by_key_.erase(c.key);
+  conns_.erase(it);
+  if (c.step == Step::requested) manner_->abandon(std::move(c.id));
+  const bool unanswered = c.step == Step::finding || c.step == Step::requested;
+  if (!unanswered && c.step != Step::asked) rdma_disconnect(c.id.get());  // the kernel leaves the QP as it is until then
+  if (c.step == Step::asked) {
+    std::array<std::byte, offer::kRefusalBytes> why;
+    offer::emit_refusal(reason, why.data());
+    rdma_reject(c.id.get(), why.data(), static_cast<std::uint8_t>(why.size()));
+  }
+  tell(refused ? EventKind::rejected : unanswered ? EventKind::unreachable : EventKind::disconnected, id, c.cookie, reason, data);
+}
+
+void RdmaCm::withdraw(std::uint64_t cookie) noexcept {
+  offers_.erase(cookie);
+  rendezvous_->cancel(cookie);
+  dials_.erase(cookie);
+  relay_.forget(cookie);
+  std::erase_if(conns_, [&](const auto& each) {
+    const bool mine = each.second.cookie == cookie && each.second.step == Step::finding;
+    if (mine) conn_by_key_.erase(each.second.key);
+    return mine;
+  });
+}
+
+void RdmaCm::on_cm_event(const CmEvent& event) {
+  if (event.type == RDMA_CM_EVENT_CONNECT_REQUEST) {
+    const bool ours = std::any_of(listeners_.begin(), listeners_.end(), [&](const auto& l) { return l.second.key == event.key; });
+    return ours ? on_request(event) : void();
+  }
+  const auto it = conn_by_key_.find(event.key);
+  if (it == conn_by_key_.end()) return;
+  const ConnId id = it->second;
+  on_conn_event(id, conns_.at(id), event);
+}
+
+void RdmaCm::on_conn_event(ConnId id, Conn& c, const CmEvent& event) {
+  switch (event.type) {
+    case RDMA_CM_EVENT_ADDR_RESOLVED:
+      if (rdma_resolve_route(c.id.get(), kResolveMs) != 0) end(id, Reason::no_peer);
+      return;
+    case RDMA_CM_EVENT_ROUTE_RESOLVED:
+      return request(id);
+    case RDMA_CM_EVENT_CONNECT_RESPONSE:
+    case RDMA_CM_EVENT_ESTABLISHED:
+      if (c.step == Step::requested) {
+        c.step = Step::replied;
+        c.granted.responder_resources = event.responder_resources;
+        c.granted.initiator_depth = event.initiator_depth;
+        tell(EventKind::reply, id, c.cookie, Reason::none, event.private_data());
+      } else if (c.step == Step::answered) {
+        c.step = Step::established;
+        c.deadline = 0;
+        tell(EventKind::established, id, c.cookie, Reason::none);
+      }
+      return;
+    case RDMA_CM_EVENT_REJECTED:
+      if (const auto why = offer::parse_refusal(event.private_data()); why && c.step == Step::requested)
+        return end(id, *why, event.private_data().subspan(offer::kRefusalBytes), true);
+      return end(id, Reason::no_peer);
+    case RDMA_CM_EVENT_ADDR_ERROR:
+    case RDMA_CM_EVENT_ROUTE_ERROR:
+    case RDMA_CM_EVENT_UNREACHABLE:
+    case RDMA_CM_EVENT_CONNECT_ERROR:
+      return end(id, c.step == Step::finding || c.step == Step::requested ? Reason::no_peer : Reason::peer_died);
+    case RDMA_CM_EVENT_DISCONNECTED:
+    case RDMA_CM_EVENT_DEVICE_REMOVAL:
+      return end(id, Reason::peer_died);
+    default:
+      return;
+  }
+}
+
+int RdmaCm::next_timeout_ms() const noexcept {
+  Nanos first = 0;
+  const auto consider = [&first](Nanos t) {
+    if (t != 0 && (first == 0 || t < first)) first = t;
+  };
+  for (const auto& [cookie, o] : offers_) consider(std::min(o.deadline, std::max<Nanos>(o.next_try, 1)));
+  for (const auto& [cookie, d] : dials_) consider(std::min(d.deadline, std::max<Nanos>(d.next_look, 1)));
+  for (const auto& [id, c] : conns_) consider(c.deadline);
+  for (const auto& [address, used] : held_) consider(used + kKeep);
+  for (const auto& [address, l] : listeners_) consider(l.used + kKeep);
+  if (first == 0) return -1;
+  return static_cast<int>(std::clamp<Nanos>((first - now() + kMillisecond - 1) / kMillisecond, 0, 60'000));
+}
+
+void RdmaCm::keep_time() {
+  const Nanos t = now();
+  std::vector<std::uint64_t> over;
+  for (auto& [cookie, o] : offers_) {
+    if (t >= o.deadline) {
+      over.push_back(cookie);
+    } else if (t >= o.next_try) {
+      o.next_try = t + kNotedPatience;  // until the answer says more
+      rendezvous_->send(cookie, IpAddress::from(o.anchor.local), IpAddress::from(o.anchor.remote), o.offer);
+    }
+  }
+  for (auto& [cookie, d] : dials_) {
+    if (t >= d.deadline) {
+      over.push_back(cookie);
+    } else if (t >= d.next_look) {
+      const IpAddress here = IpAddress::from(d.anchor.local);
+      d.next_look = t + kBackoff[std::min(d.looks++, std::size(kBackoff) - 1)];
+      if (held_.contains(here) || rendezvous_->hold(here))
+        held_[here] = t;
+      else
+        (void)relay_.wait_for(cookie);
+    }
+  }
+  for (const std::uint64_t cookie : over) {
+    withdraw(cookie);
+    tell(EventKind::unreachable, ConnId::none, cookie, Reason::no_peer);
+  }
+  std::vector<ConnId> late;
+  for (const auto& [id, c] : conns_)
+    if (c.deadline != 0 && t >= c.deadline) late.push_back(id);
+  for (const ConnId id : late) end(id, Reason::timed_out);
+  std::erase_if(held_, [&](const auto& each) {
+    if (t < each.second + kKeep) return false;
+    rendezvous_->let_go(each.first);
+    return true;
+  });
+  const auto waits_at = [this](const IpAddress& host) {
+    return std::any_of(offers_.begin(), offers_.end(),
+                       [&host](const auto& o) { return IpAddress::from(o.second.anchor.local).same_host(host); });
+  };
+  for (auto& [host, listener] : listeners_)
+    if (waits_at(host)) listener.used = t;
+  std::erase_if(listeners_, [t](const auto& each) { return t >= each.second.used + kKeep; });
+}
+
+void RdmaCm::progress() {
+  std::uint64_t count = 0;
+  sys::call(SYS_read, bell_->fd, sys::arg(&count), sizeof count);
+  if (const std::uint64_t failed = bell_->failed_conn.exchange(0); failed != 0) end(ConnId{failed}, Reason::no_peer);
+  for (CmEvent event; channel_->next(event);)
+    if (!rendezvous_->take(event)) on_cm_event(event);
+  rendezvous_->progress();
+  relay_.progress([this](std::uint64_t cookie, const offer::Offer& o) {
+    const auto it = dials_.find(cookie);
+    if (it == dials_.end()) return;
+    const IpAddress local = IpAddress::from(it->second.anchor.local), remote = IpAddress::from(it->second.anchor.remote);
+    if (o.hash == offer::hash_of(remote, local)) take_up(cookie, o);
+  });
+  keep_time();
+  while (!pending_.empty()) {
+    Pending p = std::move(pending_.front());
+    pending_.pop_front();
+    p.event.private_data = p.data;
+    if (handler_) handler_(p.event);
+  }
+}
+
+void RdmaCm::abandon_in_child() noexcept {
+  channel_->abandon_in_child();
+  abandon_librdmacm_contexts();
+  rendezvous_->abandon_in_child();
+  relay_.close_all();
+  for (const int fd : {bell_->fd, epoll_fd_}) {
+    forget_fd(fd);
+    sys::call(SYS_close, fd);
+  }
+}
+
+}  // namespace
+
+Result<std::unique_ptr<ConnectionManager>> make_rdma_cm(std::unique_ptr<Manner> manner, FindDevice find_device) {
+  auto channel = RdmaChannel::open();
+  if (!channel) return Err{channel.error()};
+  return std::unique_ptr<ConnectionManager>(new RdmaCm(std::move(manner), std::move(find_device), std::move(*channel)));
+}
+
+}  // namespace rdma::cm

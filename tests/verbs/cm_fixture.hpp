@@ -1,0 +1,78 @@
+// IbCm and RnicCm as Fixtures of the CM suite: two managers, each with a device of its own, as two hosts would have them.
+#pragma once
+
+#include <poll.h>
+
+#include "rdma_core/cm/rdma_cm.hpp"
+#include "tests/verbs/verbs_fixture.hpp"
+
+namespace rdma::conformance {
+
+class RdmaCmPair : public VerbsPair {
+ public:
+  RdmaCmPair(std::array<Port, 2> ports, bool rnic) : VerbsPair(std::move(ports)) {
+    for (const Side side : kSides) {
+      auto find = [this, side](const char* name) -> Device* { return name == std::string(at(side).name()) ? &at(side) : nullptr; };
+      auto made = rnic ? cm::make_rnic_cm(find) : cm::make_ib_cm(find);
+      BOOST_REQUIRE_MESSAGE(made.ok(), (made ? "" : made.error().what));
+      cms_[index(side)] = std::move(*made);
+    }
+  }
+  ~RdmaCmPair() {
+    for (const int fd : fds_) close(fd);
+  }
+  cm::ConnectionManager& cm(Side side) { return *cms_[index(side)]; }
+
+  /// A TCP connection on the way that the devices share: side b has made it, side a has accepted.
+  std::array<cm::Anchor, 2> anchors() {
+    const int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    sockaddr_in server = port(Side::a).socket_address(), client = port(Side::b).socket_address();
+    socklen_t length = sizeof server;
+    BOOST_REQUIRE_EQUAL(bind(listener, reinterpret_cast<sockaddr*>(&server), sizeof server), 0);
+    BOOST_REQUIRE_EQUAL(listen(listener, 1), 0);
+    BOOST_REQUIRE_EQUAL(getsockname(listener, reinterpret_cast<sockaddr*>(&server), &length), 0);
+    const int connected = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    BOOST_REQUIRE_EQUAL(bind(connected, reinterpret_cast<sockaddr*>(&client), sizeof client), 0);
+    BOOST_REQUIRE_EQUAL(connect(connected, reinterpret_cast<sockaddr*>(&server), sizeof server), 0);
+    const int accepted = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
+    close(listener);
+    return {anchor_of(accepted), anchor_of(connected)};
+  }
+  bool pump() {
+    for (auto& cm : cms_) {
+      pollfd p{cm->fd(), POLLIN, 0};
+      const int timeout = cm->next_timeout_ms();
+      if (poll(&p, 1, 0) == 1 || timeout == 0) cm->progress();
+    }
+    return VerbsPair::pump();
+  }
+
+ private:
+  static std::size_t index(Side side) { return side == Side::a ? 0 : 1; }
+  cm::Anchor anchor_of(int fd) {
+    fds_.push_back(fd);
+    cm::Anchor anchor;
+    anchor.fd = fd;
+    socklen_t length = sizeof anchor.cookie;
+    BOOST_REQUIRE_EQUAL(getsockopt(fd, SOL_SOCKET, SO_COOKIE, &anchor.cookie, &length), 0);
+    length = sizeof anchor.local;
+    BOOST_REQUIRE_EQUAL(getsockname(fd, reinterpret_cast<sockaddr*>(&anchor.local), &length), 0);
+    length = sizeof anchor.remote;
+    BOOST_REQUIRE_EQUAL(getpeername(fd, reinterpret_cast<sockaddr*>(&anchor.remote), &length), 0);
+    return anchor;
+  }
+
+  std::array<std::unique_ptr<cm::ConnectionManager>, 2> cms_;
+  std::vector<int> fds_;
+};
+
+class IbCmPair : public RdmaCmPair {
+ public:
+  IbCmPair() : RdmaCmPair(ports_from("SDP_TEST_IB", "rxe0 10.77.0.1 rxe1 10.77.0.2"), false) {}
+};
+class RnicCmPair : public RdmaCmPair {
+ public:
+  RnicCmPair() : RdmaCmPair(ports_from("SDP_TEST_RNIC", "siw0 10.77.1.1 siw1 10.77.1.2"), true) {}
+};
+
+}  // namespace rdma::conformance
