@@ -91,7 +91,7 @@ struct Policy {
 struct Transports {
   static bool parse(Options& o, std::string_view s) noexcept {
     if (s == "auto") {
-      o.transports = TransportOrder{};
+      o.transports = TransportOrder::automatic();
       return true;
     }
     TransportOrder order;
@@ -210,7 +210,7 @@ constexpr Row kTable[] = {
     row<Policy>("SDP_POLICY", "how connections are carried when no rule says otherwise; tcp switches the library off", "",
                 "both, sdp or tcp", true),
     row<Transports>("SDP_TRANSPORT", "which devices may carry them, the preferred one first", "",
-                    "auto, or a list of local, ib and rnic separated by commas", true),
+                    "auto (which is local), or a list of local, ib and rnic separated by commas", true),
     row<Path<&Options::config_file>>("SDP_CONFIG", "file of rules by role, program, address and port (libsdp grammar)", "",
                                      "a path of less than 1024 bytes without control characters", true),
     row<LibsdpConfig>("LIBSDP_CONFIG_FILE", "the same, by libsdp's name; SDP_CONFIG wins", "",

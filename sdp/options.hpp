@@ -31,7 +31,7 @@ enum class Transport : std::uint8_t { local, ib, rnic };
 inline constexpr std::size_t kTransports = 3;
 const char* to_string(Transport) noexcept;
 
-/// The transports that may be used, the first that works first.
+/// The transports that may be used, the first that works first. By itself all of them.
 struct TransportOrder {
   Transport item[kTransports] = {Transport::local, Transport::ib, Transport::rnic};
   std::uint8_t count = kTransports;
@@ -43,6 +43,9 @@ struct TransportOrder {
       if (mine == t) return true;
     return false;
   }
+  /// What `auto` stands for. Between hosts the ends cannot yet prove to each other that they hold the same connection, so a lane
+  /// there is made only for who asks for it by name.
+  static constexpr TransportOrder automatic() noexcept { return {{Transport::local}, 1}; }
 };
 
 /// A bounded string that needs no allocator: programs overwrite their environment (process titles), so values are copied.
@@ -68,9 +71,9 @@ class Text {
 using PathText = Text<1024>;
 
 struct Options {
-  Family policy = Family::both;  ///< SDP_POLICY. tcp: the library does nothing, whatever the rules say
-  TransportOrder transports;     ///< SDP_TRANSPORT
-  PathText config_file;          ///< SDP_CONFIG, else LIBSDP_CONFIG_FILE; empty: no rules
+  Family policy = Family::both;                             ///< SDP_POLICY. tcp: the library does nothing, whatever the rules say
+  TransportOrder transports = TransportOrder::automatic();  ///< SDP_TRANSPORT
+  PathText config_file;                                     ///< SDP_CONFIG, else LIBSDP_CONFIG_FILE; empty: no rules
   rdma::log::Level log_level = rdma::log::Level::warn;
   bool log_is_set = false;                 ///< by SDP_LOG: log statements among the rules are then ignored
   PathText log_file;                       ///< empty: standard error
