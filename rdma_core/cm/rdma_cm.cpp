@@ -29,6 +29,7 @@ constexpr Nanos kNotedPatience = 1000 * kMillisecond;  ///< a peer that noted th
 constexpr Nanos kKeep = 10'000 * kMillisecond;         ///< what an address has to do with RDMA, and what nobody uses
 constexpr int kResolveMs = 2000;
 constexpr int kBacklog = 64;
+constexpr unsigned kRequestTries = 8;
 constexpr unsigned kListenTries = 16;  ///< an RNIC's port of the kernel's choosing may be a TCP socket's
 constexpr Nanos kBackoff[] = {2 * kMillisecond,  4 * kMillisecond,  8 * kMillisecond,  16 * kMillisecond,
                               32 * kMillisecond, 64 * kMillisecond, 128 * kMillisecond};
@@ -110,11 +111,14 @@ class RdmaCm final : public ConnectionManager {
     std::uint64_t cookie = 0;
     std::uint64_t key = 0;  ///< of `id`
     RdmaId id;
+    IpAddress local;  ///< active: its host
     IpAddress peer;
     offer::Dial dial;
     MakeQp make_qp;
     Device* device = nullptr;
     Qp* qp = nullptr;
+    std::vector<std::byte> request;  ///< active: its private data
+    unsigned tries = 0;
     rdma_conn_param granted{};
     Nanos deadline = 0;  ///< 0: none
   };
@@ -156,7 +160,9 @@ class RdmaCm final : public ConnectionManager {
   void on_request(const CmEvent& event);
   void on_cm_event(const CmEvent& event);
   void on_conn_event(ConnId id, Conn& conn, const CmEvent& event);
+  bool find_way(Conn& conn);
   void request(ConnId id);
+  void on_failed(ConnId id);
   void end(ConnId id, Reason reason, std::span<const std::byte> data = {}, bool refused = false);
   rdma_conn_param parameters(const Conn& conn) const;
   void keep_time();
@@ -329,24 +335,41 @@ void RdmaCm::take_up(std::uint64_t cookie, const offer::Offer& o) {
   Dialling d = std::move(it->second);
   dials_.erase(it);
   relay_.forget(cookie);
-  const IpAddress local = IpAddress::from(d.anchor.local).with_port(0);
   Conn c;
   c.active = true;
   c.cookie = cookie;
-  c.key = channel_->new_key();
+  c.local = IpAddress::from(d.anchor.local).with_port(0);
   c.peer = IpAddress::from(d.anchor.remote).with_port(o.dial_port);
   c.dial = {o.token, o.process};
   c.make_qp = std::move(d.make_qp);
   c.deadline = now() + kHandshake;
   const auto id = ConnId{++last_conn_};
-  sockaddr_storage from = local.to_sockaddr(), to = c.peer.to_sockaddr();
-  auto made = channel_->create_id(manner_->port_space(), c.key);
-  const bool begun =
-      made && rdma_resolve_addr(made->get(), reinterpret_cast<sockaddr*>(&from), reinterpret_cast<sockaddr*>(&to), kResolveMs) == 0;
-  if (made) c.id = *made;
+  const bool begun = find_way(c);
   conn_by_key_[c.key] = id;
   conns_.emplace(id, std::move(c));
   if (!begun) end(id, Reason::no_resources);
+}
+
+bool RdmaCm::find_way(Conn& c) {
+  c.step = Step::finding;
+  c.key = channel_->new_key();
+  auto made = channel_->create_id(manner_->port_space(), c.key);
+  if (!made) return false;
+  c.id = *made;
+  sockaddr_storage from = c.local.to_sockaddr(), to = c.peer.to_sockaddr();
+  return rdma_resolve_addr(c.id.get(), reinterpret_cast<sockaddr*>(&from), reinterpret_cast<sockaddr*>(&to), kResolveMs) == 0;
+}
+
+/// Of an RNIC the kernel chooses a local port without a look at TCP's, and the call fails if a socket has it: once more, with
+/// another.
+void RdmaCm::on_failed(ConnId id) {
+  const auto it = conns_.find(id);
+  if (it == conns_.end() || it->second.step != Step::requested) return;
+  Conn& c = it->second;
+  conn_by_key_.erase(c.key);
+  const bool again = ++c.tries < kRequestTries && find_way(c);
+  conn_by_key_[c.key] = id;
+  if (!again) end(id, Reason::no_peer);
 }
 
 /// The way is found: the QP, and the request on it.
@@ -354,24 +377,27 @@ void RdmaCm::request(ConnId id) {
   Conn& found = conns_.at(id);
   found.device = device_of(found.id.get());
   if (found.device == nullptr) return end(id, Reason::no_peer);
-  const MakeQp make_qp = std::move(found.make_qp);
-  const Proposal proposal = make_qp(*found.device, path_to(found), id);
-  const auto it = conns_.find(id);  // it may have called back and given up
-  if (it == conns_.end()) return;
-  Conn& c = it->second;
+  if (found.qp == nullptr) {
+    const MakeQp make_qp = std::move(found.make_qp);
+    const Proposal proposal = make_qp(*found.device, path_to(found), id);
+    const auto it = conns_.find(id);  // it may have called back and given up
+    if (it == conns_.end()) return;
+    if (proposal.qp == nullptr || proposal.private_data.size() > caps().max_request_private) return end(id, Reason::no_resources);
+    Conn& made = it->second;
+    made.qp = proposal.qp;
+    made.request.resize(offer::kDialBytes + proposal.private_data.size());
+    offer::Dial{made.dial.token, process_}.emit(made.request.data());
+    std::copy(proposal.private_data.begin(), proposal.private_data.end(), made.request.begin() + offer::kDialBytes);
+  }
+  Conn& c = conns_.at(id);
   c.step = Step::requested;
-  if (proposal.qp == nullptr || proposal.private_data.size() > caps().max_request_private) return end(id, Reason::no_resources);
-  c.qp = proposal.qp;
-  std::vector<std::byte> data(offer::kDialBytes + proposal.private_data.size());
-  offer::Dial{c.dial.token, process_}.emit(data.data());
-  std::copy(proposal.private_data.begin(), proposal.private_data.end(), data.begin() + offer::kDialBytes);
   c.granted.responder_resources = c.granted.initiator_depth =
       static_cast<std::uint8_t>(std::min(c.device->attr().max_read_outstanding, 16U));
   const auto failed = [bell = bell_, id] {
     bell->failed_conn.store(static_cast<std::uint64_t>(id));
     bell->ring();
   };
-  if (const auto sent = manner_->connect(*c.qp, c.id, parameters(c), data, failed); !sent) {
+  if (const auto sent = manner_->connect(*c.qp, c.id, parameters(c), c.request, failed); !sent) {
     RDMA_LOG(info, "%s: %s (%d)", name(), sent.error().what, sent.error().code);
     end(id, Reason::no_resources);
   }
@@ -580,7 +606,7 @@ void RdmaCm::keep_time() {
 void RdmaCm::progress() {
   std::uint64_t count = 0;
   sys::call(SYS_read, bell_->fd, sys::arg(&count), sizeof count);
-  if (const std::uint64_t failed = bell_->failed_conn.exchange(0); failed != 0) end(ConnId{failed}, Reason::no_peer);
+  if (const std::uint64_t failed = bell_->failed_conn.exchange(0); failed != 0) on_failed(ConnId{failed});
   for (CmEvent event; channel_->next(event);)
     if (!rendezvous_->take(event)) on_cm_event(event);
   rendezvous_->progress();

@@ -152,6 +152,7 @@ class UdpRendezvous final : public Rendezvous {
 };
 
 Result<Unit> to_init(Qp& qp) {
+  if (qp.state() == QpState::init) return Unit{};  // the second try of a request
   QpAttributes attr;
   attr.state = QpState::init;
   attr.access = kPeerAccess;
