@@ -9,9 +9,10 @@ def iperf3(*options):
     def run(r):
         program = need("iperf3")
         port = r.port()
-        r.server([program, "-s", "-1", "-p", str(port)], port)
+        server = r.server([program, "-s", "-1", "-p", str(port)], port)
         seconds = "1" if r.quick else "2"
         done = r.client([program, "-c", "127.0.0.1", "-p", str(port), "-t", seconds, "-J", *options])
+        server.wait(20)  # -1: it ends by itself, and writes its report then
         result = json.loads(done.stdout)
         if "error" in result:
             raise Failure(result["error"])
