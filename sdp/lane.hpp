@@ -73,7 +73,7 @@ struct LaneProposal {
   std::uint64_t tcp_sent = 0;      ///< bytes that this side's stream had given to TCP
   std::uint64_t tcp_received = 0;  ///< bytes that it had taken from TCP
 };
-static_assert(sizeof(LaneProposal) == 40, "fits the 56 bytes of an IB REQ");
+static_assert(sizeof(LaneProposal) == 40, "fits what an IB REQ leaves: 56 bytes less the 16 of the dial");
 
 struct LaneLimits {
   ConnLimits conn;

@@ -10,42 +10,9 @@
 #include <cstring>
 
 #include "rdma_core/base/sys.hpp"
+#include "rdma_core/cm/ip_address.hpp"
 
 namespace rdma::cm {
-
-namespace {
-
-struct Address {
-  std::uint8_t family = 0;
-  std::uint16_t port = 0;  ///< network order
-  std::uint32_t words[4] = {};
-};
-
-/// IPv4-mapped IPv6 addresses become IPv4: the kernel finds sockets of both families by them.
-bool read_address(const sockaddr_storage& from, Address& to) noexcept {
-  if (from.ss_family == AF_INET) {
-    sockaddr_in v4;
-    std::memcpy(&v4, &from, sizeof v4);
-    to.family = AF_INET;
-    to.port = v4.sin_port;
-    to.words[0] = v4.sin_addr.s_addr;
-    return true;
-  }
-  if (from.ss_family != AF_INET6) return false;
-  sockaddr_in6 v6;
-  std::memcpy(&v6, &from, sizeof v6);
-  to.port = v6.sin6_port;
-  if (IN6_IS_ADDR_V4MAPPED(&v6.sin6_addr)) {
-    to.family = AF_INET;
-    std::memcpy(&to.words[0], v6.sin6_addr.s6_addr + 12, 4);
-  } else {
-    to.family = AF_INET6;
-    std::memcpy(to.words, &v6.sin6_addr, 16);
-  }
-  return true;
-}
-
-}  // namespace
 
 bool in_our_namespace(int anchor_fd) noexcept {
   std::uint64_t theirs = 0, ours = 0;
@@ -61,8 +28,8 @@ bool in_our_namespace(int anchor_fd) noexcept {
 }
 
 Result<SocketOwner> find_other_end(const Anchor& anchor) noexcept {
-  Address mine, theirs;
-  if (!read_address(anchor.local, mine) || !read_address(anchor.remote, theirs) || mine.family != theirs.family)
+  const IpAddress mine = IpAddress::from(anchor.local), theirs = IpAddress::from(anchor.remote);
+  if (mine.family == AF_UNSPEC || mine.family != theirs.family)
     return fail(EAFNOSUPPORT, "sock_diag: not an IP connection");
   const long fd = sys::call(SYS_socket, AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC | SOCK_NONBLOCK, NETLINK_SOCK_DIAG);
   if (fd < 0) return fail(static_cast<int>(-fd), "sock_diag: no netlink socket");
@@ -73,13 +40,13 @@ Result<SocketOwner> find_other_end(const Anchor& anchor) noexcept {
   request.head.nlmsg_len = sizeof request;
   request.head.nlmsg_type = SOCK_DIAG_BY_FAMILY;
   request.head.nlmsg_flags = NLM_F_REQUEST;
-  request.body.sdiag_family = mine.family;
+  request.body.sdiag_family = static_cast<std::uint8_t>(mine.family);
   request.body.sdiag_protocol = IPPROTO_TCP;
   request.body.idiag_states = ~0U;
-  request.body.id.idiag_sport = theirs.port;
-  request.body.id.idiag_dport = mine.port;
-  std::memcpy(request.body.id.idiag_src, theirs.words, 16);
-  std::memcpy(request.body.id.idiag_dst, mine.words, 16);
+  request.body.id.idiag_sport = htons(theirs.port);
+  request.body.id.idiag_dport = htons(mine.port);
+  std::memcpy(request.body.id.idiag_src, theirs.bytes.data(), 16);
+  std::memcpy(request.body.id.idiag_dst, mine.bytes.data(), 16);
   request.body.id.idiag_cookie[0] = request.body.id.idiag_cookie[1] = INET_DIAG_NOCOOKIE;
   const long sent = sys::call(SYS_sendto, fd, sys::arg(&request), sizeof request, 0);
   alignas(nlmsghdr) char answer[4096];
@@ -100,7 +67,7 @@ Result<SocketOwner> find_other_end(const Anchor& anchor) noexcept {
     return fail(EBADMSG, "sock_diag: unexpected answer");
   std::memcpy(&msg, answer + NLMSG_HDRLEN, sizeof msg);
   // Where there is no such connection the kernel looks for a listener on the port: that is somebody else.
-  if (msg.idiag_state == TCP_LISTEN || msg.id.idiag_sport != theirs.port || msg.id.idiag_dport != mine.port)
+  if (msg.idiag_state == TCP_LISTEN || msg.id.idiag_sport != htons(theirs.port) || msg.id.idiag_dport != htons(mine.port))
     return fail(ENOENT, "sock_diag: no such connection on this host");
   SocketOwner owner;
   owner.uid = msg.idiag_uid;
