@@ -168,7 +168,7 @@ void Service::run() noexcept {
     const auto at_most = [&timeout](int ms) { timeout = timeout < 0 ? ms : std::min(timeout, ms); };
     if (busy || needed || lingering) at_most(kTendMs);
     if (releasing_.load(std::memory_order_relaxed)) at_most(kReleaseMs);
-    if (!laned_.empty() && has_unordered_lanes()) at_most(kWordsMs);
+    if (!laned_.empty() && had_unordered_lane_.load(std::memory_order_relaxed)) at_most(kWordsMs);
     epoll_event events[32];
     const long n = sys::call(SYS_epoll_pwait, epoll_fd_, sys::arg(events), 32, timeout, 0, 8);
     for (long i = 0; i < n; ++i) {
@@ -478,6 +478,7 @@ Lane* Service::make_lane(rdma::Device& device, const rdma::Path& path) noexcept 
     engine::free_lane_cell(cell);
     return nullptr;
   }
+  if (lane->unordered()) had_unordered_lane_.store(true, std::memory_order_release);
   return lane;
 }
 
@@ -687,8 +688,6 @@ void Service::look_after_lanes() noexcept {
   }
 }
 
-bool Service::has_unordered_lanes() const noexcept { return device_ != nullptr && !device_->attr().posts_arrive_at_once; }
-
 // Not every device wakes a sleeper for a word. Where it does, the sleeper has seen it long ago.
 void Service::wake_for_words(StreamImpl& s) noexcept {
   if (s.lane == nullptr || !s.lane->unordered()) return;
@@ -699,9 +698,9 @@ void Service::wake_for_words(StreamImpl& s) noexcept {
 }
 
 bool Service::ends_are_seen() noexcept {
-  if (!has_unordered_lanes()) return true;
+  if (!had_unordered_lane_.load(std::memory_order_acquire)) return true;
   if (inbox_.load(std::memory_order_acquire) != nullptr) return false;  // closed a moment ago
-  const auto seen = [](const Lane& lane) { return lane.said(kEndSeen) || lane.said(kGone) || lane.dead(); };
+  const auto seen = [](const Lane& lane) { return !lane.unordered() || lane.said(kEndSeen) || lane.said(kGone) || lane.dead(); };
   const Grace::Look look(engine::grace());
   const std::lock_guard guard(laned_lock_);
   return std::all_of(laned_.begin(), laned_.end(),

@@ -76,7 +76,6 @@ class Service {
   void tend(StreamImpl* stream) noexcept;
   void look_after_lanes() noexcept;
   void release_buffers() noexcept;
-  bool has_unordered_lanes() const noexcept;
   void wake_for_words(StreamImpl& stream) noexcept;
 
   Options options_;
@@ -90,6 +89,7 @@ class Service {
   std::atomic<int> wake_fd_{-1};
   int epoll_fd_ = -1;
 
+  std::atomic<bool> had_unordered_lane_{false};
   std::atomic<bool> releasing_{false};                       ///< some stream has a large send buffer
   std::atomic<StreamImpl*> inbox_{nullptr};                  ///< streams with commands, newest first
   std::unordered_map<std::uint64_t, Handshake> handshakes_;  ///< by anchor cookie

@@ -29,8 +29,7 @@ bool in_our_namespace(int anchor_fd) noexcept {
 
 Result<SocketOwner> find_other_end(const Anchor& anchor) noexcept {
   const IpAddress mine = IpAddress::from(anchor.local), theirs = IpAddress::from(anchor.remote);
-  if (mine.family == AF_UNSPEC || mine.family != theirs.family)
-    return fail(EAFNOSUPPORT, "sock_diag: not an IP connection");
+  if (mine.family == AF_UNSPEC || mine.family != theirs.family) return fail(EAFNOSUPPORT, "sock_diag: not an IP connection");
   const long fd = sys::call(SYS_socket, AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC | SOCK_NONBLOCK, NETLINK_SOCK_DIAG);
   if (fd < 0) return fail(static_cast<int>(-fd), "sock_diag: no netlink socket");
   struct {
