@@ -75,6 +75,7 @@ class Summary:
     mids: tuple = field(default_factory=lambda: (Counter(), Counter()))     # by side
     payload: list = field(default_factory=lambda: [0, 0])
     source: tuple = ()      # the anchor's end at the dialler: address, port
+    destination: str = ""   # the address of the other
 
 
 def number(text):
@@ -218,23 +219,23 @@ def check_hello(hello, ack):
     demand(value["maxadverts"] >= 1 and value["localport"] > 0, at, f"no adverts or no port: {said}")
     demand(value["localrcvsz"] > BASE_HEADER and value["desremrcvsz"] > BASE_HEADER, at, f"buffers that hold no payload: {said}")
     ends = [ipaddress.IPv6Address(said[name]) for name in ("src_ip", "dst_ip")]
-    demand(ends[0] != ends[1], at, f"both ends have one address: {said}")
     if value["ipv"] == 4:  # the last four bytes, behind zeros
         demand(all(int(ip) >> 32 == 0 for ip in ends), at, f"no IPv4 addresses: {said}")
-        return str(ipaddress.IPv4Address(int(ends[0]))), value["localport"], value["localrcvsz"]
-    demand(value["ipv"] == 6, at, f"IP version {value['ipv']}")
-    return str(ends[0]), value["localport"], value["localrcvsz"]
+        ends = [ipaddress.IPv4Address(int(ip)) for ip in ends]
+    else:
+        demand(value["ipv"] == 6, at, f"IP version {value['ipv']}")
+    return str(ends[0]), value["localport"], str(ends[1])
 
 
 def check_lane(lane):
     messages = lane.messages
     demand(len(messages) >= 2, messages[0].frame if messages else "last", "a lane without Hello and HelloAck")
     hello, ack = messages[:2]
-    address, port, size = check_hello(hello, ack)
-    summary = Summary(source=(address, port))
+    address, port, destination = check_hello(hello, ack)
+    summary = Summary(source=(address, port), destination=destination)
     sent, acked = [0, 0], [0, 0]            # by sender: MSeq of its last message; what it has acknowledged
     limit = [ack.bufs, hello.bufs]          # by sender: the highest MSeq that it may send
-    fixed = size                            # of the dialler's buffers, until it says that they grew
+    fixed = number(hello.hello["localrcvsz"])  # of the dialler's buffers, until it says that they grew
     ended = [False, False]
     for m in messages[2:]:
         me, other = m.side, 1 - m.side

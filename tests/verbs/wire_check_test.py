@@ -106,7 +106,7 @@ class Checker(unittest.TestCase):
     def test_a_sound_lane(self):
         summary = w.check_lane(w.Lane(sound_messages()))
         self.assertEqual(summary.payload, [8 * 2000 + 4 * 100, 8 * 100])
-        self.assertEqual(summary.source, (HERE, 5001))
+        self.assertEqual((summary.source, summary.destination), ((HERE, 5001), THERE))
         self.assertEqual(summary.mids[DIALLER][w.DISCONN], 1)
 
     def test_every_message_is_missed(self):
@@ -166,7 +166,7 @@ class Checker(unittest.TestCase):
         for name, text, why in (("majv", "0x01", "version"), ("cap", "0x01", "capabilities"), ("maxadverts", "0", "no adverts"),
                                 ("ipv", "0x05", "IP version"), ("localport", "0", "no port"),
                                 ("localrcvsz", "16", "hold no payload"),
-                                ("src_ip", "1::2", "no IPv4"), ("src_ip", SAID["dst_ip"], "one address")):
+                                ("src_ip", "1::2", "no IPv4"), ("dst_ip", "1::2", "no IPv4")):
             self.damaged(why, 0, hello={**SAID, name: text})
         short = dict(SAID)
         del short["extmaxadverts"]

@@ -131,6 +131,7 @@ def check(rows, transport, ends):
     for lane in lanes:
         summary = wire_check.check_lane(lane)
         address, port = summary.source
+        assert (address, summary.destination) == NETWORKS[transport][1:], f"the accepted end dials: {summary}"
         assert DATA in summary.mids[DIALLER] + summary.mids[ANSWERER], f"a lane without Data: {summary}"
         if transport == "ib":
             wire_check.demand(port + (wire_check.SERVICE_PORTS if port < 1024 else 0) in offered, lane.messages[0].frame,
