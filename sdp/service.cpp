@@ -65,6 +65,8 @@ LaneReason reason_of(cm::Reason reason) noexcept {
   switch (reason) {
     case cm::Reason::wrong_owner:
       return LaneReason::wrong_owner;
+    case cm::Reason::elsewhere:
+      return LaneReason::other_host;
     case cm::Reason::unproven:
       return LaneReason::unproven;
     case cm::Reason::version_mismatch:

@@ -16,7 +16,7 @@ cm::Transcript& known_to(Processes<RnicCmPair>& p, Meeting& m, Side side) { retu
 
 /// Neither end has a connection; both are told why.
 template <class F>
-void are_kept_apart(Processes<F>& processes, Meeting& m, unsigned ms = 3000) {
+void are_kept_apart(Processes<F>& processes, Meeting& m, unsigned ms = 1000) {
   processes.offer(m, ms);
   processes.dial(m, ms);
   for (const Side side : {Side::a, Side::b}) {
@@ -48,8 +48,8 @@ BOOST_AUTO_TEST_CASE_TEMPLATE(who_claims_to_have_read_more_than_was_sent_is_not_
   Processes<F> processes;
   Meeting& m = processes.meeting();
   known_to(processes, m, Side::a).sent.resize(10);
-  processes.offer(m, 3000);
-  processes.dial(m, 3000);
+  processes.offer(m, 1000);
+  processes.dial(m, 1000);
   BOOST_REQUIRE(processes.wait_final(m, Side::a));
   BOOST_TEST(m.final_event(Side::a)->reason == Reason::unproven);
   BOOST_TEST((m.conn(Side::a) == cm::ConnId::none));

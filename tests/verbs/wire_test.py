@@ -31,7 +31,7 @@ LAST_WORDS = b"the capture ends here"
 SHIM = os.path.join(HERE, "..", "..", "scripts", "wireshark", "sdp_over_iwarp.lua")
 # Policy sdp: the first byte waits for the lane, and TCP carries nothing at all. -l with a minus: so many transactions, or bytes.
 RUNS = [("both", ["-t", "TCP_RR", "-l", "-2000"]),
-        ("both", ["-t", "TCP_STREAM", "-l", "1"]),
+        ("both", ["-t", "TCP_STREAM", "-l", "1", "--", "-m", "2048"]),
         ("sdp", ["-t", "TCP_STREAM", "-l", "-4000000"]),
         ("sdp", ["-t", "TCP_RR", "-l", "-200", "--", "-r", "100,3000"])]
 
