@@ -730,6 +730,7 @@ void Service::stop_at_exit() noexcept {
     if (s->lane != nullptr && s->phase.load() == Phase::laned) {
       s->tend();
       if (!s->has_said_end()) s->end_tx_locked();
+      s->unguard_resend();
       if (!s->resend.empty()) engine::linger(s->fd, s->resend.take(), s->end_is_settled() ? nullptr : s->lane);
       s->lane->write_word(kGone, s->rx.load() == RxState::lane && s->lane->unread() != 0 ? 1 : 0);
     }
