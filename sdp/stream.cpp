@@ -165,7 +165,7 @@ int Stream::shutdown(int fd, int how) const noexcept {
       if (how != SHUT_WR) s->rx_shut = true;
       s->lane->wake_sleepers();
     }
-    if (how != SHUT_RD && s->phase.load(std::memory_order_relaxed) == Phase::laned && s->is_recovering()) s->fin_due = true;
+    if (how != SHUT_RD && s->phase.load(std::memory_order_relaxed) == Phase::laned && s->fin_has_to_wait()) s->fin_due = true;
     const bool waits = how != SHUT_RD && (s->fin_due || !s->resend.empty());
     if (waits) {
       s->fin_due = true;  // what send() took goes before the end
@@ -208,8 +208,8 @@ void Stream::close(int fd) const noexcept {
     const bool reset = s->rx.load(std::memory_order_relaxed) == RxState::lane && lane->unread() != 0;
     lane->write_word(kGone, reset ? 1 : 0);
   }
-  const bool recovering = lane != nullptr && s->phase.load(std::memory_order_relaxed) == Phase::laned && s->is_recovering();
-  if (recovering || (!s->resend.empty() && !s->flush_resend(fd))) {
+  const bool waits_for_end = lane != nullptr && s->phase.load(std::memory_order_relaxed) == Phase::laned && s->fin_has_to_wait();
+  if (waits_for_end || (!s->resend.empty() && !s->flush_resend(fd))) {
     const bool waits = s->tx.load(std::memory_order_relaxed) == TxState::ending;
     s->unguard_resend();
     engine::linger(fd, s->resend.take(), waits ? lane : nullptr);

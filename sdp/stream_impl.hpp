@@ -185,6 +185,8 @@ class alignas(64) StreamImpl {
   Arrived arrived() const noexcept;
   void recover(const Arrived& peer) noexcept;
   void give_up_recovery() noexcept;  ///< the peer cannot be asked: its process is gone, or it talks nonsense
+  /// After FIN nothing can be sent again: it goes when the peer has acknowledged END.
+  bool fin_has_to_wait() noexcept { return is_recovering() || (may_recover() && !end_is_settled()); }
   bool is_recovering() const noexcept { return recovery.load(std::memory_order_acquire) == Recovery::under_way; }
 
   void judge(int fd) noexcept;  ///< unjudged -> what the rules say, once the connection is made

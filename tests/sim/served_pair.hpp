@@ -82,8 +82,8 @@ class ServedPair {
     }
     if (s.open)
       exchange(i);
-    else if (e.lane != nullptr && s.retiring && served_[1 - i].said && !served_[1 - i].dead)
-      engine::recover_lingering(e.lane, *served_[1 - i].said);
+    else if (e.lane != nullptr && s.retiring && e.lane->dead() && !served_[1 - i].dead)
+      exchange_when_closed(i);
     if (s.open) serve_stream(s, e);
     if (e.lane != nullptr && s.retiring && e.lane->unordered()) e.lane->drain();
     if (e.lane != nullptr && s.retiring && (s.peer_gone || (e.lane->is_left_alone() && !engine::lingers_behind(e.lane)))) {
@@ -108,12 +108,10 @@ class ServedPair {
     count(e);
     if (e.stream->lane != nullptr) {
       served_[i].retiring = true;
-      const bool recovering = e.stream->is_recovering();
       if (!served_[i].said) served_[i].said = e.stream->arrived();
-      if (recovering) served_[i].asks = true;
-      if (!recovering) served_[i].said->closed = true;
     }
     e.handle().close(e.fd);
+    if (e.lane != nullptr && served_[i].said) served_[i].said->closed = !engine::lingers_behind(e.lane);
     gone(i);
   }
 
@@ -141,6 +139,14 @@ class ServedPair {
   }
 
  private:
+  void exchange_when_closed(unsigned i) {
+    Served& s = served_[i];
+    Lane& lane = *pair_[i].lane;
+    lane.stop();
+    s.asks = true;
+    s.said->received = lane.rx_arrived();
+    if (const auto& peers = served_[1 - i].said; peers) engine::recover_lingering(&lane, *peers);
+  }
   /// The two processes' own connection.
   void exchange(unsigned i) {
     Served& mine = served_[i];
