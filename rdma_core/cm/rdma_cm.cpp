@@ -26,9 +26,7 @@ namespace {
 constexpr Nanos kMillisecond = 1'000'000;
 constexpr Nanos kHandshake = 3000 * kMillisecond;      ///< a peer that falls silent in it
 constexpr Nanos kNotedPatience = 1000 * kMillisecond;  ///< a peer that noted the offer dials within it, or is told again
-/// Of several offers to a UDP port that nobody has yet the kernel refuses a few a second, and drops the others in silence.
-constexpr Nanos kSilence = 100 * kMillisecond;
-constexpr Nanos kKeep = 10'000 * kMillisecond;  ///< what an address has to do with RDMA, and what nobody uses
+constexpr Nanos kKeep = 10'000 * kMillisecond;         ///< what an address has to do with RDMA, and what nobody uses
 constexpr int kResolveMs = 2000;
 constexpr int kBacklog = 64;
 constexpr unsigned kRequestTries = 8;
@@ -576,7 +574,7 @@ void RdmaCm::keep_time() {
     if (t >= o.deadline) {
       over.push_back(cookie);
     } else if (t >= o.next_try) {
-      o.next_try = t + kSilence;  // until the answer says more
+      o.next_try = t + rendezvous_->patience_ms() * kMillisecond;  // until the answer says more
       rendezvous_->send(cookie, IpAddress::from(o.anchor.local), IpAddress::from(o.anchor.remote), o.offer);
     }
   }
