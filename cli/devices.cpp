@@ -52,7 +52,7 @@ int devices() {
   Printer printer;
   rdma::DeviceRegistry registry;
   registry.register_client(printer);
-  if (const auto module = rdma::open_verbs_module(registry); !module)
+  if (const auto module = rdma::open_verbs_module(registry, options.secret_file.c_str()); !module)
     std::printf("\nInfiniBand, RoCE and iWARP devices: none: %s.\n", module.error().c_str());
   return made ? 0 : 1;
 }

@@ -18,12 +18,13 @@ Result<std::unique_ptr<shm::ShmDevice>> make_shm(NodeType flavour) {
 
 class Composed final : public Builtin {
  public:
-  static Result<std::unique_ptr<Builtin>> make(DeviceRegistry& registry, std::span<const Carrier> order, NodeType flavour) {
+  static Result<std::unique_ptr<Builtin>> make(DeviceRegistry& registry, std::span<const Carrier> order, NodeType flavour,
+                                               std::string secret_file) {
     auto device = make_shm(flavour);
     if (!device) return Err{device.error()};
     auto local = cm::LocalCm::create(**device);
     if (!local) return Err{local.error()};
-    std::unique_ptr<Composed> mine(new Composed(registry));
+    std::unique_ptr<Composed> mine(new Composed(registry, std::move(secret_file)));
     mine->local_ = std::move(*local);
     registry.add_device(std::move(*device));
     std::vector<cm::CmChain::Transport> transports;
@@ -41,7 +42,7 @@ class Composed final : public Builtin {
   }
 
  private:
-  explicit Composed(DeviceRegistry& registry) : registry_(registry) {}
+  Composed(DeviceRegistry& registry, std::string secret_file) : registry_(registry), secret_file_(std::move(secret_file)) {}
   cm::CmChain::Transport transport(Carrier carrier) {
     switch (carrier) {
       case Carrier::ib:
@@ -56,7 +57,7 @@ class Composed final : public Builtin {
   }
   Told<cm::ConnectionManager*> verbs(NodeType type) {
     if (module_ == nullptr) {
-      auto opened = open_verbs_module(registry_);
+      auto opened = open_verbs_module(registry_, secret_file_);
       if (!opened) return Err{opened.error()};
       module_ = std::move(*opened);
     }
@@ -64,6 +65,7 @@ class Composed final : public Builtin {
   }
 
   DeviceRegistry& registry_;
+  const std::string secret_file_;
   SteadyClock clock_;
   std::unique_ptr<cm::LocalCm> local_;
   bool has_local_ = false;
@@ -75,8 +77,9 @@ class Composed final : public Builtin {
 
 void prepare_process() noexcept { (void)shm::ShmDevice::register_for_fences(); }
 
-Result<std::unique_ptr<Builtin>> compose_builtin(DeviceRegistry& registry, std::span<const Carrier> order, NodeType flavour) {
-  return Composed::make(registry, order, flavour);
+Result<std::unique_ptr<Builtin>> compose_builtin(DeviceRegistry& registry, std::span<const Carrier> order, NodeType flavour,
+                                                 std::string secret_file) {
+  return Composed::make(registry, order, flavour, std::move(secret_file));
 }
 
 Result<std::unique_ptr<Device>> make_software_device(NodeType flavour) {

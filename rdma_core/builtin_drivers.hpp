@@ -3,6 +3,7 @@
 
 #include <memory>
 #include <span>
+#include <string>
 
 #include "rdma_core/cm/connection_manager.hpp"
 #include "rdma_core/device_registry.hpp"
@@ -29,8 +30,9 @@ class Builtin {
 void prepare_process() noexcept;
 
 /// `order`: the carriers that connections may use, the preferred first; not empty. `flavour`: what the software device plays, ib_ca
-/// or rnic. Errors: EMFILE, ENOMEM, ENOSYS: this process can have no lanes.
-Result<std::unique_ptr<Builtin>> compose_builtin(DeviceRegistry& registry, std::span<const Carrier> order, NodeType flavour);
+/// or rnic. `secret_file`: as open_verbs_module() has it. Errors: EMFILE, ENOMEM, ENOSYS: this process can have no lanes.
+Result<std::unique_ptr<Builtin>> compose_builtin(DeviceRegistry& registry, std::span<const Carrier> order, NodeType flavour,
+                                                 std::string secret_file);
 
 /// The software device alone, to look at. Errors as above.
 Result<std::unique_ptr<Device>> make_software_device(NodeType flavour);

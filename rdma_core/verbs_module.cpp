@@ -45,7 +45,7 @@ std::string module_path() {
 
 }  // namespace
 
-Told<std::unique_ptr<VerbsModule>> open_verbs_module(DeviceRegistry& registry) {
+Told<std::unique_ptr<VerbsModule>> open_verbs_module(DeviceRegistry& registry, const std::string& secret_file) {
   if (!has_entries(kDevices)) return Err{std::string("this host has no RDMA device")};
   const std::string path = module_path();
   if (sys::call(SYS_faccessat, AT_FDCWD, sys::arg(path.c_str()), R_OK) != 0)
@@ -57,7 +57,7 @@ Told<std::unique_ptr<VerbsModule>> open_verbs_module(DeviceRegistry& registry) {
   }
   const auto entry = reinterpret_cast<VerbsModuleEntry>(dlsym(module, kVerbsModuleEntry));
   if (entry == nullptr) return Err{path + " is not the module for RDMA devices"};
-  const ModuleHost host{SDPRELOAD_VERSION, log::threshold.load(), log::fd(), &keep_fd, &forget_fd};
+  const ModuleHost host{SDPRELOAD_VERSION, log::threshold.load(), log::fd(), secret_file.c_str(), &keep_fd, &forget_fd};
   const char* why = "";
   VerbsModule* opened = entry(&host, &registry, &why);
   if (opened == nullptr) return Err{std::string(why)};

@@ -19,6 +19,7 @@ struct ModuleHost {
   const char* version = "";
   log::Level log_level = log::Level::warn;
   int log_fd = 2;
+  const char* secret_file = "";               ///< what both ends of a connection between hosts must know; empty: nothing. Copied
   int (*keep_fd)(int fd) noexcept = nullptr;  ///< see base/high_fd.hpp
   void (*forget_fd)(int fd) noexcept = nullptr;
 };
@@ -39,8 +40,9 @@ class VerbsModule {
 };
 
 /// Opens the module, which enters the devices that it can open into `registry`; those stay when the VerbsModule goes, which it does
-/// before the registry. Nothing is loaded where the host has no RDMA device. May take some milliseconds.
-Told<std::unique_ptr<VerbsModule>> open_verbs_module(DeviceRegistry& registry);
+/// before the registry. Nothing is loaded where the host has no RDMA device. May take some milliseconds. `secret_file`: a path, or
+/// empty; one that cannot be read is an error.
+Told<std::unique_ptr<VerbsModule>> open_verbs_module(DeviceRegistry& registry, const std::string& secret_file = {});
 
 /// The one function that the module exports, by this name. nullptr: `*why`, a text of the module's, says why.
 inline constexpr char kVerbsModuleEntry[] = "sdpreload_open_verbs";

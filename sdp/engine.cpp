@@ -225,6 +225,7 @@ Stream track(int fd, Role role) noexcept {
   const long flags = sys::call(SYS_fcntl, fd, F_GETFL);
   s->nonblocking.store(flags >= 0 && (flags & O_NONBLOCK) != 0, std::memory_order_relaxed);
   s->stats = acquire_stats(fd);
+  s->transcript.restart(e.options.transports.leaves_host());
   // Only then can the rules say sdp, and the first byte have to wait for it.
   if (e.options.policy == Family::sdp || !e.options.config_file.empty()) s->phase.store(Phase::unjudged, std::memory_order_relaxed);
   return handle_of(s);
@@ -254,6 +255,7 @@ Stream inherit(const StreamSnapshot& was) noexcept {
   s->tcp_sent.store(was.tcp_sent);
   s->tcp_received.store(was.tcp_received);
   s->stats = acquire_stats(was.fd);
+  s->transcript.restart(engine().options.transports.leaves_host() && was.tcp_sent == 0 && was.tcp_received == 0);
   const auto phase = static_cast<Phase>(was.phase);
   if (phase == Phase::pursued || phase == Phase::laned) {
     s->inherited = reinterpret_cast<StreamImpl*>(was.parents.word() & 0xffffffffffffULL);

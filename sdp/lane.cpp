@@ -88,15 +88,16 @@ void Lane::close() noexcept {
 
 LaneProposal Lane::proposal() const noexcept {
   LaneProposal p;
-  p.words_addr =
+  const std::uint64_t address =
       words_mr_view_.remote_base + static_cast<std::uint64_t>(reinterpret_cast<std::byte*>(words_) - words_mr_view_.addr);
+  p.words_addr = {static_cast<std::uint32_t>(address), static_cast<std::uint32_t>(address >> 32)};
   p.words_rkey = static_cast<std::uint32_t>(words_mr_view_.rkey);
   p.shown_qpn = shown_qpn();
   return p;
 }
 
 void Lane::set_peer(const LaneProposal& proposal) noexcept {
-  peer_words_addr_ = proposal.words_addr;
+  peer_words_addr_ = proposal.address();
   peer_words_rkey_ = static_cast<rdma::Rkey>(proposal.words_rkey);
   peer_shown_qpn_ = proposal.shown_qpn;
 }

@@ -61,19 +61,17 @@ struct LaneBlock {
 };
 static_assert(sizeof(LaneBlock) == 192 && offsetof(LaneBlock, cursors) == 64 && offsetof(LaneBlock, pulled) == 128);
 
-/// Private data of the CM's request and reply: where our switch words lie, and the byte counts that both ends compare.
+/// Private data of the CM's request and reply: where our switch words lie.
 struct LaneProposal {
-  static constexpr std::uint32_t kMagic = 0x4C504453;  // "SDPL"
-  static constexpr std::uint32_t kVersion = 3;
+  static constexpr std::uint32_t kMagic = 0x4C504404;  // "DPL", version
   std::uint32_t magic = kMagic;
-  std::uint32_t version = kVersion;
-  std::uint64_t words_addr = 0;
   std::uint32_t words_rkey = 0;
-  std::uint32_t shown_qpn = 0;     ///< names this side's QP in captures
-  std::uint64_t tcp_sent = 0;      ///< bytes that this side's stream had given to TCP
-  std::uint64_t tcp_received = 0;  ///< bytes that it had taken from TCP
+  std::array<std::uint32_t, 2> words_addr{};  ///< low, high
+  std::uint32_t shown_qpn = 0;                ///< names this side's QP in captures
+
+  std::uint64_t address() const noexcept { return words_addr[0] | static_cast<std::uint64_t>(words_addr[1]) << 32; }
 };
-static_assert(sizeof(LaneProposal) == 40, "fits what an IB REQ leaves: 56 bytes less the 16 of the dial");
+static_assert(sizeof(LaneProposal) == 20, "fits what an IB REQ leaves: 56 bytes less the 36 of the dial");
 
 struct LaneLimits {
   ConnLimits conn;

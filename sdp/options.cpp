@@ -91,7 +91,7 @@ struct Policy {
 struct Transports {
   static bool parse(Options& o, std::string_view s) noexcept {
     if (s == "auto") {
-      o.transports = TransportOrder::automatic();
+      o.transports = TransportOrder{};
       return true;
     }
     TransportOrder order;
@@ -192,6 +192,7 @@ enum Index : std::size_t {
   kLibsdpConfig,
   kSimpleLibsdp,
   kAlwaysUseSdp,
+  kSecretFile,
   kLog,
   kStats,
   kPcap,
@@ -210,13 +211,15 @@ constexpr Row kTable[] = {
     row<Policy>("SDP_POLICY", "how connections are carried when no rule says otherwise; tcp switches the library off", "",
                 "both, sdp or tcp", true),
     row<Transports>("SDP_TRANSPORT", "which devices may carry them, the preferred one first", "",
-                    "auto (which is local), or a list of local, ib and rnic separated by commas", true),
+                    "auto (all of them), or a list of local, ib and rnic separated by commas", true),
     row<Path<&Options::config_file>>("SDP_CONFIG", "file of rules by role, program, address and port (libsdp grammar)", "",
                                      "a path of less than 1024 bytes without control characters", true),
     row<LibsdpConfig>("LIBSDP_CONFIG_FILE", "the same, by libsdp's name; SDP_CONFIG wins", "",
                       "a path of less than 1024 bytes without control characters", true),
     row<Flag>("SIMPLE_LIBSDP", "set at all: LIBSDP_CONFIG_FILE is not read", "", "anything"),
     row<Flag>("ALWAYS_USE_SDP", "the same as SIMPLE_LIBSDP", "", "anything"),
+    row<Path<&Options::secret_file>>("SDP_SECRET_FILE", "secret that both ends of a lane between hosts must have", "",
+                                     "a path of less than 1024 bytes without control characters", true),
     row<Log>("SDP_LOG", "what is logged, and to which file instead of standard error (%p: process id)", "",
              "off, error, warn, info or debug, then perhaps :FILE"),
     row<Path<&Options::stats_file>>("SDP_STATS", "file for a JSON report at exit (%p: process id)", "",
@@ -388,7 +391,7 @@ Options parse_options() noexcept {
   const char* const* environment = getauxval(AT_SECURE) != 0 ? nullptr : ::environ;
   Options o = parse_options(environment, found_problems);
   unreported.store(found_problems.count != 0, std::memory_order_release);
-  for (PathText* path : {&o.config_file, &o.log_file, &o.stats_file, &o.pcap_file}) make_absolute(*path);
+  for (PathText* path : {&o.config_file, &o.log_file, &o.secret_file, &o.stats_file, &o.pcap_file}) make_absolute(*path);
   apply_log_options(o);
   keep_closed_connections(!o.stats_file.empty());
   return o;

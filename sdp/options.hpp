@@ -43,9 +43,7 @@ struct TransportOrder {
       if (mine == t) return true;
     return false;
   }
-  /// What `auto` stands for. Between hosts the ends cannot yet prove to each other that they hold the same connection, so a lane
-  /// there is made only for who asks for it by name.
-  static constexpr TransportOrder automatic() noexcept { return {{Transport::local}, 1}; }
+  bool leaves_host() const noexcept { return contains(Transport::ib) || contains(Transport::rnic); }
 };
 
 /// A bounded string that needs no allocator: programs overwrite their environment (process titles), so values are copied.
@@ -71,12 +69,13 @@ class Text {
 using PathText = Text<1024>;
 
 struct Options {
-  Family policy = Family::both;                             ///< SDP_POLICY. tcp: the library does nothing, whatever the rules say
-  TransportOrder transports = TransportOrder::automatic();  ///< SDP_TRANSPORT
-  PathText config_file;                                     ///< SDP_CONFIG, else LIBSDP_CONFIG_FILE; empty: no rules
+  Family policy = Family::both;  ///< SDP_POLICY. tcp: the library does nothing, whatever the rules say
+  TransportOrder transports;     ///< SDP_TRANSPORT
+  PathText config_file;          ///< SDP_CONFIG, else LIBSDP_CONFIG_FILE; empty: no rules
   rdma::log::Level log_level = rdma::log::Level::warn;
   bool log_is_set = false;                 ///< by SDP_LOG: log statements among the rules are then ignored
   PathText log_file;                       ///< empty: standard error
+  PathText secret_file;                    ///< SDP_SECRET_FILE; empty: none
   PathText stats_file;                     ///< SDP_STATS; %p is the process id; empty: no report
   PathText pcap_file;                      ///< SDP_PCAP, likewise
   std::uint32_t spin_us = 50;              ///< microseconds before a waiting thread sleeps; 0: never spin

@@ -65,6 +65,10 @@ LaneReason reason_of(cm::Reason reason) noexcept {
   switch (reason) {
     case cm::Reason::wrong_owner:
       return LaneReason::wrong_owner;
+    case cm::Reason::elsewhere:
+      return LaneReason::other_host;
+    case cm::Reason::unproven:
+      return LaneReason::unproven;
     case cm::Reason::version_mismatch:
       return LaneReason::version;
     case cm::Reason::refused:
@@ -140,6 +144,7 @@ bool Service::open() noexcept {
   channel_ = std::move(channel.value());
   cm_ = &composition_->cm();
   cm_->on_event([this](const cm::Event& event) { on_cm_event(event); });
+  cm_->on_transcript([this](std::uint64_t cookie) { return transcript_of(cookie); });
   const auto watch = [this](int fd, std::uint32_t events, std::uint64_t tag) {
     epoll_event ev{events, {.u64 = tag}};
     sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_ADD, fd, sys::arg(&ev));
@@ -320,8 +325,6 @@ void Service::begin(StreamImpl* stream, std::uint16_t generation) noexcept {
                                                            mine.lane = make_lane(device, path);
                                                            if (mine.lane == nullptr) return {};
                                                            mine.proposal = mine.lane->proposal();
-                                                           mine.proposal.tcp_sent = mine.stream->tcp_sent.load();
-                                                           mine.proposal.tcp_received = mine.stream->tcp_received.load();
                                                            return {&mine.lane->qp(), std::as_bytes(std::span(&mine.proposal, 1))};
                                                          })
                                              : cm_->offer(kept.anchor, kMeetMs);
@@ -486,7 +489,7 @@ bool Service::accept_proposal(Handshake& h, std::span<const std::byte> data) noe
   LaneProposal p;
   if (data.size() < sizeof p) return false;
   std::memcpy(&p, data.data(), sizeof p);
-  if (p.magic != LaneProposal::kMagic || p.version != LaneProposal::kVersion || p.words_addr % 8 != 0) return false;
+  if (p.magic != LaneProposal::kMagic || p.address() % 8 != 0) return false;
   h.lane->set_peer(p);
   if (Capture* capture = engine::capture()) {
     Capture::Endpoint endpoint;
@@ -496,6 +499,17 @@ bool Service::accept_proposal(Handshake& h, std::span<const std::byte> data) noe
     h.lane->capture_to(capture, endpoint);
   }
   return true;
+}
+
+cm::Transcript Service::transcript_of(std::uint64_t cookie) {
+  const auto it = handshakes_.find(cookie);
+  if (it == handshakes_.end()) return {};
+  const StreamImpl& stream = *it->second.stream;
+  const auto copy = [](const Transcript::Record& record) {
+    const auto bytes = record.bytes();
+    return std::vector(bytes.begin(), bytes.end());
+  };
+  return {copy(stream.transcript.sent), copy(stream.transcript.received), stream.strict.load()};
 }
 
 void Service::on_cm_event(const cm::Event& event) noexcept {
@@ -516,8 +530,6 @@ void Service::on_cm_event(const cm::Event& event) noexcept {
       }
       h.lane->conn.await_hello();
       h.proposal = h.lane->proposal();
-      h.proposal.tcp_sent = h.stream->tcp_sent.load();
-      h.proposal.tcp_received = h.stream->tcp_received.load();
       if (!cm_->accept(event.conn, h.lane->qp(), std::as_bytes(std::span(&h.proposal, 1)))) give_up(h, LaneReason::no_resources);
       return;
     }

@@ -63,6 +63,7 @@ class Service {
   void give_up(Handshake& handshake, LaneReason reason) noexcept;
   void search_is_over(StreamImpl* stream) noexcept;
   void on_cm_event(const rdma::cm::Event& event) noexcept;
+  rdma::cm::Transcript transcript_of(std::uint64_t cookie);
   Lane* make_lane(rdma::Device& device, const rdma::Path& path) noexcept;
   rdma::CompletionChannel* channel_of(rdma::Device& device) noexcept;
   bool pass_on(std::uint64_t tag) noexcept;

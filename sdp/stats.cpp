@@ -44,6 +44,8 @@ constexpr ReasonRow kReasons[] = {
      "start the peer with `sdp run` too"},
     {LaneReason::wrong_owner, "wrong_owner", "who answered does not own the other end",
      "another user may be squatting the name: look for him"},
+    {LaneReason::unproven, "unproven", "the two ends could not show each other that they hold the same connection",
+     "the same SDP_SECRET_FILE on both sides; without one, somebody may pose as the peer"},
     {LaneReason::version, "version", "the peer's library speaks another version", "install the same version on both sides"},
     {LaneReason::refused, "refused", "the peer refused", "`sdp stat` there says why"},
     {LaneReason::no_resources, "no_resources", "memory or descriptors were short, or too many lanes", "look at ulimit -n and -l"},

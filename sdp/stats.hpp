@@ -34,6 +34,7 @@ enum class LaneReason : std::uint8_t {
   other_host,
   no_peer,
   wrong_owner,
+  unproven,
   version,
   refused,
   no_resources,

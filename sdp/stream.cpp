@@ -85,6 +85,23 @@ std::int64_t Stream::recvmsg(int fd, msghdr* msg, int flags) const {
   return n;
 }
 
+namespace {
+
+/// `n` bytes of the file, which end at `offset` or at the file's own position, have been sent by TCP. Should the file have changed
+/// since, what is read is not what was sent: then the connection stays on TCP.
+void note_sent_from_file(StreamImpl& s, int in_fd, const std::int64_t* offset, std::size_t n) noexcept {
+  const std::int64_t end = offset != nullptr ? *offset : sys::call(SYS_lseek, in_fd, 0, 1 /* SEEK_CUR */);
+  std::array<std::byte, Transcript::kMost> bytes;
+  const std::size_t wanted = std::min(n, bytes.size());
+  const long got =
+      sys::call(SYS_pread64, in_fd, sys::arg(bytes.data()), static_cast<long>(wanted), end - static_cast<std::int64_t>(n));
+  if (got != static_cast<long>(wanted)) return s.transcript.sent.close();
+  const iovec all{bytes.data(), wanted};
+  s.transcript.sent.add({&all, 1}, wanted, s.kernel_senders.load(std::memory_order_acquire));
+}
+
+}  // namespace
+
 // On a lane the file's bytes are read straight into a bounce buffer and sent from there; on TCP it is the kernel's sendfile.
 std::int64_t Stream::sendfile(int fd, int in_fd, std::int64_t* offset, std::size_t count) const {
   StreamImpl* s = impl();
@@ -108,6 +125,7 @@ std::int64_t Stream::sendfile(int fd, int in_fd, std::int64_t* offset, std::size
     s->kernel_senders.fetch_add(1, std::memory_order_seq_cst);
     if (!off_tcp(std::memory_order_seq_cst)) {
       const long n = sys::call(SYS_sendfile, fd, in_fd, sys::arg(offset), static_cast<long>(count));
+      if (n > 0 && s->transcript.sent.is_open()) note_sent_from_file(*s, in_fd, offset, static_cast<std::size_t>(n));
       s->count_tcp(true, n);
       s->kernel_senders.fetch_sub(1, std::memory_order_release);
       return n;

@@ -33,6 +33,7 @@
 #include "sdp/lane.hpp"
 #include "sdp/options.hpp"
 #include "sdp/stream.hpp"
+#include "sdp/transcript.hpp"
 
 namespace sdp {
 
@@ -99,6 +100,7 @@ class alignas(64) StreamImpl {
   bool fin_due = false;                      ///< half-closed while resending: FIN follows the last of those bytes
   std::atomic<std::uint32_t> waiters{0};     ///< threads between unlock and lock inside a wait on the lane
   std::uint64_t conn = 0;                    ///< the CM's ConnId
+  Transcript transcript;
   /// In a fork's child: the parent's stream that this one stands for, until its first use takes the parent's lane down.
   StreamImpl* inherited = nullptr;
   std::uint16_t inherited_generation = 0;

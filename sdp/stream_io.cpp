@@ -70,6 +70,10 @@ std::int64_t StreamImpl::kernel_send(int at, IovCursor& from, int flags) {
   const long n = msg.msg_iovlen == 1
                      ? sys::blocking_call(SYS_sendto, at, sys::arg(first.iov_base), static_cast<long>(first.iov_len), flags)
                      : sys::blocking_call(SYS_sendmsg, at, sys::arg(&msg), flags);
+  if (n > 0 && transcript.sent.is_open()) {
+    if (flags & MSG_OOB) transcript.sent.close();
+    transcript.sent.add({msg.msg_iov, msg.msg_iovlen}, static_cast<std::size_t>(n), kernel_senders.load(std::memory_order_acquire));
+  }
   count_tcp(true, n);
   return n;
 }
@@ -83,7 +87,13 @@ std::int64_t StreamImpl::kernel_recv(int at, IovCursor& to, int flags) {
   const long n = msg.msg_iovlen == 1
                      ? sys::blocking_call(SYS_recvfrom, at, sys::arg(first.iov_base), static_cast<long>(first.iov_len), flags)
                      : sys::blocking_call(SYS_recvmsg, at, sys::arg(&msg), flags);
-  if (!(flags & (MSG_PEEK | MSG_OOB | MSG_ERRQUEUE))) count_tcp(false, n);
+  if (flags & (MSG_PEEK | MSG_OOB | MSG_ERRQUEUE)) return n;
+  if (n > 0 && transcript.received.is_open()) {
+    if (flags & MSG_TRUNC) transcript.received.close();
+    transcript.received.add({msg.msg_iov, msg.msg_iovlen}, static_cast<std::size_t>(n),
+                            kernel_receivers.load(std::memory_order_acquire));
+  }
+  count_tcp(false, n);
   return n;
 }
 

@@ -68,6 +68,8 @@ void StreamImpl::attach(Lane* new_lane) noexcept {
   tx.store(TxState::prepared, std::memory_order_relaxed);
   rx.store(RxState::tcp, std::memory_order_relaxed);
   anchor_event.store(false, std::memory_order_relaxed);
+  transcript.sent.close();
+  transcript.received.close();
   phase.store(Phase::laned, std::memory_order_seq_cst);
   lane->write_word(kPrepare, 0);
   end_if_half_closed(fd);

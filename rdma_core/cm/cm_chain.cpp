@@ -60,6 +60,7 @@ ConnectionManager* CmChain::open(Link& link) {
 void CmChain::join(std::size_t index) {
   ConnectionManager& cm = *links_[index].transport.cm;
   cm.on_event([this, index](const Event& event) { on_inner_event(index, event); });
+  cm.on_transcript([this](std::uint64_t cookie) { return transcript_of_ ? transcript_of_(cookie) : Transcript{}; });
   epoll_event ev{EPOLLIN, {.u64 = index}};
   sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_ADD, cm.fd(), sys::arg(&ev));
   const bool first = std::ranges::count_if(links_, [](const Link& l) { return l.transport.cm != nullptr; }) == 1;
@@ -74,6 +75,8 @@ void CmChain::join(std::size_t index) {
   caps_.active_must_send_first |= its.active_must_send_first;
   caps_.proves_owner &= its.proves_owner;
 }
+
+void CmChain::on_transcript(TranscriptOf transcript_of) { transcript_of_ = std::move(transcript_of); }
 
 ConnId CmChain::outer(std::size_t index, ConnId inner) noexcept {
   const auto raw = static_cast<std::uint64_t>(inner);

@@ -37,6 +37,7 @@ class CmChain final : public ConnectionManager {
   /// What holds on every transport that is open so far.
   const Caps& caps() const noexcept override { return caps_; }
   void on_event(std::function<void(const Event&)> handler) override { handler_ = std::move(handler); }
+  void on_transcript(TranscriptOf transcript_of) override;
   Result<Unit> offer(const Anchor& anchor, unsigned ttl_ms) override;
   void withdraw(std::uint64_t anchor_cookie) noexcept override;
   Result<Unit> dial(const Anchor& anchor, unsigned timeout_ms, MakeQp make_qp) override;
@@ -82,6 +83,7 @@ class CmChain final : public ConnectionManager {
   const Clock& clock_;
   Caps caps_;
   std::function<void(const Event&)> handler_;
+  TranscriptOf transcript_of_;
   std::unordered_map<std::uint64_t, Attempt> attempts_;  ///< by anchor cookie
   int epoll_fd_ = -1;
 };

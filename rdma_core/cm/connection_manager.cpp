@@ -22,6 +22,8 @@ const char* to_string(Reason reason) noexcept {
       return "timed out";
     case Reason::peer_died:
       return "peer died";
+    case Reason::unproven:
+      return "the two ends could not show that they hold the same connection";
     case Reason::elsewhere:
       return "the other end is not on this host";
   }

@@ -26,6 +26,7 @@
 #include <functional>
 #include <memory>
 #include <span>
+#include <vector>
 
 #include "rdma_core/base/result.hpp"
 #include "rdma_core/device.hpp"
@@ -40,13 +41,20 @@ struct Anchor {
   sockaddr_storage remote{};  ///< getpeername
 };
 
+/// The first bytes that an anchor has carried, each way, as one of its ends knows them.
+struct Transcript {
+  static constexpr std::size_t kMost = 512;  ///< bytes of each direction
+  std::vector<std::byte> sent, received;
+  bool may_be_empty = false;  ///< the user wants the connection though nothing has been exchanged that could show who is there
+};
+
 struct Caps {
   std::size_t max_request_private = 0;  ///< bytes
   std::size_t max_reply_private = 0;
   std::size_t max_reject_private = 0;
   bool active_must_send_first = false;  ///< a Send of the passive side before it has received one kills the connection
   bool proves_owner = false;            ///< no event comes before the CM has checked that the peer owns the other end of the
-                                        ///< anchor. If false, whoever holds the anchor has to ask over it
+                                        ///< anchor, in the way that its header tells. If false, whoever holds it has to ask over it
 };
 
 enum class ConnId : std::uint64_t { none = 0 };
@@ -71,6 +79,7 @@ enum class Reason : std::uint8_t {
   bad_message,  ///< garbage or silence in the handshake
   timed_out,
   peer_died,
+  unproven,   ///< the two ends could not show each other that they hold the same connection
   elsewhere,  ///< the other end is not on this host: another CM may reach it
 };
 const char* to_string(Reason) noexcept;
@@ -93,6 +102,11 @@ class ConnectionManager {
 
   /// Called with each event from progress(). Set once, before the first call below. The handler may call the CM back.
   virtual void on_event(std::function<void(const Event&)> handler) = 0;
+
+  /// Asked for what an anchor has carried so far, by its cookie. Set once, before the first call below, for CMs that know no better
+  /// proof of who holds its other end. What it gives for one anchor only grows.
+  using TranscriptOf = std::function<Transcript(std::uint64_t anchor_cookie)>;
+  virtual void on_transcript(TranscriptOf) {}
 
   /// Be findable by the process that holds the other end of `anchor`, for `ttl_ms`. Ends with request, or unreachable when the
   /// time is over.

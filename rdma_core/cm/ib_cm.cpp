@@ -183,6 +183,8 @@ class IbManner final : public Manner {
     return std::make_unique<IbRendezvous>(channel, std::move(on_offer), std::move(on_answer));
   }
 
+  std::uint32_t near_end(const Qp& qp, rdma_cm_id*) const noexcept override { return static_cast<std::uint32_t>(qp.qpn()); }
+  std::uint32_t far_end(const CmEvent& event, rdma_cm_id*) const noexcept override { return event.qp_num; }
   Result<Unit> connect(Qp& qp, const RdmaId& id, const rdma_conn_param& parameters, std::span<const std::byte> data,
                        std::function<void()>) override {
     if (auto moved = move(qp, id.get(), QpState::init); !moved) return moved;
@@ -207,13 +209,13 @@ class IbManner final : public Manner {
 
  private:
   // Behind librdmacm's own header an IB REQ carries 56 bytes, a REP 196, a REJ 148. The first Send may overtake the RTU.
-  Caps caps_{56 - offer::kDialBytes, 196, 148 - offer::kRefusalBytes, true, false};
+  Caps caps_{56 - offer::kDialBytes, 196 - offer::kProofBytes, 148 - offer::kRefusalBytes, true, true};
 };
 
 }  // namespace
 
-Result<std::unique_ptr<ConnectionManager>> make_ib_cm(FindDevice find_device) {
-  return make_rdma_cm(std::make_unique<IbManner>(), std::move(find_device));
+Result<std::unique_ptr<ConnectionManager>> make_ib_cm(FindDevice find_device, const Secret& secret) {
+  return make_rdma_cm(std::make_unique<IbManner>(), std::move(find_device), secret);
 }
 
 }  // namespace rdma::cm

@@ -3,9 +3,12 @@
 //
 // The offer, 56 bytes, all that an IB REQ carries:
 //   0 magic 3, version 1 | 4 token 12 | 16 process 4 | 20 client's port 2 | 22 server's port 2 | 24 dial-back port 2 | 26 family 1
-//   (4 or 6) | 27 zero | 28 client's address 16 | 44 hash of both addresses and ports 8 | 52 zero 4
+//   (4 or 6) | 27 zero | 28 client's address 16 | 44 hash of both addresses and ports 8 | 52 sent 2 | 54 received 2: how many of
+//   the connection's first bytes the client knows, of each direction
 // The answer, 24 bytes:   0 magic 3, version 1 | 4 code 1 | 5 zero 3 | 8 token 12 | 20 zero 4
-// The dial, 16 bytes in front of the private data of the request:   0 token 12 | 12 process 4
+// The dial, 36 bytes in front of the private data of the request:   0 token 12 | 12 process 4 | 16 from the client 2 | 18 from the
+//   server 2: how many bytes are proved | 20 proof 16 (rdma_proof.hpp)
+// The proof, 16 bytes in front of the private data of the reply
 // The refusal, 8 bytes in front of those of a reject:   0 magic 3, version 1 | 4 reason 4
 //
 // The client is who made the TCP connection. `process` names one process for as long as it lives and is told to its peers only.
@@ -24,11 +27,12 @@
 
 namespace rdma::cm::offer {
 
-inline constexpr std::uint32_t kOfferMagic = 0x53444F01, kAnswerMagic = 0x53444101,
-                               kRefusalMagic = 0x53445201;  // "SDO", "SDA", "SDR"
-inline constexpr std::size_t kOfferBytes = 56, kAnswerBytes = 24, kDialBytes = 16, kRefusalBytes = 8;
+inline constexpr std::uint32_t kOfferMagic = 0x53444F02, kAnswerMagic = 0x53444102,
+                               kRefusalMagic = 0x53445202;  // "SDO", "SDA", "SDR"
+inline constexpr std::size_t kOfferBytes = 56, kAnswerBytes = 24, kDialBytes = 36, kProofBytes = 16, kRefusalBytes = 8;
 
 using Token = std::array<std::byte, 12>;
+using Proof = std::array<std::byte, kProofBytes>;
 
 /// FNV-1a over both ends: a check on what the offer does not carry whole, no secret.
 inline std::uint64_t hash_of(const IpAddress& client, const IpAddress& server) noexcept {
@@ -50,6 +54,7 @@ struct Offer {
   std::uint16_t server_port = 0;
   std::uint16_t dial_port = 0;
   std::uint64_t hash = 0;
+  std::uint16_t sent = 0, received = 0;  ///< bytes, by the client
 
   std::array<std::byte, kOfferBytes> bytes() const noexcept {
     std::array<std::byte, kOfferBytes> out{};
@@ -62,6 +67,8 @@ struct Offer {
     out[26] = static_cast<std::byte>(client.family == AF_INET ? 4 : 6);
     std::memcpy(out.data() + 28, client.bytes.data(), client.bytes.size());
     store_be64(out.data() + 44, hash);
+    store_be16(out.data() + 52, sent);
+    store_be16(out.data() + 54, received);
     return out;
   }
   /// Of another kind, another version or no sense: nothing.
@@ -78,7 +85,10 @@ struct Offer {
     o.dial_port = load_be16(in.data() + 24);
     std::memcpy(o.client.bytes.data(), in.data() + 28, family == 4 ? 4 : 16);
     o.hash = load_be64(in.data() + 44);
+    o.sent = load_be16(in.data() + 52);
+    o.received = load_be16(in.data() + 54);
     if (o.client.port == 0 || o.server_port == 0 || o.dial_port == 0) return std::nullopt;
+    if (o.sent > Transcript::kMost || o.received > Transcript::kMost) return std::nullopt;
     return o;
   }
 };
@@ -111,16 +121,24 @@ struct Answer {
 struct Dial {
   Token token{};
   std::uint32_t process = 0;
+  std::uint16_t from_client = 0, from_server = 0;  ///< bytes
+  Proof proof{};
 
   void emit(std::byte* out) const noexcept {
     std::memcpy(out, token.data(), token.size());
     store_be32(out + 12, process);
+    store_be16(out + 16, from_client);
+    store_be16(out + 18, from_server);
+    std::memcpy(out + 20, proof.data(), proof.size());
   }
   static std::optional<Dial> parse(std::span<const std::byte> in) noexcept {
     if (in.size() < kDialBytes) return std::nullopt;
     Dial d;
     std::memcpy(d.token.data(), in.data(), d.token.size());
     d.process = load_be32(in.data() + 12);
+    d.from_client = load_be16(in.data() + 16);
+    d.from_server = load_be16(in.data() + 18);
+    std::memcpy(d.proof.data(), in.data() + 20, d.proof.size());
     return d;
   }
 };
@@ -129,7 +147,7 @@ struct Dial {
 inline std::optional<Reason> parse_refusal(std::span<const std::byte> in) noexcept {
   if (in.size() < kRefusalBytes || load_be32(in.data()) != kRefusalMagic) return std::nullopt;
   const std::uint32_t reason = load_be32(in.data() + 4);
-  return reason == 0 || reason > static_cast<std::uint32_t>(Reason::peer_died) ? Reason::refused : static_cast<Reason>(reason);
+  return reason == 0 || reason > static_cast<std::uint32_t>(Reason::unproven) ? Reason::refused : static_cast<Reason>(reason);
 }
 inline void emit_refusal(Reason reason, std::byte* out) noexcept {
   store_be32(out, kRefusalMagic);

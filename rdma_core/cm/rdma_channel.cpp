@@ -109,6 +109,7 @@ bool RdmaChannel::next(CmEvent& event) {
       }
       event.responder_resources = conn.responder_resources;
       event.initiator_depth = conn.initiator_depth;
+      event.qp_num = conn.qp_num;
       break;
     }
     default:

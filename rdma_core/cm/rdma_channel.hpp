@@ -25,6 +25,7 @@ struct CmEvent {
   RdmaId request;                        ///< CONNECT_REQUEST: the new one
   std::uint8_t responder_resources = 0;  ///< RDMA Reads that the peer wants to have outstanding
   std::uint8_t initiator_depth = 0;      ///< and that it serves
+  std::uint32_t qp_num = 0;              ///< the peer's, if its kind of device tells
   std::size_t size = 0;
   std::array<std::byte, 256> data;
 

@@ -8,6 +8,7 @@
 #include <deque>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <tuple>
 #include <unordered_map>
 #include <utility>
@@ -30,7 +31,12 @@ constexpr Nanos kKeep = 10'000 * kMillisecond;         ///< what an address has 
 constexpr int kResolveMs = 2000;
 constexpr int kBacklog = 64;
 constexpr unsigned kRequestTries = 8;
-constexpr unsigned kListenTries = 16;  ///< an RNIC's port of the kernel's choosing may be a TCP socket's
+constexpr unsigned kGuesses = 3;         ///< requests with a wrong proof that one offer bears
+constexpr std::size_t kProofBytes = 64;  ///< as many are proof enough, where the server has received fewer
+constexpr std::size_t kEarly = 16;       ///< requests that may wait for the program's own thread
+constexpr Nanos kEarlyPatience = 50 * kMillisecond;
+constexpr std::size_t kOfferBytes = 16;  ///< with fewer an offer waits
+constexpr unsigned kListenTries = 16;    ///< an RNIC's port of the kernel's choosing may be a TCP socket's
 constexpr Nanos kBackoff[] = {2 * kMillisecond,  4 * kMillisecond,  8 * kMillisecond,  16 * kMillisecond,
                               32 * kMillisecond, 64 * kMillisecond, 128 * kMillisecond};
 
@@ -65,9 +71,10 @@ struct Bell {
 
 class RdmaCm final : public ConnectionManager {
  public:
-  RdmaCm(std::unique_ptr<Manner> manner, FindDevice find_device, std::shared_ptr<RdmaChannel> channel)
+  RdmaCm(std::unique_ptr<Manner> manner, FindDevice find_device, const Secret& secret, std::shared_ptr<RdmaChannel> channel)
       : manner_(std::move(manner)),
         find_device_(std::move(find_device)),
+        secret_(secret),
         channel_(std::move(channel)),
         epoll_fd_(keep_fd(static_cast<int>(sys::call(SYS_epoll_create1, EPOLL_CLOEXEC)))),
         relay_(epoll_fd_) {
@@ -89,6 +96,7 @@ class RdmaCm final : public ConnectionManager {
   const char* name() const noexcept override { return manner_->name(); }
   const Caps& caps() const noexcept override { return manner_->caps(); }
   void on_event(std::function<void(const Event&)> handler) override { handler_ = std::move(handler); }
+  void on_transcript(TranscriptOf transcript_of) override { transcript_of_ = std::move(transcript_of); }
 
   Result<Unit> offer(const Anchor& anchor, unsigned ttl_ms) override;
   void withdraw(std::uint64_t cookie) noexcept override;
@@ -109,12 +117,16 @@ class RdmaCm final : public ConnectionManager {
     offer::Offer offer;
     Nanos deadline = 0, next_try = 0;
     std::size_t tries = 0;
+    std::uint16_t least_sent = 0, least_received = 0;  ///< what the first try said
+    bool is_told = false;
+    unsigned guesses = 0;
   };
   struct Dialling {
     Anchor anchor;
     MakeQp make_qp;
     Nanos deadline = 0, next_look = 0;
     std::size_t looks = 0;
+    std::optional<offer::Offer> offer;  ///< that cannot be taken up yet
   };
   enum class Step : std::uint8_t { finding, requested, replied, asked, answered, established };
   struct Conn {
@@ -123,13 +135,15 @@ class RdmaCm final : public ConnectionManager {
     std::uint64_t cookie = 0;
     std::uint64_t key = 0;  ///< of `id`
     RdmaId id;
-    IpAddress local;  ///< active: its host
-    IpAddress peer;
+    IpAddress client, server;  ///< the anchor's ends
+    IpAddress peer;            ///< active: what is dialled
     offer::Dial dial;
+    std::vector<std::byte> from_client, from_server;  ///< what is proved
+    std::uint32_t dialler_end = 0;                    ///< passive: as the request said
     MakeQp make_qp;
     Device* device = nullptr;
     Qp* qp = nullptr;
-    std::vector<std::byte> request;  ///< active: its private data
+    std::vector<std::byte> proposal;  ///< active: the caller's private data
     unsigned tries = 0;
     rdma_conn_param granted{};
     Nanos deadline = 0;  ///< 0: none
@@ -141,6 +155,10 @@ class RdmaCm final : public ConnectionManager {
   };
   struct Known {
     Device* device = nullptr;
+    Nanos until = 0;
+  };
+  struct Early {
+    CmEvent event;
     Nanos until = 0;
   };
   struct Pending {
@@ -168,8 +186,14 @@ class RdmaCm final : public ConnectionManager {
 
   offer::Code on_offer(const offer::Offer& offer, const IpAddress& server);
   void on_answer(std::uint64_t cookie, std::optional<offer::Code> code);
-  void take_up(std::uint64_t cookie, const offer::Offer& offer);
-  void on_request(const CmEvent& event);
+  static bool may_take_up(const offer::Offer& offer, const Transcript& known);
+  void consider(std::uint64_t cookie, const offer::Offer& offer);
+  void take_up(std::uint64_t cookie, const offer::Offer& offer, const Transcript& known);
+  Reason check(Offered& offered, const offer::Dial& dial, const CmEvent& event, Conn& conn);
+  bool is_ahead_of_us(const Offered& offered, const offer::Dial& dial) const;
+  static Claim claim_of(const Conn& conn, std::uint32_t dialler, std::uint32_t listener, std::span<const std::byte> data);
+  bool is_proved_by_reply(const Conn& conn, const CmEvent& event) const;
+  void on_request(const CmEvent& event, bool again = false);
   void on_cm_event(const CmEvent& event);
   void on_conn_event(ConnId id, Conn& conn, const CmEvent& event);
   bool find_way(Conn& conn);
@@ -181,12 +205,14 @@ class RdmaCm final : public ConnectionManager {
 
   std::unique_ptr<Manner> manner_;
   FindDevice find_device_;
+  const Secret secret_;
   std::shared_ptr<RdmaChannel> channel_;
   int epoll_fd_;
   std::shared_ptr<Bell> bell_ = std::make_shared<Bell>();
   OfferRelay relay_;
   std::unique_ptr<Rendezvous> rendezvous_;
   std::function<void(const Event&)> handler_;
+  TranscriptOf transcript_of_ = [](std::uint64_t) { return Transcript{}; };
   std::uint32_t process_ = 0;
 
   std::unordered_map<std::uint64_t, Offered> offers_;  ///< by own cookie
@@ -199,6 +225,7 @@ class RdmaCm final : public ConnectionManager {
   std::map<std::tuple<Device*, IpAddress, std::uint32_t>, std::uint64_t> paths_;  ///< one per process at the other end
   std::uint64_t last_conn_ = 0, last_path_ = 0;
   std::deque<Pending> pending_;
+  std::vector<Early> early_;  ///< requests that know more of an anchor than this side does yet
 };
 
 void RdmaCm::tell(EventKind kind, ConnId conn, std::uint64_t cookie, Reason reason, std::span<const std::byte> data) {
@@ -281,28 +308,67 @@ void RdmaCm::on_answer(std::uint64_t cookie, std::optional<offer::Code> code) {
   if (code != offer::Code::noted) ++it->second.tries;
 }
 
-void RdmaCm::on_request(const CmEvent& event) {
+Claim RdmaCm::claim_of(const Conn& c, std::uint32_t dialler, std::uint32_t listener, std::span<const std::byte> data) {
+  return {c.dial.token, c.client, c.server, dialler, listener, data, c.from_client, c.from_server};
+}
+
+/// Reason::none: whoever dials knows all that went by the anchor before it was first offered, and perhaps more.
+Reason RdmaCm::check(Offered& o, const offer::Dial& dial, const CmEvent& event, Conn& c) {
+  const Transcript known = transcript_of_(o.anchor.cookie);
+  const std::size_t sent = dial.from_client, received = dial.from_server;
+  const bool enough = sent >= o.least_sent && received >= o.least_received && (sent + received > 0 || known.may_be_empty);
+  if (!enough || sent > known.sent.size() || received > known.received.size()) return Reason::unproven;
+  c.dial = dial;
+  c.client = IpAddress::from(o.anchor.local);
+  c.server = IpAddress::from(o.anchor.remote);
+  c.from_client.assign(known.sent.begin(), known.sent.begin() + dial.from_client);
+  c.from_server.assign(known.received.begin(), known.received.begin() + dial.from_server);
+  c.dialler_end = manner_->far_end(event, event.request.get());
+  const auto data = event.private_data().subspan(offer::kDialBytes);
+  const auto claim = claim_of(c, c.dialler_end, o.offer.dial_port, data.first(std::min(data.size(), caps().max_request_private)));
+  return is_proved(dial.proof, secret_, Says::request, claim) ? Reason::none : Reason::unproven;
+}
+
+/// For a moment this may be so of an honest dialler, too; see may_take_up().
+bool RdmaCm::is_ahead_of_us(const Offered& o, const offer::Dial& dial) const {
+  const Transcript known = transcript_of_(o.anchor.cookie);
+  const auto more_is_said = [](std::size_t said, std::size_t here) { return said > here && said <= Transcript::kMost; };
+  return more_is_said(dial.from_client, known.sent.size()) || more_is_said(dial.from_server, known.received.size());
+}
+
+void RdmaCm::on_request(const CmEvent& event, bool again) {
   const auto dial = offer::Dial::parse(event.private_data());
   const auto it = !dial ? offers_.end() : std::find_if(offers_.begin(), offers_.end(), [&](const auto& each) {
     return each.second.offer.token == dial->token;
   });
   rdma_cm_id* const id = event.request.get();
   Device* const device = device_of(id);
-  if (it == offers_.end() || device == nullptr || !peer_of(id).same_host(IpAddress::from(it->second.anchor.remote))) {
+  if (it != offers_.end() && !again && is_ahead_of_us(it->second, *dial) && early_.size() < kEarly) {
+    early_.push_back({event, now() + kEarlyPatience});
+    return;
+  }
+  Conn c;
+  Reason refused = Reason::refused;
+  if (it != offers_.end() && device != nullptr && peer_of(id).same_host(IpAddress::from(it->second.anchor.remote)))
+    refused = check(it->second, *dial, event, c);
+  if (refused != Reason::none) {
     std::array<std::byte, offer::kRefusalBytes> why;
-    offer::emit_refusal(Reason::refused, why.data());
+    offer::emit_refusal(refused, why.data());
     rdma_reject(id, why.data(), static_cast<std::uint8_t>(why.size()));
+    if (refused == Reason::unproven && ++it->second.guesses >= kGuesses) {
+      const std::uint64_t cookie = it->first;
+      withdraw(cookie);
+      tell(EventKind::unreachable, ConnId::none, cookie, Reason::unproven);
+    }
     return;
   }
   const auto conn_id = ConnId{++last_conn_};
-  Conn c;
   c.step = Step::asked;
   c.cookie = it->first;
   c.key = channel_->new_key();
   c.id = event.request;
   c.id->context = reinterpret_cast<void*>(c.key);
   c.peer = peer_of(id);
-  c.dial = *dial;
   c.device = device;
   c.granted.responder_resources = event.responder_resources;
   c.granted.initiator_depth = event.initiator_depth;
@@ -333,7 +399,7 @@ offer::Code RdmaCm::on_offer(const offer::Offer& o, const IpAddress& server) {
     if (local.port != o.server_port || remote.port != o.client.port || remote.bytes != o.client.bytes ||
         o.hash != offer::hash_of(remote, local))
       continue;
-    take_up(cookie, o);
+    consider(cookie, o);
     return offer::Code::noted;
   }
   for (const auto& [id, conn] : conns_)  // told again while it is being taken up
@@ -341,18 +407,39 @@ offer::Code RdmaCm::on_offer(const offer::Offer& o, const IpAddress& server) {
   return relay_.pass_on(o, there) ? offer::Code::noted : offer::Code::nobody;
 }
 
-void RdmaCm::take_up(std::uint64_t cookie, const offer::Offer& o) {
+/// An offer is taken up when the program here has read all that the client had sent by then, and when the client, of what was sent
+/// from here, has read enough to be told from somebody who guesses. What the client has read may be known here only later: it has
+/// left the kernel before the call that sent it has returned.
+bool RdmaCm::may_take_up(const offer::Offer& o, const Transcript& known) {
+  if (o.received > known.sent.size() || o.sent > known.received.size()) return false;
+  const std::size_t proved = known.received.size() + o.received, all = known.received.size() + known.sent.size();
+  return proved == 0 ? known.may_be_empty : proved >= std::min(kProofBytes, all / 2);
+}
+
+void RdmaCm::consider(std::uint64_t cookie, const offer::Offer& o) {
   const auto it = dials_.find(cookie);
   if (it == dials_.end()) return;
+  const Transcript known = transcript_of_(cookie);
+  if (may_take_up(o, known)) return take_up(cookie, o, known);
+  if (!it->second.offer) it->second.looks = 0;
+  it->second.offer = o;
+}
+
+void RdmaCm::take_up(std::uint64_t cookie, const offer::Offer& o, const Transcript& known) {
+  const auto it = dials_.find(cookie);
   Dialling d = std::move(it->second);
   dials_.erase(it);
   relay_.forget(cookie);
   Conn c;
   c.active = true;
   c.cookie = cookie;
-  c.local = IpAddress::from(d.anchor.local).with_port(0);
-  c.peer = IpAddress::from(d.anchor.remote).with_port(o.dial_port);
-  c.dial = {o.token, o.process};
+  c.server = IpAddress::from(d.anchor.local);
+  c.client = IpAddress::from(d.anchor.remote);
+  c.peer = c.client.with_port(o.dial_port);
+  c.dial.token = o.token;
+  c.dial.process = o.process;
+  c.from_client = known.received;
+  c.from_server.assign(known.sent.begin(), known.sent.begin() + o.received);
   c.make_qp = std::move(d.make_qp);
   c.deadline = now() + kHandshake;
   const auto id = ConnId{++last_conn_};
@@ -368,7 +455,7 @@ bool RdmaCm::find_way(Conn& c) {
   auto made = channel_->create_id(manner_->port_space(), c.key);
   if (!made) return false;
   c.id = *made;
-  sockaddr_storage from = c.local.to_sockaddr(), to = c.peer.to_sockaddr();
+  sockaddr_storage from = c.server.with_port(0).to_sockaddr(), to = c.peer.to_sockaddr();
   return rdma_resolve_addr(c.id.get(), reinterpret_cast<sockaddr*>(&from), reinterpret_cast<sockaddr*>(&to), kResolveMs) == 0;
 }
 
@@ -397,19 +484,39 @@ void RdmaCm::request(ConnId id) {
     if (proposal.qp == nullptr || proposal.private_data.size() > caps().max_request_private) return end(id, Reason::no_resources);
     Conn& made = it->second;
     made.qp = proposal.qp;
-    made.request.resize(offer::kDialBytes + proposal.private_data.size());
-    offer::Dial{made.dial.token, process_}.emit(made.request.data());
-    std::copy(proposal.private_data.begin(), proposal.private_data.end(), made.request.begin() + offer::kDialBytes);
+    made.proposal.assign(proposal.private_data.begin(), proposal.private_data.end());
+    made.proposal.resize(caps().max_request_private);  // as it arrives on a device that pads
   }
   Conn& c = conns_.at(id);
+  c.dialler_end = manner_->near_end(*c.qp, c.id.get());
+  offer::Dial dial{c.dial.token,
+                   process_,
+                   static_cast<std::uint16_t>(c.from_client.size()),
+                   static_cast<std::uint16_t>(c.from_server.size()),
+                   {}};
+  dial.proof = prove(secret_, Says::request, claim_of(c, c.dialler_end, c.peer.port, c.proposal));
+  std::vector<std::byte> request(offer::kDialBytes);
+  dial.emit(request.data());
+  request.insert(request.end(), c.proposal.begin(), c.proposal.end());
   c.step = Step::requested;
   c.granted.responder_resources = c.granted.initiator_depth =
       static_cast<std::uint8_t>(std::min(c.device->attr().max_read_outstanding, 16U));
   const auto failed = [bell = bell_, id] { bell->tell_failed(id); };
-  if (const auto sent = manner_->connect(*c.qp, c.id, parameters(c), c.request, failed); !sent) {
+  if (const auto sent = manner_->connect(*c.qp, c.id, parameters(c), request, failed); !sent) {
     RDMA_LOG(info, "%s: %s (%d)", name(), sent.error().what, sent.error().code);
     end(id, Reason::no_resources);
   }
+}
+
+bool RdmaCm::is_proved_by_reply(const Conn& c, const CmEvent& event) const {
+  const auto data = event.private_data();
+  if (data.size() < offer::kProofBytes) return false;
+  offer::Proof proof;
+  std::copy_n(data.begin(), proof.size(), proof.begin());
+  const auto rest = data.subspan(proof.size());
+  return is_proved(
+      proof, secret_, Says::reply,
+      claim_of(c, c.dialler_end, manner_->far_end(event, c.id.get()), rest.first(std::min(rest.size(), caps().max_reply_private))));
 }
 
 Result<Unit> RdmaCm::establish(ConnId id) {
@@ -442,9 +549,14 @@ Result<Unit> RdmaCm::accept(ConnId id, Qp& qp, std::span<const std::byte> data) 
   if (data.size() > caps().max_reply_private) return fail(EINVAL, "rdma cm: private data of the reply are too long");
   Conn& c = it->second;
   c.qp = &qp;
+  std::vector<std::byte> reply(offer::kProofBytes + caps().max_reply_private);  // padded, as some devices do it
+  std::copy(data.begin(), data.end(), reply.begin() + offer::kProofBytes);
+  const auto claim = claim_of(c, c.dialler_end, manner_->near_end(qp, c.id.get()), std::span(reply).subspan(offer::kProofBytes));
+  const offer::Proof proof = prove(secret_, Says::reply, claim);
+  std::copy(proof.begin(), proof.end(), reply.begin());
   rdma_conn_param p = parameters(c);
-  p.private_data = data.data();
-  p.private_data_len = static_cast<std::uint8_t>(data.size());
+  p.private_data = reply.data();
+  p.private_data_len = static_cast<std::uint8_t>(reply.size());
   if (auto up = manner_->accept(qp, c.id.get(), p); !up) return up;
   c.step = Step::answered;
   c.deadline = now() + kHandshake;
@@ -529,7 +641,8 @@ void RdmaCm::on_conn_event(ConnId id, Conn& c, const CmEvent& event) {
         c.step = Step::replied;
         c.granted.responder_resources = event.responder_resources;
         c.granted.initiator_depth = event.initiator_depth;
-        tell(EventKind::reply, id, c.cookie, Reason::none, event.private_data());
+        if (!is_proved_by_reply(c, event)) return end(id, Reason::unproven, {}, true);
+        tell(EventKind::reply, id, c.cookie, Reason::none, event.private_data().subspan(offer::kProofBytes));
       } else if (c.step == Step::answered) {
         c.step = Step::established;
         c.deadline = 0;
@@ -561,6 +674,7 @@ int RdmaCm::next_timeout_ms() const noexcept {
   for (const auto& [cookie, o] : offers_) consider(std::min(o.deadline, std::max<Nanos>(o.next_try, 1)));
   for (const auto& [cookie, d] : dials_) consider(std::min(d.deadline, std::max<Nanos>(d.next_look, 1)));
   for (const auto& [id, c] : conns_) consider(c.deadline);
+  for (const Early& each : early_) consider(each.until);
   for (const auto& [address, used] : held_) consider(used + kKeep);
   for (const auto& [address, l] : listeners_) consider(l.used + kKeep);
   if (first == 0) return -1;
@@ -569,12 +683,20 @@ int RdmaCm::next_timeout_ms() const noexcept {
 
 void RdmaCm::keep_time() {
   const Nanos t = now();
-  std::vector<std::uint64_t> over;
+  std::vector<std::uint64_t> over, held_offers;
   for (auto& [cookie, o] : offers_) {
     if (t >= o.deadline) {
       over.push_back(cookie);
     } else if (t >= o.next_try) {
       o.next_try = t + rendezvous_->patience_ms() * kMillisecond;  // until the answer says more
+      const Transcript transcript = transcript_of_(cookie);
+      if (transcript.sent.size() + transcript.received.size() < kOfferBytes && !transcript.may_be_empty) {
+        o.next_try = t + kBackoff[std::min(o.tries++, std::size(kBackoff) - 1)];
+        continue;
+      }
+      o.offer.sent = static_cast<std::uint16_t>(transcript.sent.size());
+      o.offer.received = static_cast<std::uint16_t>(transcript.received.size());
+      if (!std::exchange(o.is_told, true)) std::tie(o.least_sent, o.least_received) = std::pair(o.offer.sent, o.offer.received);
       rendezvous_->send(cookie, IpAddress::from(o.anchor.local), IpAddress::from(o.anchor.remote), o.offer);
     }
   }
@@ -584,6 +706,7 @@ void RdmaCm::keep_time() {
     } else if (t >= d.next_look) {
       const IpAddress here = IpAddress::from(d.anchor.local);
       d.next_look = t + kBackoff[std::min(d.looks++, std::size(kBackoff) - 1)];
+      if (d.offer) held_offers.push_back(cookie);
       if (held_.contains(here) || rendezvous_->hold(here))
         held_[here] = t;
       else
@@ -591,9 +714,22 @@ void RdmaCm::keep_time() {
     }
   }
   for (const std::uint64_t cookie : over) {
+    const auto dial = dials_.find(cookie);
+    const auto offered = offers_.find(cookie);
+    const bool met = (dial != dials_.end() && dial->second.offer) ||
+                     (offered != offers_.end() && (offered->second.guesses != 0 || !offered->second.is_told));
     withdraw(cookie);
-    tell(EventKind::unreachable, ConnId::none, cookie, Reason::no_peer);
+    tell(EventKind::unreachable, ConnId::none, cookie, met ? Reason::unproven : Reason::no_peer);
   }
+  for (const std::uint64_t cookie : held_offers)
+    if (const auto it = dials_.find(cookie); it != dials_.end()) consider(cookie, offer::Offer(*it->second.offer));
+  std::vector<CmEvent> again;
+  std::erase_if(early_, [&](Early& each) {
+    if (t < each.until) return false;
+    again.push_back(std::move(each.event));
+    return true;
+  });
+  for (const CmEvent& event : again) on_request(event, true);
   std::vector<ConnId> late;
   for (const auto& [id, c] : conns_)
     if (c.deadline != 0 && t >= c.deadline) late.push_back(id);
@@ -623,7 +759,7 @@ void RdmaCm::progress() {
     const auto it = dials_.find(cookie);
     if (it == dials_.end()) return;
     const IpAddress local = IpAddress::from(it->second.anchor.local), remote = IpAddress::from(it->second.anchor.remote);
-    if (o.hash == offer::hash_of(remote, local)) take_up(cookie, o);
+    if (o.hash == offer::hash_of(remote, local)) consider(cookie, o);
   });
   keep_time();
   while (!pending_.empty()) {
@@ -647,10 +783,11 @@ void RdmaCm::abandon_in_child() noexcept {
 
 }  // namespace
 
-Result<std::unique_ptr<ConnectionManager>> make_rdma_cm(std::unique_ptr<Manner> manner, FindDevice find_device) {
+Result<std::unique_ptr<ConnectionManager>> make_rdma_cm(std::unique_ptr<Manner> manner, FindDevice find_device,
+                                                        const Secret& secret) {
   auto channel = RdmaChannel::open();
   if (!channel) return Err{channel.error()};
-  return std::unique_ptr<ConnectionManager>(new RdmaCm(std::move(manner), std::move(find_device), std::move(*channel)));
+  return std::unique_ptr<ConnectionManager>(new RdmaCm(std::move(manner), std::move(find_device), secret, std::move(*channel)));
 }
 
 }  // namespace rdma::cm

@@ -12,9 +12,11 @@
 // on what is another's (offer_relay.hpp). No permanent listener, nothing at listen() or accept(): a daemon that drops its rights,
 // or forks for each connection, needs no care.
 //
-// What is proved: the request carries the token of an offer that was sent to the server's host for this very connection, and comes
-// from that host's address. Not: which process there has read the offer (any user may take a free port above 1023 of RDMA_PS_IB or
-// UDP). Hence Caps::proves_owner is false: whoever holds the anchor must ask over it.
+// What is proved (Caps::proves_owner): the request carries the token of an offer that was sent to the server's host for this very
+// connection, and comes from that host's address. As any user there may take a free port above 1023 of RDMA_PS_IB or UDP and read
+// the offer, both ends also show that they know the first bytes that the connection has carried (rdma_proof.hpp, which says how far
+// that goes). The server's end shows all that it has read, which must be no less than the client had sent when it offered, and what
+// the client says it has read; the client's end the same bytes. Until then nobody has a key to anybody's memory.
 //
 // rdma_connect() of an RNIC may block for minutes: a thread of its own makes the call.
 #pragma once
@@ -24,6 +26,7 @@
 
 #include "rdma_core/base/result.hpp"
 #include "rdma_core/cm/connection_manager.hpp"
+#include "rdma_core/cm/rdma_proof.hpp"
 
 namespace rdma::cm {
 
@@ -32,7 +35,8 @@ namespace rdma::cm {
 using FindDevice = std::function<Device*(const char* name)>;
 
 /// Errors: ENODEV, EACCES: no connection manager in this kernel, or not for us; EMFILE.
-Result<std::unique_ptr<ConnectionManager>> make_ib_cm(FindDevice find_device);
-Result<std::unique_ptr<ConnectionManager>> make_rnic_cm(FindDevice find_device);
+/// `secret`: ends with different ones do not come together.
+Result<std::unique_ptr<ConnectionManager>> make_ib_cm(FindDevice find_device, const Secret& secret = {});
+Result<std::unique_ptr<ConnectionManager>> make_rnic_cm(FindDevice find_device, const Secret& secret = {});
 
 }  // namespace rdma::cm

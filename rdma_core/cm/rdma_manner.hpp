@@ -45,6 +45,11 @@ class Manner {
   virtual std::unique_ptr<Rendezvous> make_rendezvous(RdmaChannel& channel, int epoll_fd, Rendezvous::OnOffer,
                                                       Rendezvous::OnAnswer) = 0;
 
+  /// What names this side's end of a connection to the other; known once the way to it is found.
+  virtual std::uint32_t near_end(const Qp& qp, rdma_cm_id* id) const noexcept = 0;
+  /// What names the other side's, in its request or reply; `id` is the connection's here.
+  virtual std::uint32_t far_end(const CmEvent& event, rdma_cm_id* id) const noexcept = 0;
+
   /// Active: QP to init, and the request. `failed` may be called in any thread, or never.
   virtual Result<Unit> connect(Qp& qp, const RdmaId& id, const rdma_conn_param& parameters, std::span<const std::byte> data,
                                std::function<void()> failed) = 0;
@@ -56,7 +61,8 @@ class Manner {
   virtual Result<Unit> accept(Qp& qp, rdma_cm_id* id, rdma_conn_param parameters) = 0;
 };
 
-Result<std::unique_ptr<ConnectionManager>> make_rdma_cm(std::unique_ptr<Manner> manner, FindDevice find_device);
+Result<std::unique_ptr<ConnectionManager>> make_rdma_cm(std::unique_ptr<Manner> manner, FindDevice find_device,
+                                                        const Secret& secret);
 
 /// What the peer may do with the memory of the QP's Pd.
 inline constexpr Access kPeerAccess = Access::local_write | Access::remote_write | Access::remote_read;

@@ -209,6 +209,8 @@ class RnicManner final : public Manner {
     return std::make_unique<UdpRendezvous>(epoll_fd, std::move(on_offer), std::move(on_answer));
   }
 
+  std::uint32_t near_end(const Qp&, rdma_cm_id* id) const noexcept override { return ntohs(rdma_get_src_port(id)); }
+  std::uint32_t far_end(const CmEvent&, rdma_cm_id* id) const noexcept override { return ntohs(rdma_get_dst_port(id)); }
   Result<Unit> connect(Qp& qp, const RdmaId& id, const rdma_conn_param& parameters, std::span<const std::byte> data,
                        std::function<void()> failed) override {
     if (auto moved = to_init(qp); !moved) return moved;
@@ -233,13 +235,13 @@ class RnicManner final : public Manner {
 
  private:
   // Soft-iWARP's MPA frames carry 197 bytes in a request and 251 in a reply.
-  Caps caps_{197 - offer::kDialBytes, 251, 251 - offer::kRefusalBytes, true, false};
+  Caps caps_{197 - offer::kDialBytes, 251 - offer::kProofBytes, 251 - offer::kRefusalBytes, true, true};
 };
 
 }  // namespace
 
-Result<std::unique_ptr<ConnectionManager>> make_rnic_cm(FindDevice find_device) {
-  return make_rdma_cm(std::make_unique<RnicManner>(), std::move(find_device));
+Result<std::unique_ptr<ConnectionManager>> make_rnic_cm(FindDevice find_device, const Secret& secret) {
+  return make_rdma_cm(std::make_unique<RnicManner>(), std::move(find_device), secret);
 }
 
 }  // namespace rdma::cm

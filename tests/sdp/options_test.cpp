@@ -43,7 +43,7 @@ BOOST_AUTO_TEST_CASE(an_empty_environment_gives_the_defaults) {
                           Parsed({"SDP_POLICY=", "SDP_SPIN_US="})}) {
     BOOST_TEST(p.message() == "");
     BOOST_TEST((p.options.policy == Family::both));
-    BOOST_TEST((list(p.options.transports) == std::vector{Transport::local}));  // no other proves who is at the other end
+    BOOST_TEST((list(p.options.transports) == std::vector{Transport::local, Transport::ib, Transport::rnic}));
     BOOST_TEST(p.options.spin_us == 50);
     BOOST_TEST(p.options.recv_buffer_bytes == 2048);
     BOOST_TEST(p.options.recv_buffer_max == 65536);
@@ -61,8 +61,9 @@ BOOST_AUTO_TEST_CASE(every_right_value_is_taken) {
   const Parsed p({"SDP_POLICY=sdp", "SDP_TRANSPORT=rnic,local", "SDP_CONFIG=/etc/a.conf", "SDP_LOG=debug:/tmp/x:%p",
                   "SDP_STATS=s.%p.json", "SDP_PCAP=c.pcapng", "SDP_SPIN_US=0", "SDP_RECV_BUFFER=4K", "SDP_RECV_BUFFER_MAX=1M",
                   "SDP_RECV_BUFFERS_INITIAL=4", "SDP_RECV_BUFFERS=128", "SDP_UPGRADE_MESSAGES=0", "SDP_UPGRADE_BYTES=128k",
-                  "SDP_DEVICE_FLAVOUR=rnic"});
+                  "SDP_DEVICE_FLAVOUR=rnic", "SDP_SECRET_FILE=/etc/secret"});
   BOOST_TEST(p.message() == "");
+  BOOST_TEST(p.options.secret_file.view() == "/etc/secret");
   BOOST_TEST((p.options.policy == Family::sdp));
   BOOST_TEST((list(p.options.transports) == std::vector{Transport::rnic, Transport::local}));
   BOOST_TEST(p.options.config_file.view() == "/etc/a.conf");
@@ -211,7 +212,7 @@ BOOST_AUTO_TEST_CASE(the_table_tells_default_value_in_force_and_what_is_wrong) {
   describe_options(
       environment, [](const OptionRow& row, void* f) { (*static_cast<decltype(collect)*>(f))(row); },
       const_cast<void*>(static_cast<const void*>(&collect)));
-  BOOST_TEST(rows.size() == 17U);
+  BOOST_TEST(rows.size() == 18U);
   BOOST_TEST(rows.at("SDP_SPIN_US").in_force.view() == "7");
   BOOST_TEST(defaults.at("SDP_SPIN_US") == "50");
   BOOST_TEST(rows.at("SDP_SPIN_US").set);
@@ -220,7 +221,7 @@ BOOST_AUTO_TEST_CASE(the_table_tells_default_value_in_force_and_what_is_wrong) {
   BOOST_TEST(!rows.at("SDP_UPGRADE_MESSAGES").wrong.empty());
   BOOST_TEST(rows.at("SDP_POLICY").in_force.view() == "tcp");
   BOOST_TEST(defaults.at("SDP_POLICY") == "both");
-  BOOST_TEST(defaults.at("SDP_TRANSPORT") == "local");
+  BOOST_TEST(defaults.at("SDP_TRANSPORT") == "local,ib,rnic");
   BOOST_TEST(defaults.at("SDP_LOG") == "warn");
 }
 

@@ -720,7 +720,7 @@ BOOST_AUTO_TEST_CASE(rule_14_a_buffer_that_is_not_where_it_says_ends_the_lane) {
   wr.flags = rdma::kInline;
   wr.sge_count = 1;
   wr.sges = &sge;
-  wr.remote_addr = words.words_addr + offsetof(LaneBlock, cursors);
+  wr.remote_addr = words.address() + offsetof(LaneBlock, cursors);
   wr.rkey = static_cast<rdma::Rkey>(words.words_rkey);
   BOOST_REQUIRE((r.stream(0).lane->qp().post_send(wr) == rdma::Post::ok));
   std::int64_t n = 1;

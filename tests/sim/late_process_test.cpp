@@ -12,7 +12,7 @@
 namespace sdp::sim {
 namespace {
 
-rdma::wrap::LateDevice* g_late = nullptr;
+std::atomic<rdma::wrap::LateDevice*> g_late{nullptr};
 
 class LateComposition final : public engine::Composition {
  public:
@@ -60,9 +60,10 @@ class Process {
   void pump() {
     for (;;) {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
-      if (held || g_late == nullptr) continue;
+      rdma::wrap::LateDevice* const late = g_late.load();
+      if (held || late == nullptr) continue;
       (void)impl_->lock.lock();  // the Qp's users stay off
-      g_late->release(4);
+      late->release(4);
       impl_->lock.unlock();
     }
   }
@@ -106,7 +107,7 @@ int read_to_the_end(int fd, End end, std::size_t expected) {
   while (data[0] == std::byte{0})
     if (p.stream.recv(fd, data, 1, 0) != 1 || p.stream.send(fd, data, 1, MSG_NOSIGNAL) != 1) return 1;
   if (p.impl().rx.load() != RxState::lane) return 2;
-  while (g_late->held() != 0) std::this_thread::yield();  // the last answer is to leave
+  while (g_late.load()->held() != 0) std::this_thread::yield();  // the last answer is to leave
   if (end == End::left_unheard) {
     p.held = true;
     pollfd over{fd, POLLRDHUP, 0};

@@ -3,6 +3,8 @@
 
 #include <poll.h>
 
+#include <map>
+
 #include "rdma_core/cm/rdma_cm.hpp"
 #include "tests/verbs/verbs_fixture.hpp"
 
@@ -10,12 +12,14 @@ namespace rdma::conformance {
 
 class RdmaCmPair : public VerbsPair {
  public:
-  RdmaCmPair(std::array<Port, 2> ports, bool rnic) : VerbsPair(std::move(ports)) {
+  using Secrets = std::array<cm::Secret, 2>;  ///< by side
+  RdmaCmPair(std::array<Port, 2> ports, bool rnic, const Secrets& secrets = {}) : VerbsPair(std::move(ports)) {
     for (const Side side : kSides) {
       auto find = [this, side](const char* name) -> Device* { return name == std::string(at(side).name()) ? &at(side) : nullptr; };
-      auto made = rnic ? cm::make_rnic_cm(find) : cm::make_ib_cm(find);
+      auto made = rnic ? cm::make_rnic_cm(find, secrets[index(side)]) : cm::make_ib_cm(find, secrets[index(side)]);
       BOOST_REQUIRE_MESSAGE(made.ok(), (made ? "" : made.error().what));
       cms_[index(side)] = std::move(*made);
+      cms_[index(side)]->on_transcript([this](std::uint64_t cookie) { return transcripts[cookie]; });
     }
   }
   ~RdmaCmPair() {
@@ -36,8 +40,12 @@ class RdmaCmPair : public VerbsPair {
     BOOST_REQUIRE_EQUAL(connect(connected, reinterpret_cast<sockaddr*>(&server), sizeof server), 0);
     const int accepted = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
     close(listener);
-    return {anchor_of(accepted), anchor_of(connected)};
+    const std::array<cm::Anchor, 2> ends{anchor_of(accepted), anchor_of(connected)};
+    transcripts[ends[0].cookie].sent = transcripts[ends[1].cookie].received = some(300, ends[0].cookie);
+    transcripts[ends[1].cookie].sent = transcripts[ends[0].cookie].received = some(40, ends[1].cookie);
+    return ends;
   }
+  std::map<std::uint64_t, cm::Transcript> transcripts;  ///< by cookie
   bool pump() {
     for (auto& cm : cms_) {
       pollfd p{cm->fd(), POLLIN, 0};
@@ -49,6 +57,11 @@ class RdmaCmPair : public VerbsPair {
 
  private:
   static std::size_t index(Side side) { return side == Side::a ? 0 : 1; }
+  static std::vector<std::byte> some(std::size_t count, std::uint64_t seed) {
+    std::vector<std::byte> bytes(count);
+    for (std::size_t i = 0; i < count; ++i) bytes[i] = static_cast<std::byte>(i * 7 + seed * 31);
+    return bytes;
+  }
   cm::Anchor anchor_of(int fd) {
     fds_.push_back(fd);
     cm::Anchor anchor;
@@ -68,11 +81,13 @@ class RdmaCmPair : public VerbsPair {
 
 class IbCmPair : public RdmaCmPair {
  public:
-  IbCmPair() : RdmaCmPair(ports_from("SDP_TEST_IB", "rxe0 10.77.0.1 rxe1 10.77.0.2"), false) {}
+  explicit IbCmPair(const Secrets& secrets = {})
+      : RdmaCmPair(ports_from("SDP_TEST_IB", "rxe0 10.77.0.1 rxe1 10.77.0.2"), false, secrets) {}
 };
 class RnicCmPair : public RdmaCmPair {
  public:
-  RnicCmPair() : RdmaCmPair(ports_from("SDP_TEST_RNIC", "siw0 10.77.1.1 siw1 10.77.1.2"), true) {}
+  explicit RnicCmPair(const Secrets& secrets = {})
+      : RdmaCmPair(ports_from("SDP_TEST_RNIC", "siw0 10.77.1.1 siw1 10.77.1.2"), true, secrets) {}
 };
 
 }  // namespace rdma::conformance

@@ -19,7 +19,7 @@ namespace {
 
 class Module final : public VerbsModule {
  public:
-  explicit Module(std::vector<VerbsDevice*> devices) : devices_(std::move(devices)) {}
+  Module(std::vector<VerbsDevice*> devices, const cm::Secret& secret) : devices_(std::move(devices)), secret_(secret) {}
 
   Told<cm::ConnectionManager*> cm(NodeType type) override {
     const bool rnic = type == NodeType::rnic;
@@ -34,7 +34,7 @@ class Module final : public VerbsModule {
             std::find_if(mine.begin(), mine.end(), [name](const VerbsDevice* d) { return std::strcmp(d->name(), name) == 0; });
         return it != mine.end() ? *it : nullptr;
       };
-      auto made = rnic ? cm::make_rnic_cm(std::move(find)) : cm::make_ib_cm(std::move(find));
+      auto made = rnic ? cm::make_rnic_cm(std::move(find), secret_) : cm::make_ib_cm(std::move(find), secret_);
       if (!made) return Err{std::string(made.error().what) + " (" + strerror(made.error().code) + ")"};
       slot = std::move(*made);
     }
@@ -46,6 +46,7 @@ class Module final : public VerbsModule {
 
  private:
   std::vector<VerbsDevice*> devices_;  ///< the registry's
+  cm::Secret secret_;
   std::array<std::unique_ptr<cm::ConnectionManager>, 2> cms_;
 };
 
@@ -66,6 +67,16 @@ static VerbsModule* open_module(const ModuleHost& host, DeviceRegistry& registry
   log::threshold.store(host.log_level);
   log::set_fd(host.log_fd);
   set_fd_keeper(host.keep_fd, host.forget_fd);
+  cm::Secret secret{};
+  if (*host.secret_file != '\0') {
+    auto read = cm::secret_from(host.secret_file);
+    if (!read) {
+      why = say(read.error());
+      RDMA_LOG(error, "%s: no lanes between hosts", why);
+      return nullptr;
+    }
+    secret = *read;
+  }
   ibv_fork_init();  // programs fork; does nothing where the kernel copies registered pages at once
   const std::vector<std::string> names = device_names();
   if (names.empty()) {
@@ -88,7 +99,7 @@ static VerbsModule* open_module(const ModuleHost& host, DeviceRegistry& registry
     RDMA_LOG(info, "%s", reason.c_str());
     reasons += (reasons.empty() ? "" : "; ") + reason;
   }
-  if (!opened.empty()) return new Module(std::move(opened));
+  if (!opened.empty()) return new Module(std::move(opened), secret);
   why = say(std::move(reasons));
   return nullptr;
 }
