@@ -34,7 +34,7 @@ constexpr unsigned kMeetMs = 3000;                               // how long a c
 constexpr std::int64_t kHandshakeNs = 3'000'000'000;
 constexpr int kTendMs = 20;
 constexpr int kReleaseMs = 250;
-constexpr int kWordsMs = 250;  // between two looks for words that a device's writes wake nobody for
+constexpr std::int64_t kWordsMs = 250;  // at most between two looks for words that a device's writes wake nobody for
 
 std::int64_t now_ns() noexcept { return rdma::SteadyClock{}.now(); }
 
@@ -173,7 +173,7 @@ void Service::run() noexcept {
     const auto at_most = [&timeout](int ms) { timeout = timeout < 0 ? ms : std::min(timeout, ms); };
     if (busy || needed || lingering) at_most(kTendMs);
     if (releasing_.load(std::memory_order_relaxed)) at_most(kReleaseMs);
-    if (!laned_.empty() && had_unordered_lane_.load(std::memory_order_relaxed)) at_most(kWordsMs);
+    if (!laned_.empty() && had_unordered_lane_.load(std::memory_order_relaxed)) at_most(next_words_ms());
     epoll_event events[32];
     const long n = sys::call(SYS_epoll_pwait, epoll_fd_, sys::arg(events), 32, timeout, 0, 8);
     for (long i = 0; i < n; ++i) {
@@ -612,6 +612,7 @@ void Service::finish(Handshake& h) noexcept {
     sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_ADD, stream->fd, sys::arg(&ev));
     if (stream->stats != nullptr) stream->stats->set_transport(transport_of(h.lane->device().attr()));
     stream->attach(h.lane);
+    last_lane_up_ns_ = now_ns();
     {
       const std::lock_guard guard(laned_lock_);
       laned_.push_back(stream);
@@ -698,6 +699,12 @@ void Service::look_after_lanes() noexcept {
     engine::free_lane_cell(over.lane);
     if (over.stream != nullptr) engine::free_stream(over.stream);
   }
+}
+
+// PREPARE and READY follow soon after a lane is up, and a program may be asleep until they are seen: the next look is due when as
+// much time again has passed since then.
+int Service::next_words_ms() const noexcept {
+  return static_cast<int>(std::clamp<std::int64_t>((now_ns() - last_lane_up_ns_) / 1'000'000, 1, kWordsMs));
 }
 
 // Not every device wakes a sleeper for a word. Where it does, the sleeper has seen it long ago.

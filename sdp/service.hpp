@@ -78,6 +78,7 @@ class Service {
   void look_after_lanes() noexcept;
   void release_buffers() noexcept;
   void wake_for_words(StreamImpl& stream) noexcept;
+  int next_words_ms() const noexcept;
 
   Options options_;
   engine::Compose compose_;
@@ -89,6 +90,7 @@ class Service {
   std::atomic<int> bell_fd_{-1};
   std::atomic<int> wake_fd_{-1};
   int epoll_fd_ = -1;
+  std::int64_t last_lane_up_ns_ = 0;
 
   std::atomic<bool> had_unordered_lane_{false};
   std::atomic<bool> releasing_{false};                       ///< some stream has a large send buffer

@@ -265,6 +265,7 @@ struct AnchorCounts {
   std::uint64_t received = 0;  ///< by the kernel; consumed = received - SIOCINQ
   std::uint64_t queued = 0;    ///< SIOCINQ
   bool may_send = false;       ///< our half is open
+  bool has_end = false;        ///< the peer's FIN or RST has come; FIN counts as a byte received
 };
 AnchorCounts anchor_counts(int fd) noexcept;
 

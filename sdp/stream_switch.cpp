@@ -21,6 +21,10 @@ namespace sys = rdma::sys;
 namespace {
 // The kernel's TCP_ESTABLISHED…, which no header shares.
 constexpr std::uint8_t kEstablished = 1, kFinWait1 = 4, kFinWait2 = 5, kCloseWait = 8;
+
+bool has_end(const tcp_info& info) noexcept {
+  return info.tcpi_state != kEstablished && info.tcpi_state != kFinWait1 && info.tcpi_state != kFinWait2;
+}
 }  // namespace
 
 AnchorCounts anchor_counts(int fd) noexcept {
@@ -36,6 +40,7 @@ AnchorCounts anchor_counts(int fd) noexcept {
   counts.received = info.tcpi_bytes_received;
   counts.queued = static_cast<std::uint64_t>(queued);
   counts.may_send = info.tcpi_state == kEstablished || info.tcpi_state == kCloseWait;
+  counts.has_end = has_end(info);
   return counts;
 }
 
@@ -45,7 +50,7 @@ bool has_fin(int fd) noexcept {
   tcp_info info{};
   socklen_t len = sizeof info;
   if (sys::call(SYS_getsockopt, fd, IPPROTO_TCP, TCP_INFO, sys::arg(&info), sys::arg(&len)) != 0) return true;
-  return info.tcpi_state != kEstablished && info.tcpi_state != kFinWait1 && info.tcpi_state != kFinWait2;
+  return has_end(info);
 }
 }  // namespace
 
@@ -76,6 +81,11 @@ void StreamImpl::try_ready(int at) noexcept {
   if (kernel_receivers.load(std::memory_order_seq_cst) != 0 || plain_waiters.load(std::memory_order_seq_cst) != 0) return;
   const AnchorCounts counts = anchor_counts(at);
   if (!counts.ok) return take_down_locked(LaneReason::foreign_use);
+  if (counts.has_end) {  // all of it has come by TCP
+    rx.store(RxState::ended, std::memory_order_release);
+    state_edges.fetch_add(1, std::memory_order_relaxed);
+    return;
+  }
   if (counts.received - counts.queued != tcp_received.load(std::memory_order_relaxed)) {
     // Bytes may have come between the two looks at the kernel: only a lasting difference is a foreign reader.
     if (++doubts > 16) take_down_locked(LaneReason::foreign_use);

@@ -43,6 +43,8 @@ class IbRendezvous final : public Rendezvous {
     std::erase_if(tries_, [cookie](const auto& each) { return each.second.cookie == cookie; });
   }
 
+  unsigned patience_ms() const noexcept override { return 1000; }  // the CM says what became of each
+
   bool hold(const IpAddress& server) override {
     const std::uint64_t key = channel_.new_key();
     auto id = channel_.bound_id(RDMA_PS_IB, key, server.with_port(service_port(server.port)));

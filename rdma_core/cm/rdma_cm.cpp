@@ -5,9 +5,9 @@
 #include <sys/eventfd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <deque>
 #include <map>
+#include <mutex>
 #include <optional>
 #include <tuple>
 #include <unordered_map>
@@ -45,7 +45,6 @@ Nanos now() noexcept { return SteadyClock{}.now(); }
 /// Rung from any thread; outlives the manager while a thread has it.
 struct Bell {
   int fd = keep_fd(static_cast<int>(sys::call(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK)));
-  std::atomic<std::uint64_t> failed_conn{0};  ///< the last connection whose request could not be made; 0: none
 
   ~Bell() {
     forget_fd(fd);
@@ -55,6 +54,19 @@ struct Bell {
     const std::uint64_t one = 1;
     sys::call(SYS_write, fd, sys::arg(&one), sizeof one);
   }
+  void tell_failed(ConnId id) {
+    const std::lock_guard guard(lock_);
+    failed_.push_back(id);
+    ring();
+  }
+  std::vector<ConnId> take_failed() {
+    const std::lock_guard guard(lock_);
+    return std::exchange(failed_, {});
+  }
+
+ private:
+  std::mutex lock_;
+  std::vector<ConnId> failed_;  ///< connections whose request could not be made
 };
 
 class RdmaCm final : public ConnectionManager {
@@ -489,10 +501,7 @@ void RdmaCm::request(ConnId id) {
   c.step = Step::requested;
   c.granted.responder_resources = c.granted.initiator_depth =
       static_cast<std::uint8_t>(std::min(c.device->attr().max_read_outstanding, 16U));
-  const auto failed = [bell = bell_, id] {
-    bell->failed_conn.store(static_cast<std::uint64_t>(id));
-    bell->ring();
-  };
+  const auto failed = [bell = bell_, id] { bell->tell_failed(id); };
   if (const auto sent = manner_->connect(*c.qp, c.id, parameters(c), request, failed); !sent) {
     RDMA_LOG(info, "%s: %s (%d)", name(), sent.error().what, sent.error().code);
     end(id, Reason::no_resources);
@@ -679,7 +688,7 @@ void RdmaCm::keep_time() {
     if (t >= o.deadline) {
       over.push_back(cookie);
     } else if (t >= o.next_try) {
-      o.next_try = t + kNotedPatience;  // until the answer says more
+      o.next_try = t + rendezvous_->patience_ms() * kMillisecond;  // until the answer says more
       const Transcript transcript = transcript_of_(cookie);
       if (transcript.sent.size() + transcript.received.size() < kOfferBytes && !transcript.may_be_empty) {
         o.next_try = t + kBackoff[std::min(o.tries++, std::size(kBackoff) - 1)];
@@ -742,7 +751,7 @@ void RdmaCm::keep_time() {
 void RdmaCm::progress() {
   std::uint64_t count = 0;
   sys::call(SYS_read, bell_->fd, sys::arg(&count), sizeof count);
-  if (const std::uint64_t failed = bell_->failed_conn.exchange(0); failed != 0) on_failed(ConnId{failed});
+  for (const ConnId failed : bell_->take_failed()) on_failed(failed);
   for (CmEvent event; channel_->next(event);)
     if (!rendezvous_->take(event)) on_cm_event(event);
   rendezvous_->progress();

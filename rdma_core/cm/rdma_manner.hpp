@@ -24,6 +24,8 @@ class Rendezvous {
   /// One try. A try for the same connection that is still under way ends without a word.
   virtual void send(std::uint64_t cookie, const IpAddress& from, const IpAddress& server, const offer::Offer&) = 0;
   virtual void cancel(std::uint64_t cookie) noexcept = 0;
+  /// How long a try may go without an answer before the next one.
+  virtual unsigned patience_ms() const noexcept = 0;
   /// Takes offers to that address. False: another process does, or it may not be; ask again later.
   virtual bool hold(const IpAddress& server) = 0;
   virtual void let_go(const IpAddress& server) noexcept = 0;

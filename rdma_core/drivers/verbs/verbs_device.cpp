@@ -4,6 +4,7 @@
 #include <infiniband/verbs.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cstring>
 #include <utility>
@@ -37,6 +38,7 @@ class DeviceList {
 constexpr std::uint8_t kPort = 1;
 constexpr std::uint32_t kDeepest = 1024;  ///< of a queue: more than any lane asks for, and every device has it
 constexpr std::uint32_t kWantedInline = 512;
+constexpr std::uint32_t kSoftIwarp = 0x626d74;  ///< its vendor
 
 /// What a Qp really gets: some devices refuse a wish that is too large, others grant less than their attributes say.
 std::uint32_t probe_inline(ibv_context* context) noexcept {
@@ -56,6 +58,23 @@ std::uint32_t probe_inline(ibv_context* context) noexcept {
   if (cq != nullptr) ibv_destroy_cq(cq);
   if (pd != nullptr) ibv_dealloc_pd(pd);
   return found;
+}
+
+/// Queues are mapped at the lowest free offset of the device's file, from 0 on. The library for Soft-iWARP takes the offset 0x90000
+/// for a failure of the kernel's: once it is the lowest that is free no queue can be made, and that is so with a handful of lanes.
+/// A queue that lies across it keeps it from being free. nullptr: this library has no such offset.
+ibv_cq* cover_bad_offset(ibv_context* context) noexcept {
+  constexpr int kDepth = 1024;  // nine pages of 4 KiB, one of 64: either way some queue would begin there
+  std::array<ibv_cq*, 32> before{};
+  std::size_t made = 0;
+  while (made < before.size() && (before[made] = ibv_create_cq(context, kDepth, nullptr, nullptr, 0)) != nullptr) ++made;
+  ibv_cq* kept = nullptr;
+  if (made > 0 && made < before.size()) {
+    ibv_destroy_cq(before[--made]);
+    kept = ibv_create_cq(context, 2 * kDepth, nullptr, nullptr, 0);
+  }
+  while (made > 0) ibv_destroy_cq(before[--made]);
+  return kept;
 }
 
 }  // namespace
@@ -90,6 +109,7 @@ VerbsDevice::VerbsDevice(ibv_context* context, std::string name) : context_(cont
 VerbsDevice::~VerbsDevice() {
   forget_fd(context_->cmd_fd);
   forget_fd(context_->async_fd);
+  if (cover_ != nullptr) ibv_destroy_cq(cover_);
   ibv_close_device(context_);
 }
 
@@ -118,6 +138,7 @@ Result<Unit> VerbsDevice::look_around() {
       return fail(ENOTSUP, "verbs: neither an IB nor an iWARP device");
   }
   const bool rnic = attr_.node_type == NodeType::rnic;
+  if (limits.vendor_id == kSoftIwarp) cover_ = cover_bad_offset(context_);
   const auto at_most = [](int limit, std::uint32_t most) { return std::min(static_cast<std::uint32_t>(std::max(limit, 1)), most); };
   attr_.link_layer = port.link_layer == IBV_LINK_LAYER_ETHERNET ? LinkLayer::ethernet : LinkLayer::infiniband;
   attr_.max_send_wr = at_most(limits.max_qp_wr, kDeepest);

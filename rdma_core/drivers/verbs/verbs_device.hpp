@@ -20,6 +20,7 @@
 #include "rdma_core/device.hpp"
 
 struct ibv_context;
+struct ibv_cq;
 
 namespace rdma::verbs {
 
@@ -60,6 +61,7 @@ class VerbsDevice final : public Device {
   std::string name_;
   DeviceAttr attr_;
   int gid_entries_ = 0;
+  ibv_cq* cover_ = nullptr;  ///< see cover_bad_offset()
   std::function<void(AsyncEvent)> async_handler_;
 };
 
