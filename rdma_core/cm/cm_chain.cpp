@@ -60,8 +60,7 @@ ConnectionManager* CmChain::open(Link& link) {
 void CmChain::join(std::size_t index) {
   ConnectionManager& cm = *links_[index].transport.cm;
   cm.on_event([this, index](const Event& event) { on_inner_event(index, event); });
-  epoll_event ev{EPOLLIN, {.u64 = index}};
-  sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_ADD, cm.fd(), sys::arg(&ev));
+  watch(cm.fd());
   const bool first = std::ranges::count_if(links_, [](const Link& l) { return l.transport.cm != nullptr; }) == 1;
   const Caps& its = cm.caps();
   if (first) {
@@ -73,6 +72,15 @@ void CmChain::join(std::size_t index) {
   caps_.max_reject_private = std::min(caps_.max_reject_private, its.max_reject_private);
   caps_.active_must_send_first |= its.active_must_send_first;
   caps_.proves_owner &= its.proves_owner;
+}
+
+void CmChain::watch(int fd) noexcept {
+  epoll_event ev{EPOLLIN, {.u64 = 0}};
+  sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_ADD, fd, sys::arg(&ev));
+}
+
+void CmChain::try_again() noexcept {
+  for (Link& link : links_) link.not_before = 0;
 }
 
 ConnId CmChain::outer(std::size_t index, ConnId inner) noexcept {
@@ -198,6 +206,7 @@ int CmChain::next_timeout_ms() const noexcept {
 void CmChain::progress() {
   for (const Link& link : links_)
     if (link.transport.cm != nullptr) link.transport.cm->progress();
+  if (companion_) companion_();
 }
 
 void CmChain::abandon_in_child() noexcept {

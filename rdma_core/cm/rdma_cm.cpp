@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <deque>
 #include <map>
 #include <tuple>
@@ -53,9 +54,10 @@ struct Bell {
 
 class RdmaCm final : public ConnectionManager {
  public:
-  RdmaCm(std::unique_ptr<Manner> manner, FindDevice find_device, std::shared_ptr<RdmaChannel> channel)
+  RdmaCm(std::unique_ptr<Manner> manner, FindDevice find_device, DeviceGoes device_goes, std::shared_ptr<RdmaChannel> channel)
       : manner_(std::move(manner)),
         find_device_(std::move(find_device)),
+        device_goes_(std::move(device_goes)),
         channel_(std::move(channel)),
         epoll_fd_(keep_fd(static_cast<int>(sys::call(SYS_epoll_create1, EPOLL_CLOEXEC)))),
         relay_(epoll_fd_) {
@@ -89,6 +91,7 @@ class RdmaCm final : public ConnectionManager {
   int fd() const noexcept override { return epoll_fd_; }
   int next_timeout_ms() const noexcept override;
   void progress() override;
+  void devices_changed(const Device* going) noexcept override;
   void abandon_in_child() noexcept override;
 
  private:
@@ -165,10 +168,12 @@ class RdmaCm final : public ConnectionManager {
   void on_failed(ConnId id);
   void end(ConnId id, Reason reason, std::span<const std::byte> data = {}, bool refused = false);
   rdma_conn_param parameters(const Conn& conn) const;
+  void on_removal(const CmEvent& event);
   void keep_time();
 
   std::unique_ptr<Manner> manner_;
   FindDevice find_device_;
+  DeviceGoes device_goes_;
   std::shared_ptr<RdmaChannel> channel_;
   int epoll_fd_;
   std::shared_ptr<Bell> bell_ = std::make_shared<Bell>();
@@ -544,6 +549,29 @@ void RdmaCm::on_conn_event(ConnId id, Conn& c, const CmEvent& event) {
   }
 }
 
+void RdmaCm::on_removal(const CmEvent& event) {
+  if (Device* device = find_device_(event.device.c_str()); device != nullptr && device_goes_) device_goes_(*device);
+}
+
+// An identifier that the kernel has ended stays as it is, and hears nothing of a device that comes in that one's place.
+void RdmaCm::devices_changed(const Device* going) noexcept {
+  known_.clear();
+  if (going == nullptr) return;
+  const auto is_on_it = [going](const RdmaId& id) {
+    const char* name = id != nullptr ? device_name_of(id.get()) : nullptr;
+    return name != nullptr && std::strcmp(name, going->name()) == 0;
+  };
+  std::vector<ConnId> over;
+  for (const auto& [id, c] : conns_)
+    if (c.device == going || is_on_it(c.id)) over.push_back(id);
+  for (const ConnId id : over) end(id, Reason::peer_died);
+  std::erase_if(listeners_, [&](const auto& each) { return is_on_it(each.second.id); });
+  for (const auto& [server, used] : held_) rendezvous_->let_go(server);  // those on other devices are taken anew
+  held_.clear();
+  for (const auto& [cookie, o] : offers_) rendezvous_->cancel(cookie);
+  std::erase_if(paths_, [going](const auto& each) { return std::get<Device*>(each.first) == going; });
+}
+
 int RdmaCm::next_timeout_ms() const noexcept {
   Nanos first = 0;
   const auto consider = [&first](Nanos t) {
@@ -607,8 +635,10 @@ void RdmaCm::progress() {
   std::uint64_t count = 0;
   sys::call(SYS_read, bell_->fd, sys::arg(&count), sizeof count);
   if (const std::uint64_t failed = bell_->failed_conn.exchange(0); failed != 0) on_failed(ConnId{failed});
-  for (CmEvent event; channel_->next(event);)
+  for (CmEvent event; channel_->next(event);) {
+    if (event.type == RDMA_CM_EVENT_DEVICE_REMOVAL) on_removal(event);
     if (!rendezvous_->take(event)) on_cm_event(event);
+  }
   rendezvous_->progress();
   relay_.progress([this](std::uint64_t cookie, const offer::Offer& o) {
     const auto it = dials_.find(cookie);
@@ -638,10 +668,12 @@ void RdmaCm::abandon_in_child() noexcept {
 
 }  // namespace
 
-Result<std::unique_ptr<ConnectionManager>> make_rdma_cm(std::unique_ptr<Manner> manner, FindDevice find_device) {
+Result<std::unique_ptr<ConnectionManager>> make_rdma_cm(std::unique_ptr<Manner> manner, FindDevice find_device,
+                                                        DeviceGoes device_goes) {
   auto channel = RdmaChannel::open();
   if (!channel) return Err{channel.error()};
-  return std::unique_ptr<ConnectionManager>(new RdmaCm(std::move(manner), std::move(find_device), std::move(*channel)));
+  return std::unique_ptr<ConnectionManager>(
+      new RdmaCm(std::move(manner), std::move(find_device), std::move(device_goes), std::move(*channel)));
 }
 
 }  // namespace rdma::cm

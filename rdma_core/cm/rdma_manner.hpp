@@ -54,7 +54,8 @@ class Manner {
   virtual Result<Unit> accept(Qp& qp, rdma_cm_id* id, rdma_conn_param parameters) = 0;
 };
 
-Result<std::unique_ptr<ConnectionManager>> make_rdma_cm(std::unique_ptr<Manner> manner, FindDevice find_device);
+Result<std::unique_ptr<ConnectionManager>> make_rdma_cm(std::unique_ptr<Manner> manner, FindDevice find_device,
+                                                        DeviceGoes device_goes);
 
 /// What the peer may do with the memory of the QP's Pd.
 inline constexpr Access kPeerAccess = Access::local_write | Access::remote_write | Access::remote_read;

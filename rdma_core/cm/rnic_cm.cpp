@@ -235,8 +235,8 @@ class RnicManner final : public Manner {
 
 }  // namespace
 
-Result<std::unique_ptr<ConnectionManager>> make_rnic_cm(FindDevice find_device) {
-  return make_rdma_cm(std::make_unique<RnicManner>(), std::move(find_device));
+Result<std::unique_ptr<ConnectionManager>> make_rnic_cm(FindDevice find_device, DeviceGoes device_goes) {
+  return make_rdma_cm(std::make_unique<RnicManner>(), std::move(find_device), std::move(device_goes));
 }
 
 }  // namespace rdma::cm
