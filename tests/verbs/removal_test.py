@@ -34,13 +34,18 @@ def serve(address):
 
 
 def ask(near, far, port):
-    """Does what it reads: `connect`, or `talk`, which sends something and waits for it."""
-    connection = None
+    """Does what it reads: `connect`; `talk`, which sends something and waits for it; `fork`, whose child lives as long as this does."""
+    connection, (wait, alive) = None, os.pipe()
     for line in sys.stdin:
         try:
             if line.strip() == "connect":
                 connection = socket.create_connection((far, port), source_address=(near, 0))
                 connection.settimeout(PATIENCE)
+            elif line.strip() == "fork":
+                if os.fork() == 0:
+                    os.close(alive)
+                    os.read(wait, 1)
+                    os._exit(0)
             else:
                 for _ in range(20):
                     connection.sendall(b"x" * 1000)
@@ -145,6 +150,15 @@ def a_device_goes_and_comes_back(tools, transport):
         pair.get_lane()
 
 
+def a_device_goes_that_a_child_has_inherited(tools, transport):
+    with Pair(tools, transport) as pair:
+        pair.get_lane()
+        assert pair.does("fork") == "ok"
+        for number in (1, 0):
+            delete(f"{DEVICES[transport][0]}{number}")
+        add(transport)
+
+
 def the_first_device_comes_after_the_program(tools, transport):
     kinds = [t for t in DEVICES if has(t)]
     for kind in kinds:
@@ -169,7 +183,7 @@ def main():
     if not has(tools.transport):
         print(f"no {DEVICES[tools.transport][0]} device here")
         sys.exit(77)
-    for case in (a_device_goes_and_comes_back, the_first_device_comes_after_the_program):
+    for case in (a_device_goes_and_comes_back, a_device_goes_that_a_child_has_inherited, the_first_device_comes_after_the_program):
         print(case.__name__, flush=True)
         case(tools, tools.transport)
 

@@ -53,6 +53,7 @@ class VerbsChannel final : public CompletionChannel {
   void ring() noexcept override;
 
   void progress() noexcept override;
+  void abandon_in_child() noexcept override;
 
   ibv_comp_channel* channel() const noexcept { return channel_; }
 
