@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
 """netperf over an RDMA device, on the network that scripts/vm.d/network makes: a server that forks for each connection, unmodified.
+With --delayed every packet is some milliseconds under way: what the sender had for sent, it may use again before it has arrived.
+
 With --hosts on two machines instead, by scripts/vm pair: the server on the second, which waits to be ended with it.
 
 Each test must have had a lane of that transport at both ends, which carried the same bytes at both: what TCP carried alone fails. Of two
@@ -86,7 +88,12 @@ def run(library, transport, test):
         finally:
             server.terminate()
             server.wait(30)
-        ends = [r for name in ("netperf", "netserver") for r in reports(folder, name) if r["lanes"][transport] > 0]
+        deadline = time.monotonic() + 20
+        while True:  # the server's child says what it has done when its end of the lane is over
+            ends = [r for name in ("netperf", "netserver") for r in reports(folder, name) if r["lanes"][transport] > 0]
+            if len(ends) == 2 or time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
     assert len(ends) == 2, f"{test}: lanes at {len(ends)} ends: {done.stderr}"
     lane = [end["bytes"]["lane"] for end in ends]
     assert lane[0]["sent"] + lane[0]["received"] > 100, f"{test}: the lane carried nothing: {lane}"
@@ -103,13 +110,21 @@ def main():
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--transport", choices=ADDRESSES)
     what.add_argument("--hosts", action="store_true")
+    parser.add_argument("--delayed", action="store_true")
     args = parser.parse_args()
     library = os.path.abspath(args.lib)
     if args.hosts and os.environ["SDPVM_HOST"] == "2":
         serve_for_ever(library)
-    for transport in ADDRESSES if args.hosts else [args.transport]:
-        for test in ("TCP_STREAM", "TCP_MAERTS", "TCP_RR"):
-            (run_between_hosts if args.hosts else run)(library, transport, test)
+    links = {"ib": ("v0", "v1"), "rnic": ("v2", "v3")}[args.transport] if args.delayed else ()
+    for link in links:
+        subprocess.run(["tc", "qdisc", "add", "dev", link, "root", "netem", "delay", "5ms"], check=True)
+    try:
+        for transport in ADDRESSES if args.hosts else [args.transport]:
+            for test in ("TCP_STREAM", "TCP_MAERTS", "TCP_RR"):
+                (run_between_hosts if args.hosts else run)(library, transport, test)
+    finally:
+        for link in links:
+            subprocess.run(["tc", "qdisc", "delete", "dev", link, "root"], check=True)
 
 
 if __name__ == "__main__":
