@@ -11,6 +11,7 @@ import argparse
 import glob
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -37,6 +38,10 @@ def start_server(env, address):
         assert server.poll() is None and time.monotonic() < deadline, "netserver does not listen"
         time.sleep(0.05)
     return server
+
+
+def has(transport):
+    return bool(glob.glob("/sys/class/infiniband/" + {"ib": "rxe*", "rnic": "siw*"}[transport]))
 
 
 def environment(library, transport, folder):
@@ -113,18 +118,22 @@ def main():
     parser.add_argument("--delayed", action="store_true")
     args = parser.parse_args()
     library = os.path.abspath(args.lib)
+    if shutil.which("netperf") is None:
+        print("netperf is not installed")
+        return 77
     if args.hosts and os.environ["SDPVM_HOST"] == "2":
         serve_for_ever(library)
     links = {"ib": ("v0", "v1"), "rnic": ("v2", "v3")}[args.transport] if args.delayed else ()
     for link in links:
         subprocess.run(["tc", "qdisc", "add", "dev", link, "root", "netem", "delay", "5ms"], check=True)
     try:
-        for transport in ADDRESSES if args.hosts else [args.transport]:
+        for transport in filter(has, ADDRESSES) if args.hosts else [args.transport]:
             for test in ("TCP_STREAM", "TCP_MAERTS", "TCP_RR"):
                 (run_between_hosts if args.hosts else run)(library, transport, test)
     finally:
         for link in links:
             subprocess.run(["tc", "qdisc", "delete", "dev", link, "root"], check=True)
+    return 0
 
 
 if __name__ == "__main__":

@@ -33,14 +33,34 @@ def serve(address):
         threading.Thread(target=answer, args=(listener.accept()[0],), daemon=True).start()
 
 
+def pour(connection):
+    try:
+        while True:
+            connection.sendall(b"y" * 65536)
+    except OSError:
+        pass
+
+
+def drink(connection):
+    try:
+        while connection.recv(65536):
+            pass
+    except OSError:
+        pass
+
+
 def ask(near, far, port):
-    """Does what it reads: `connect`; `talk`, which sends something and waits for it; `fork`, whose child lives as long as this does."""
+    """Does what it reads: `connect`; `talk`, which sends something and waits for it; `pour`, which sends and reads without an end;
+    `fork`, whose child lives as long as this does."""
     connection, (wait, alive) = None, os.pipe()
     for line in sys.stdin:
         try:
             if line.strip() == "connect":
                 connection = socket.create_connection((far, port), source_address=(near, 0))
                 connection.settimeout(PATIENCE)
+            elif line.strip() == "pour":
+                for action in (pour, drink):
+                    threading.Thread(target=action, args=(connection,), daemon=True).start()
             elif line.strip() == "fork":
                 if os.fork() == 0:
                     os.close(alive)
@@ -150,6 +170,20 @@ def a_device_goes_and_comes_back(tools, transport):
         pair.get_lane()
 
 
+def a_device_goes_under_a_flow(tools, transport):
+    with Pair(tools, transport) as pair:
+        pair.get_lane()
+        assert pair.does("pour") == "ok"
+        before = pair.lane_bytes()
+        deadline = time.monotonic() + PATIENCE
+        while any(b - a < 100000 for a, b in zip(before, pair.lane_bytes())):
+            assert time.monotonic() < deadline, "nothing flows"
+        for number in (0, 1):
+            delete(f"{DEVICES[transport][0]}{number}")
+        add(transport)
+        pair.get_lane()
+
+
 def a_device_goes_that_a_child_has_inherited(tools, transport):
     with Pair(tools, transport) as pair:
         pair.get_lane()
@@ -174,6 +208,10 @@ def the_first_device_comes_after_the_program(tools, transport):
         pair.get_lane()
 
 
+CASES = (a_device_goes_and_comes_back, a_device_goes_under_a_flow, a_device_goes_that_a_child_has_inherited,
+         the_first_device_comes_after_the_program)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--lib", required=True)
@@ -183,7 +221,7 @@ def main():
     if not has(tools.transport):
         print(f"no {DEVICES[tools.transport][0]} device here")
         sys.exit(77)
-    for case in (a_device_goes_and_comes_back, a_device_goes_that_a_child_has_inherited, the_first_device_comes_after_the_program):
+    for case in CASES:
         print(case.__name__, flush=True)
         case(tools, tools.transport)
 
