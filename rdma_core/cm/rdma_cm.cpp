@@ -130,9 +130,12 @@ class RdmaCm final : public ConnectionManager {
     std::uint64_t key = 0;
     Nanos used = 0;
   };
+  /// Of an address, and kept with it: librdmacm gives up what it has of a device with the last identifier on it, and in a fork's
+  /// child could not make it anew. An identifier is told, too, when its device is to go.
   struct Known {
     Device* device = nullptr;
     Nanos until = 0;
+    RdmaId id;
   };
   struct Pending {
     Event event;
@@ -227,6 +230,7 @@ Device* RdmaCm::device_at(const IpAddress& here) {
   auto id = channel_->bound_id(manner_->port_space(), channel_->new_key(), host);
   known.device = id ? device_of(id->get()) : nullptr;
   known.until = now() + kKeep;
+  if (known.device != nullptr) known.id = std::move(*id);
   return known.device;
 }
 
@@ -555,7 +559,7 @@ void RdmaCm::on_removal(const CmEvent& event) {
 
 // An identifier that the kernel has ended stays as it is, and hears nothing of a device that comes in that one's place.
 void RdmaCm::devices_changed(const Device* going) noexcept {
-  known_.clear();
+  for (auto& [host, known] : known_) known.until = 0;
   if (going == nullptr) return;
   const auto is_on_it = [going](const RdmaId& id) {
     const char* name = id != nullptr ? device_name_of(id.get()) : nullptr;
@@ -566,6 +570,7 @@ void RdmaCm::devices_changed(const Device* going) noexcept {
     if (c.device == going || is_on_it(c.id)) over.push_back(id);
   for (const ConnId id : over) end(id, Reason::peer_died);
   std::erase_if(listeners_, [&](const auto& each) { return is_on_it(each.second.id); });
+  std::erase_if(known_, [&](const auto& each) { return is_on_it(each.second.id); });
   for (const auto& [server, used] : held_) rendezvous_->let_go(server);  // those on other devices are taken anew
   held_.clear();
   for (const auto& [cookie, o] : offers_) rendezvous_->cancel(cookie);
