@@ -747,10 +747,7 @@ void Service::stop_at_exit() noexcept {
 
 void Service::abandon_in_child() noexcept {
   if (composition_ != nullptr) composition_->abandon_in_child();
-  for (const auto& [device, channel] : channels_) {
-    engine::forget_helper_fd(channel->fd());
-    sys::call(SYS_close, channel->fd());
-  }
+  for (const auto& [device, channel] : channels_) channel->abandon_in_child();
   engine::forget_helper_fd(epoll_fd_);
   sys::call(SYS_close, epoll_fd_);
 }

@@ -3,7 +3,7 @@
 // Any other end is final and is told, for it was found out about the right peer.
 //
 // A transport is opened when the first connection gets as far as it, so that a process whose connections all end on its own host
-// pays for nothing else. One that cannot be opened is passed over, and tried again after a minute.
+// pays for nothing else. One that cannot be opened is passed over, and tried again after a minute, or when something has changed.
 //
 // Threads: one makes every call.
 #pragma once
@@ -32,6 +32,11 @@ class CmChain final : public ConnectionManager {
   /// `clock` outlives the chain.
   static Result<std::unique_ptr<CmChain>> create(std::vector<Transport> transports, const Clock& clock);
   ~CmChain() override;
+
+  /// `progress` is called at the end of each progress(), which a descriptor to watch() calls for.
+  void accompany(std::function<void()> progress) { companion_ = std::move(progress); }
+  void watch(int fd) noexcept;
+  void try_again() noexcept;  ///< what could not be opened is tried at the next connection
 
   const char* name() const noexcept override { return "chain"; }
   /// What holds on every transport that is open so far.
@@ -84,6 +89,7 @@ class CmChain final : public ConnectionManager {
   Caps caps_;
   std::function<void(const Event&)> handler_;
   TranscriptOf transcript_of_;
+  std::function<void()> companion_;
   std::unordered_map<std::uint64_t, Attempt> attempts_;  ///< by anchor cookie
   int epoll_fd_ = -1;
 };

@@ -136,6 +136,10 @@ class ConnectionManager {
   virtual int next_timeout_ms() const noexcept = 0;  ///< -1: none
   virtual void progress() = 0;
 
+  /// A device has come; or `going`, if not nullptr, is about to be destroyed. What the CM had found out about devices is forgotten,
+  /// what it made on that one is over, and the events of its connections follow.
+  virtual void devices_changed(const Device* /*going*/) noexcept {}
+
   /// In the child of a fork, first thing and with one thread: closes the child's copies of descriptors. The CM is inert afterwards
   /// and is not destroyed: the child makes a new one.
   virtual void abandon_in_child() noexcept {}

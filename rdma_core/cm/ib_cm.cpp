@@ -214,8 +214,8 @@ class IbManner final : public Manner {
 
 }  // namespace
 
-Result<std::unique_ptr<ConnectionManager>> make_ib_cm(FindDevice find_device, const Secret& secret) {
-  return make_rdma_cm(std::make_unique<IbManner>(), std::move(find_device), secret);
+Result<std::unique_ptr<ConnectionManager>> make_ib_cm(FindDevice find_device, const Secret& secret, DeviceGoes device_goes) {
+  return make_rdma_cm(std::make_unique<IbManner>(), std::move(find_device), secret, std::move(device_goes));
 }
 
 }  // namespace rdma::cm

@@ -5,6 +5,7 @@
 #include <sys/eventfd.h>
 
 #include <algorithm>
+#include <cstring>
 #include <deque>
 #include <map>
 #include <mutex>
@@ -71,10 +72,12 @@ struct Bell {
 
 class RdmaCm final : public ConnectionManager {
  public:
-  RdmaCm(std::unique_ptr<Manner> manner, FindDevice find_device, const Secret& secret, std::shared_ptr<RdmaChannel> channel)
+  RdmaCm(std::unique_ptr<Manner> manner, FindDevice find_device, const Secret& secret, DeviceGoes device_goes,
+         std::shared_ptr<RdmaChannel> channel)
       : manner_(std::move(manner)),
         find_device_(std::move(find_device)),
         secret_(secret),
+        device_goes_(std::move(device_goes)),
         channel_(std::move(channel)),
         epoll_fd_(keep_fd(static_cast<int>(sys::call(SYS_epoll_create1, EPOLL_CLOEXEC)))),
         relay_(epoll_fd_) {
@@ -109,6 +112,7 @@ class RdmaCm final : public ConnectionManager {
   int fd() const noexcept override { return epoll_fd_; }
   int next_timeout_ms() const noexcept override;
   void progress() override;
+  void devices_changed(const Device* going) noexcept override;
   void abandon_in_child() noexcept override;
 
  private:
@@ -153,9 +157,12 @@ class RdmaCm final : public ConnectionManager {
     std::uint64_t key = 0;
     Nanos used = 0;
   };
+  /// Of an address, and kept with it: librdmacm gives up what it has of a device with the last identifier on it, and in a fork's
+  /// child could not make it anew. An identifier is told, too, when its device is to go.
   struct Known {
     Device* device = nullptr;
     Nanos until = 0;
+    RdmaId id;
   };
   struct Early {
     CmEvent event;
@@ -201,11 +208,13 @@ class RdmaCm final : public ConnectionManager {
   void on_failed(ConnId id);
   void end(ConnId id, Reason reason, std::span<const std::byte> data = {}, bool refused = false);
   rdma_conn_param parameters(const Conn& conn) const;
+  void on_removal(const CmEvent& event);
   void keep_time();
 
   std::unique_ptr<Manner> manner_;
   FindDevice find_device_;
   const Secret secret_;
+  DeviceGoes device_goes_;
   std::shared_ptr<RdmaChannel> channel_;
   int epoll_fd_;
   std::shared_ptr<Bell> bell_ = std::make_shared<Bell>();
@@ -261,6 +270,7 @@ Device* RdmaCm::device_at(const IpAddress& here) {
   auto id = channel_->bound_id(manner_->port_space(), channel_->new_key(), host);
   known.device = id ? device_of(id->get()) : nullptr;
   known.until = now() + kKeep;
+  if (known.device != nullptr) known.id = std::move(*id);
   return known.device;
 }
 
@@ -666,6 +676,30 @@ void RdmaCm::on_conn_event(ConnId id, Conn& c, const CmEvent& event) {
   }
 }
 
+void RdmaCm::on_removal(const CmEvent& event) {
+  if (Device* device = find_device_(event.device.c_str()); device != nullptr && device_goes_) device_goes_(*device);
+}
+
+// An identifier that the kernel has ended stays as it is, and hears nothing of a device that comes in that one's place.
+void RdmaCm::devices_changed(const Device* going) noexcept {
+  for (auto& [host, known] : known_) known.until = 0;
+  if (going == nullptr) return;
+  const auto is_on_it = [going](const RdmaId& id) {
+    const char* name = id != nullptr ? device_name_of(id.get()) : nullptr;
+    return name != nullptr && std::strcmp(name, going->name()) == 0;
+  };
+  std::vector<ConnId> over;
+  for (const auto& [id, c] : conns_)
+    if (c.device == going || is_on_it(c.id)) over.push_back(id);
+  for (const ConnId id : over) end(id, Reason::peer_died);
+  std::erase_if(listeners_, [&](const auto& each) { return is_on_it(each.second.id); });
+  std::erase_if(known_, [&](const auto& each) { return is_on_it(each.second.id); });
+  for (const auto& [server, used] : held_) rendezvous_->let_go(server);  // those on other devices are taken anew
+  held_.clear();
+  for (const auto& [cookie, o] : offers_) rendezvous_->cancel(cookie);
+  std::erase_if(paths_, [going](const auto& each) { return std::get<Device*>(each.first) == going; });
+}
+
 int RdmaCm::next_timeout_ms() const noexcept {
   Nanos first = 0;
   const auto consider = [&first](Nanos t) {
@@ -752,8 +786,10 @@ void RdmaCm::progress() {
   std::uint64_t count = 0;
   sys::call(SYS_read, bell_->fd, sys::arg(&count), sizeof count);
   for (const ConnId failed : bell_->take_failed()) on_failed(failed);
-  for (CmEvent event; channel_->next(event);)
+  for (CmEvent event; channel_->next(event);) {
+    if (event.type == RDMA_CM_EVENT_DEVICE_REMOVAL) on_removal(event);
     if (!rendezvous_->take(event)) on_cm_event(event);
+  }
   rendezvous_->progress();
   relay_.progress([this](std::uint64_t cookie, const offer::Offer& o) {
     const auto it = dials_.find(cookie);
@@ -784,10 +820,11 @@ void RdmaCm::abandon_in_child() noexcept {
 }  // namespace
 
 Result<std::unique_ptr<ConnectionManager>> make_rdma_cm(std::unique_ptr<Manner> manner, FindDevice find_device,
-                                                        const Secret& secret) {
+                                                        const Secret& secret, DeviceGoes device_goes) {
   auto channel = RdmaChannel::open();
   if (!channel) return Err{channel.error()};
-  return std::unique_ptr<ConnectionManager>(new RdmaCm(std::move(manner), std::move(find_device), secret, std::move(*channel)));
+  return std::unique_ptr<ConnectionManager>(
+      new RdmaCm(std::move(manner), std::move(find_device), secret, std::move(device_goes), std::move(*channel)));
 }
 
 }  // namespace rdma::cm

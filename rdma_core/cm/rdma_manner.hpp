@@ -62,7 +62,7 @@ class Manner {
 };
 
 Result<std::unique_ptr<ConnectionManager>> make_rdma_cm(std::unique_ptr<Manner> manner, FindDevice find_device,
-                                                        const Secret& secret);
+                                                        const Secret& secret, DeviceGoes device_goes);
 
 /// What the peer may do with the memory of the QP's Pd.
 inline constexpr Access kPeerAccess = Access::local_write | Access::remote_write | Access::remote_read;

@@ -240,8 +240,8 @@ class RnicManner final : public Manner {
 
 }  // namespace
 
-Result<std::unique_ptr<ConnectionManager>> make_rnic_cm(FindDevice find_device, const Secret& secret) {
-  return make_rdma_cm(std::make_unique<RnicManner>(), std::move(find_device), secret);
+Result<std::unique_ptr<ConnectionManager>> make_rnic_cm(FindDevice find_device, const Secret& secret, DeviceGoes device_goes) {
+  return make_rdma_cm(std::make_unique<RnicManner>(), std::move(find_device), secret, std::move(device_goes));
 }
 
 }  // namespace rdma::cm
