@@ -73,6 +73,15 @@ struct LaneProposal {
 };
 static_assert(sizeof(LaneProposal) == 20, "fits what an IB REQ leaves: 56 bytes less the 36 of the dial");
 
+/// Private data of the reply: that, and where and by which key the peer may be called when the lane has failed (peer_link.hpp).
+struct LaneReply {
+  LaneProposal proposal;
+  std::uint16_t port = 0;  ///< 0: nowhere
+  std::uint16_t zero = 0;
+  std::array<std::byte, 16> key{};
+};
+static_assert(sizeof(LaneReply) == 40);
+
 struct LaneLimits {
   ConnLimits conn;
   std::uint16_t recv_buffers_max = 64;           ///< grown to under load

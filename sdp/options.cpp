@@ -203,6 +203,7 @@ enum Index : std::size_t {
   kRecvBuffers,
   kUpgradeMessages,
   kUpgradeBytes,
+  kLaneTimeout,
   kFlavour,
   kRows
 };
@@ -241,6 +242,9 @@ constexpr Row kTable[] = {
                                                            "messages", "a number from 0 to 4294967295"),
     row<Number<&Options::upgrade_bytes, 0, UINT32_MAX>>("SDP_UPGRADE_BYTES", "or after so many bytes; 0: at once", "bytes",
                                                         "a number from 0 to 4294967295, also as 64K or 1M"),
+    row<Number<&Options::lane_timeout_s, 1, 3600>>("SDP_LANE_TIMEOUT",
+                                                   "a lane between hosts on which nothing arrives for so long is given up",
+                                                   "seconds", "a number from 1 to 3600"),
     row<Flavour>("SDP_DEVICE_FLAVOUR", "what the software device looks like", "", "ib or rnic"),
 };
 static_assert(std::size(kTable) == kRows && kRows + 2 <= kMaxOptionProblems, "Index and kTable go together");

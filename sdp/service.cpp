@@ -29,8 +29,8 @@ namespace cm = rdma::cm;
 
 namespace {
 
-constexpr std::uint64_t kWakeTag = 1, kCmTag = 2, kBellTag = 3;  // all others are StreamImpl addresses
-constexpr unsigned kMeetMs = 3000;                               // how long a connection looks for its peer
+constexpr std::uint64_t kWakeTag = 1, kCmTag = 2, kBellTag = 3, kLinksTag = 4;  // all others are StreamImpl addresses
+constexpr unsigned kMeetMs = 3000;                                              // how long a connection looks for its peer
 constexpr std::int64_t kHandshakeNs = 3'000'000'000;
 constexpr int kTendMs = 20;
 constexpr int kReleaseMs = 250;
@@ -151,6 +151,8 @@ bool Service::open() noexcept {
   };
   watch(wake_fd_.load(), EPOLLIN, kWakeTag);
   watch(cm_->fd(), EPOLLIN, kCmTag);
+  open_links();
+  watch(links_->fd(), EPOLLIN, kLinksTag);
   watch(channel_->fd(), EPOLLIN | EPOLLET, kBellTag);
   bell_fd_.store(channel_->fd(), std::memory_order_release);
   return true;
@@ -164,6 +166,7 @@ void Service::run() noexcept {
   for (;;) {
     take_commands();
     poll_handshakes();
+    tend_watched();
     look_after_lanes();
     release_buffers();
     int timeout = cm_->next_timeout_ms();
@@ -181,6 +184,8 @@ void Service::run() noexcept {
       if (tag == kWakeTag) {
         std::uint64_t count = 0;
         sys::call(SYS_read, wake_fd_.load(), sys::arg(&count), sizeof count);
+      } else if (tag == kLinksTag) {
+        links_->progress();
       } else if (tag != kCmTag && tag != kBellTag && !pass_on(tag)) {
         on_anchor(reinterpret_cast<StreamImpl*>(tag));
       }
@@ -255,6 +260,7 @@ void Service::forget(StreamImpl* stream) noexcept {
     }
     cm_->withdraw(it->first);
     if (it->second.conn != cm::ConnId::none) cm_->disconnect(it->second.conn);
+    if (it->second.may_recover) links_->forget(it->second.key);
     if (it->second.lane != nullptr) retire(nullptr, it->second.lane, 0, true);
     it = handshakes_.erase(it);
   }
@@ -271,6 +277,9 @@ void Service::forget(StreamImpl* stream) noexcept {
     stream->lane->wake_sleepers();
   }
   stream->lock.unlock();
+  Arrived last = stream->arrived();
+  last.closed = !engine::lingers_behind(stream->lane);
+  end_watch(*stream->lane, last);
   retire(stream, stream->lane, stream->conn, stream->peer_gone);
   const std::lock_guard guard(laned_lock_);
   std::erase(laned_, stream);
@@ -349,6 +358,7 @@ void Service::give_up(Handshake& h, LaneReason reason) noexcept {
   if (h.stream->generation.load() == h.generation && h.stream->phase.load() == Phase::pursued) h.stream->take_down_locked(reason);
   h.stream->lock.unlock();
   search_is_over(h.stream);
+  if (h.may_recover) links_->forget(h.key);
   if (h.lane != nullptr) retire(nullptr, h.lane, 0, true);
   const std::uint64_t cookie = h.cookie;
   handshakes_.erase(cookie);
@@ -409,6 +419,7 @@ void Service::leave_device(rdma::Device& device) noexcept {
     cm_->withdraw(cookie);
     give_up(h, LaneReason::device_lost);
   }
+  recover_from(device);
   for (;;) {
     take_commands();  // a stream that is just being closed leaves by these
     const auto on_it = std::find_if(laned_.begin(), laned_.end(), [&](const StreamImpl* s) { return is_on_it(s->lane); });
@@ -529,8 +540,8 @@ void Service::on_cm_event(const cm::Event& event) noexcept {
         return give_up(h, LaneReason::version);
       }
       h.lane->conn.await_hello();
-      h.proposal = h.lane->proposal();
-      if (!cm_->accept(event.conn, h.lane->qp(), std::as_bytes(std::span(&h.proposal, 1)))) give_up(h, LaneReason::no_resources);
+      h.reply = reply_for(h);
+      if (!cm_->accept(event.conn, h.lane->qp(), std::as_bytes(std::span(&h.reply, 1)))) give_up(h, LaneReason::no_resources);
       return;
     }
     case cm::EventKind::reply: {
@@ -541,6 +552,10 @@ void Service::on_cm_event(const cm::Event& event) noexcept {
         return give_up(h, LaneReason::version);
       }
       if (!cm_->establish(event.conn)) return give_up(h, LaneReason::no_resources);
+      if (event.private_data.size() >= sizeof h.reply) {
+        std::memcpy(&h.reply, event.private_data.data(), sizeof h.reply);
+        take_reply(h, h.reply);
+      }
       h.lane->send_hello(hello_addresses(h.anchor));
       return;
     }
@@ -558,8 +573,7 @@ void Service::on_cm_event(const cm::Event& event) noexcept {
         StreamImpl* stream = found->second;
         streams_by_conn_.erase(found);
         (void)stream->lock.lock();
-        stream->peer_gone = true;
-        stream->state_edges.fetch_add(1);
+        stream->lane_is_disconnected();
         stream->lock.unlock();
         tend(stream);
       }
@@ -611,6 +625,7 @@ void Service::finish(Handshake& h) noexcept {
     epoll_event ev{EPOLLIN | EPOLLRDHUP | EPOLLET, {.u64 = reinterpret_cast<std::uint64_t>(stream)}};
     sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_ADD, stream->fd, sys::arg(&ev));
     if (stream->stats != nullptr) stream->stats->set_transport(transport_of(h.lane->device().attr()));
+    begin_watch(h);
     stream->attach(h.lane);
     last_lane_up_ns_ = now_ns();
     {
@@ -626,6 +641,7 @@ void Service::finish(Handshake& h) noexcept {
     engine::notify(handle);
     search_is_over(stream);
   } else {
+    if (h.may_recover) links_->forget(h.key);
     h.lane->write_word(kGone, 0);
     cm_->disconnect(h.conn);
     retire(nullptr, h.lane, 0, true);
@@ -660,7 +676,9 @@ void Service::look_after_lanes() noexcept {
     (void)s->lock.lock();
     s->tend();
     wake_for_words(*s);
+    const Arrived last = s->lane != nullptr ? s->arrived() : Arrived{};
     if (Lane* const spent = s->take_spent_lane()) {
+      end_watch(*spent, last);
       retire(nullptr, spent, s->conn, s->peer_gone);
       if (s->watched) sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_DEL, s->fd, 0);
       s->watched = false;
@@ -680,7 +698,8 @@ void Service::look_after_lanes() noexcept {
   for (std::size_t i = 0; i < dying_.size();) {
     Dying& d = dying_[i];
     const bool waiters = d.stream != nullptr && d.stream->waiters != 0;
-    if (waiters || !(d.peer_gone || d.lane->said(kGone)) || !engine::grace().passed(d.epoch)) {
+    if (d.lane->unordered() && !d.lane->dead()) d.lane->drain();
+    if (waiters || !(d.peer_gone || d.lane->is_left_alone()) || waits_for_peer(*d.lane) || !engine::grace().passed(d.epoch)) {
       ++i;
       continue;
     }
@@ -695,6 +714,7 @@ void Service::look_after_lanes() noexcept {
       dying_.pop_back();
     }
     engine::release_lingering(over.lane);
+    forget_lane(*over.lane);
     over.lane->close();
     engine::free_lane_cell(over.lane);
     if (over.stream != nullptr) engine::free_stream(over.stream);
@@ -725,7 +745,7 @@ bool Service::ends_are_seen() noexcept {
   return std::all_of(laned_.begin(), laned_.end(),
                      [&](const StreamImpl* s) {
                        const Lane* const lane = s->published_lane.load(std::memory_order_acquire);
-                       return lane == nullptr || s->peer_gone.load() || seen(*lane);
+                       return lane == nullptr || s->peer_gone.load() || (seen(*lane) && !s->is_recovering());
                      }) &&
          std::all_of(dying_.begin(), dying_.end(), [&](const Dying& d) { return d.peer_gone || seen(*d.lane); });
 }
@@ -747,6 +767,7 @@ void Service::stop_at_exit() noexcept {
 
 void Service::abandon_in_child() noexcept {
   if (composition_ != nullptr) composition_->abandon_in_child();
+  if (links_ != nullptr) links_->abandon_in_child();
   for (const auto& [device, channel] : channels_) channel->abandon_in_child();
   engine::forget_helper_fd(epoll_fd_);
   sys::call(SYS_close, epoll_fd_);

@@ -14,6 +14,7 @@
 
 #include "rdma_core/base/shared_lock.hpp"
 #include "sdp/engine.hpp"
+#include "sdp/peer_link.hpp"
 #include "sdp/stream_impl.hpp"
 
 namespace sdp {
@@ -45,8 +46,20 @@ class Service {
     Lane* lane = nullptr;
     rdma::cm::ConnId conn = rdma::cm::ConnId::none;
     LaneProposal proposal{};
+    LaneReply reply{};
+    PeerLinks::Key key{};
+    bool may_recover = false;  ///< `key` is known to both
     std::int64_t deadline_ns = 0;
     bool active = false;
+  };
+  /// A lane that its stream can leave without a loss when it fails.
+  struct Watched {
+    StreamImpl* stream = nullptr;  ///< nullptr: it has left the lane, or is closed; `last` says how far it came
+    Lane* lane = nullptr;
+    Arrived last;
+    bool asked = false;  ///< the peer has been told how far this side came
+    std::uint32_t acked = 0;
+    std::int64_t since_ns = 0;  ///< when `acked` changed, or the peer was probed
   };
   static constexpr std::uint8_t kPursue = 1, kClosed = 2;  ///< bits of StreamImpl::commands
   struct Client;
@@ -78,6 +91,20 @@ class Service {
   void look_after_lanes() noexcept;
   void release_buffers() noexcept;
   void wake_for_words(StreamImpl& stream) noexcept;
+
+  // --- service_recovery.cpp
+  void open_links();
+  LaneReply reply_for(Handshake& handshake);
+  void take_reply(Handshake& handshake, const LaneReply& reply);
+  void begin_watch(const Handshake& handshake);
+  void end_watch(const Lane& lane, const Arrived& last);
+  void forget_lane(const Lane& lane);
+  bool waits_for_peer(const Lane& lane);
+  void tend_watched();
+  void probe(const PeerLinks::Key& key, Watched& watched, std::int64_t now, std::int64_t patience);
+  void on_link_message(const PeerLinks::Message& message);
+  void on_link_lost(const PeerLinks::Key& key);
+  void recover_from(const rdma::Device& device);
   int next_words_ms() const noexcept;
 
   Options options_;
@@ -92,6 +119,9 @@ class Service {
   int epoll_fd_ = -1;
   std::int64_t last_lane_up_ns_ = 0;
 
+  std::unique_ptr<PeerLinks> links_;
+  std::map<PeerLinks::Key, Watched> watched_;
+  std::unordered_map<const Lane*, PeerLinks::Key> key_of_;
   std::atomic<bool> had_unordered_lane_{false};
   std::atomic<bool> releasing_{false};                       ///< some stream has a large send buffer
   std::atomic<StreamImpl*> inbox_{nullptr};                  ///< streams with commands, newest first

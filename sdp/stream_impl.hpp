@@ -30,6 +30,7 @@
 
 #include "rdma_core/base/shared_lock.hpp"
 #include "rdma_core/cm/connection_manager.hpp"
+#include "sdp/arrived.hpp"
 #include "sdp/engine.hpp"
 #include "sdp/kept_bytes.hpp"
 #include "sdp/lane.hpp"
@@ -46,15 +47,6 @@ enum class RxState : std::uint8_t { tcp, ready, draining, lane, abandoned, resen
 
 /// Whether a failed lane can be left without a loss: `none`: no, there is no way to ask the peer.
 enum class Recovery : std::uint8_t { none, possible, under_way, over };
-
-/// How far a stopped lane had come, as one side sees it; the peer needs it to go on by TCP.
-struct Arrived {
-  bool switched = false;        ///< this side's sending direction went by the lane
-  std::uint64_t switch_at = 0;  ///< from this position of the anchor's stream on
-  std::uint64_t sent = 0;       ///< payload by the lane, bytes
-  std::uint64_t received = 0;   ///< payload that has arrived by the lane
-  bool closed = false;          ///< FIN is out, or the program has closed this side: what has not arrived does not come
-};
 
 class alignas(64) StreamImpl {
  public:

@@ -212,7 +212,7 @@ BOOST_AUTO_TEST_CASE(the_table_tells_default_value_in_force_and_what_is_wrong) {
   describe_options(
       environment, [](const OptionRow& row, void* f) { (*static_cast<decltype(collect)*>(f))(row); },
       const_cast<void*>(static_cast<const void*>(&collect)));
-  BOOST_TEST(rows.size() == 18U);
+  BOOST_TEST(rows.size() == 19U);
   BOOST_TEST(rows.at("SDP_SPIN_US").in_force.view() == "7");
   BOOST_TEST(defaults.at("SDP_SPIN_US") == "50");
   BOOST_TEST(rows.at("SDP_SPIN_US").set);
