@@ -167,10 +167,27 @@ void resolve() noexcept {
   take(t.posix_spawn, "posix_spawn");
   take(t.posix_spawnp, "posix_spawnp");
   take(t.posix_spawn_file_actions_adddup2, "posix_spawn_file_actions_adddup2");
+  take(t.execveat, "execveat");
   take(t.system, "system");
   take(t.popen, "popen");
   take(t.fclose, "fclose");
   take(t.freopen, "freopen");
+  take(t.setuid, "setuid");
+  take(t.setgid, "setgid");
+  take(t.seteuid, "seteuid");
+  take(t.setegid, "setegid");
+  take(t.setreuid, "setreuid");
+  take(t.setregid, "setregid");
+  take(t.setresuid, "setresuid");
+  take(t.setresgid, "setresgid");
+  take(t.setgroups, "setgroups");
+  take(t.initgroups, "initgroups");
+  take(t.setfsuid, "setfsuid");
+  take(t.setfsgid, "setfsgid");
+  take(t.capset, "capset");
+  take(t.prctl, "prctl");
+  take(t.unshare, "unshare");
+  take(t.setns, "setns");
   real_table = t;
 }
 

@@ -7,6 +7,7 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "rdma_core/base/log.hpp"
 #include "rdma_core/cm/connection_manager.hpp"
@@ -34,10 +35,16 @@ class VerbsModule {
   virtual ~VerbsModule() = default;
   /// For devices of that type (ib_ca, rnic); made at the first call. It stays the module's.
   virtual Told<cm::ConnectionManager*> cm(NodeType type) = 0;
+  virtual std::vector<const Device*> devices() const = 0;
+  /// Nobody uses its CMs any more: ConnectionManager::retire() of those that were made. From here on it abandons them itself.
+  virtual void retire() noexcept = 0;
   /// In the child of a fork: closes its copies of the devices' descriptors, so that the parent's death shows at its peers. Who uses
   /// a CM abandons that. The child opens the module anew, with a new registry.
   virtual void abandon_in_child() noexcept = 0;
 };
+
+/// Has the host an RDMA device?
+bool has_rdma_devices() noexcept;
 
 /// Opens the module, which enters the devices that it can open into `registry`; those stay when the VerbsModule goes, which it does
 /// before the registry. Nothing is loaded where the host has no RDMA device. May take some milliseconds. `secret_file`: a path, or

@@ -136,6 +136,10 @@ class ConnectionManager {
   virtual int next_timeout_ms() const noexcept = 0;  ///< -1: none
   virtual void progress() = 0;
 
+  /// No new connections from here on, and no events: what others could find this CM by is given back. Connections that are up stay,
+  /// as long as the CM does.
+  virtual void retire() noexcept {}
+
   /// In the child of a fork, first thing and with one thread: closes the child's copies of descriptors. The CM is inert afterwards
   /// and is not destroyed: the child makes a new one.
   virtual void abandon_in_child() noexcept {}

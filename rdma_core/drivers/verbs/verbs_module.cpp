@@ -40,14 +40,23 @@ class Module final : public VerbsModule {
     }
     return slot.get();
   }
+  std::vector<const Device*> devices() const override { return {devices_.begin(), devices_.end()}; }
+  void retire() noexcept override {
+    is_retired_ = true;
+    for (const auto& each : cms_)
+      if (each != nullptr) each->retire();
+  }
   void abandon_in_child() noexcept override {
     for (VerbsDevice* each : devices_) each->abandon_in_child();
+    for (const auto& each : cms_)
+      if (is_retired_ && each != nullptr) each->abandon_in_child();
   }
 
  private:
   std::vector<VerbsDevice*> devices_;  ///< the registry's
   cm::Secret secret_;
   std::array<std::unique_ptr<cm::ConnectionManager>, 2> cms_;
+  bool is_retired_ = false;
 };
 
 /// Kept for who asked, who copies it.
