@@ -7,6 +7,7 @@ Run as root where scripts/vm.d/network has made the network. All connections are
 connection that gets none fails. What follows the call goes by TCP. The library's reports say which bytes went which way.
 """
 import argparse
+import contextlib
 import errno
 import glob
 import hashlib
@@ -93,7 +94,7 @@ def reader(args):
 
 
 def execs(args):
-    """Becomes another program with half a stream under way."""
+    """Becomes another program with half a stream under way: some of it is still on the wire, which takes its time."""
     client = connect(args.near, args.far)
     client.sendall(stream(1))
     if args.how == "after_failure":
@@ -209,6 +210,17 @@ def listens(args):
 
 # --- the test
 
+@contextlib.contextmanager
+def slow_wire(transport):
+    """What the client sends arrives later."""
+    device = ["dev", {"ib": "v1", "rnic": "v3"}[transport], "root"]
+    subprocess.run(["tc", "qdisc", "add", *device, "netem", "delay", "30ms"], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["tc", "qdisc", "del", *device], check=True)
+
+
 class Scene:
     """Two processes, and what their reports say."""
 
@@ -285,7 +297,8 @@ def test(folder, library, transport, only):
         if not wanted(f"execs_{how}"):
             continue
         s = scene(f"execs_{how}")
-        server, _ = s.run(("listens", "execs"), ("execs", how))
+        with slow_wire(transport):
+            server, _ = s.run(("listens", "execs"), ("execs", how))
         (lane, tcp), = s.carried(server, "received")
         assert lane == HALF and tcp == HALF + 1, f"{lane} {tcp}\n{s.logs()}"
         print(f"execs_{how}: lane and TCP took {lane}, {tcp}", flush=True)
