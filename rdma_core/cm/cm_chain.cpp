@@ -69,7 +69,7 @@ void CmChain::forget_opened() {
     sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_DEL, link.transport.cm->fd(), 0);
     link.transport.cm = nullptr;
   }
-  for (const std::uint64_t cookie : over) end(cookie, Reason::no_resources);
+  for (const std::uint64_t cookie : over) end(cookie, Reason::elsewhere);
 }
 
 void CmChain::join(std::size_t index) {

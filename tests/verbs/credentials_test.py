@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, "..", "apps"))
@@ -28,6 +29,7 @@ ADDRESSES = {"ib": ("10.77.0.1", "10.77.0.2"), "rnic": ("10.77.1.1", "10.77.1.2"
 PORT = 12877
 HALF = 1500000
 NOBODY = 65534
+ROUNDS = 8
 
 CALLS = {
     "setuid": lambda: os.setuid(0),
@@ -122,6 +124,58 @@ def successor(args):
     client.sendall(b"!")
 
 
+def spawns(args):
+    """Another program has the connection while half a stream is under way: here the lane is its parent's, which goes on."""
+    client = connect(args.near, args.far)
+    client.sendall(stream(1))
+    program = [sys.executable, __file__, "--role", "successor", "--fd", str(client.fileno()), *sys.argv[1:]]
+    if args.how == "vfork":
+        subprocess.run(program, pass_fds=[client.fileno()], check=True)
+    else:
+        os.set_inheritable(client.fileno(), True)
+        pid = os.posix_spawn(program[0], program, os.environ)
+        assert os.waitpid(pid, 0)[1] == 0
+    again = connect(args.near, args.far)  # of a process whose devices work as before
+    again.sendall(stream(3))
+    assert receive(again, 32) == digest(stream(3))
+    again.sendall(b"!")
+
+
+def rounds(args):
+    """Nothing is left behind by many changes, each with a connection of its own."""
+    open_after = []
+    for part in range(ROUNDS):
+        client = connect(args.near, args.far)
+        client.sendall(stream(part))
+        os.setresuid(0, 0, 0)
+        assert receive(client, 32) == digest(stream(part))
+        client.sendall(b"!")
+        receive(client, 1)
+        client.close()
+        open_after.append(len(os.listdir("/proc/self/fd")))
+    assert max(open_after) < min(open_after) + 40, open_after
+
+
+def threads(args):
+    """Each thread has credentials of its own after the call: from there on, no lanes."""
+    client = connect(args.near, args.far)
+    client.sendall(stream(1)[:1000])
+    over = threading.Event()
+    thread = threading.Thread(target=over.wait)
+    thread.start()
+    os.setgid(0)
+    client.sendall(stream(1)[1000:])
+    assert receive(client, 32) == digest(stream(1))
+    again = connect(args.near, args.far)
+    try:
+        again.sendall(b"!")
+        raise AssertionError("a lane, with which not every thread could send")
+    except ConnectionRefusedError:
+        client.sendall(b"!")
+    over.set()
+    thread.join()
+
+
 def execs_unread(args):
     """Becomes another program with bytes unread, which cannot follow: the successor must not get what comes behind the gap."""
     client = connect(args.near, args.far)
@@ -186,8 +240,23 @@ def listens(args):
         serve(again)
         receive(again, 1)
         receive(peer, 1)
-    elif args.how == "execs":
+    elif args.how in ("execs", "spawns"):
         peer.sendall(digest(receive(peer, 2 * HALF)))
+        receive(peer, 1)
+        if args.how == "spawns":
+            again = listener.accept()[0]
+            serve(again)
+            receive(again, 1)
+    elif args.how == "rounds":
+        for part in range(ROUNDS):
+            if part != 0:
+                peer = listener.accept()[0]
+            serve(peer)
+            receive(peer, 1)
+            peer.sendall(b"!")
+            peer.close()
+    elif args.how == "threads":
+        serve(peer)
         receive(peer, 1)
     elif args.how == "reader":
         receive(peer, 2)
@@ -302,6 +371,26 @@ def test(folder, library, transport, only):
         (lane, tcp), = s.carried(server, "received")
         assert lane == HALF and tcp == HALF + 1, f"{lane} {tcp}\n{s.logs()}"
         print(f"execs_{how}: lane and TCP took {lane}, {tcp}", flush=True)
+    for how in ("vfork", "posix_spawn"):
+        if not wanted(f"spawns_{how}"):
+            continue
+        s = scene(f"spawns_{how}")
+        with slow_wire(transport):
+            server, _ = s.run(("listens", "spawns"), ("spawns", how))
+        both = sorted(s.carried(server, "received"), key=sum, reverse=True)
+        assert both == [(HALF, HALF + 1), (HALF + 1, 0)], f"{both}\n{s.logs()}"
+        print(f"spawns_{how}: {both}", flush=True)
+    if wanted("rounds"):
+        s = scene("rounds")
+        _, client = s.run(("listens", "rounds"), ("rounds", ""))
+        assert client["lanes"][transport] == ROUNDS and client["bytes"]["lane"]["sent"] == ROUNDS * HALF, client
+        print(f"rounds: {ROUNDS}", flush=True)
+    if wanted("threads"):
+        s = scene("threads")
+        _, client = s.run(("listens", "threads"), ("threads", ""))
+        assert client["lanes"][transport] == 1, f"{client}\n{s.logs()}"
+        assert client["reasons"] == {"credentials": 2}, f"{client}\n{s.logs()}"
+        print(f"threads: {s.carried(client, 'sent')}", flush=True)
     if wanted("unread"):
         s = scene("unread")
         server, _ = s.run(("listens", "unread"), ("execs_unread", ""))
@@ -316,7 +405,8 @@ def test(folder, library, transport, only):
         print(f"daemon: {s.carried(server, 'received')}", flush=True)
 
 
-ROLES = {f.__name__: f for f in (writer, reader, execs, successor, execs_unread, heir, daemon, visitor, listens)}
+ROLES = {f.__name__: f for f in (writer, reader, execs, successor, spawns, rounds, threads, execs_unread, heir, daemon, visitor,
+                                 listens)}
 
 
 def main():
