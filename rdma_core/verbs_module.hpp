@@ -48,7 +48,7 @@ bool has_rdma_devices() noexcept;
 
 /// Opens the module, which enters the devices that it can open into `registry`; those stay when the VerbsModule goes, which it does
 /// before the registry. Nothing is loaded where the host has no RDMA device. May take some milliseconds. `secret_file`: a path, or
-/// empty; one that cannot be read is an error.
+/// empty; one that cannot be read is an error. A process reads it once.
 Told<std::unique_ptr<VerbsModule>> open_verbs_module(DeviceRegistry& registry, const std::string& secret_file = {});
 
 /// The one function that the module exports, by this name. nullptr: `*why`, a text of the module's, says why.

@@ -213,10 +213,12 @@ void Service::let_devices_go() noexcept {
   for (StreamImpl* s : laned_) {
     (void)s->lock.lock();
     if (s->phase.load() == Phase::laned && s->lane->unordered()) {
-      if (s->is_evacuated())
+      if (s->is_evacuated()) {
         s->peer_gone.store(true, std::memory_order_relaxed);
-      else
+      } else {
+        s->break_off(s->fd);
         s->leave_failed_lane(s->fd);
+      }
       if (s->stats != nullptr) s->stats->set_reason(LaneReason::credentials);
       s->state_edges.fetch_add(1);
       s->lane->wake_sleepers();

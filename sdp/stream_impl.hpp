@@ -153,6 +153,8 @@ class alignas(64) StreamImpl {
   bool is_evacuated() const noexcept {
     return phase.load() != Phase::laned || (tx.load() == TxState::ended && (rx.load() == RxState::ended || end_acknowledged));
   }
+  /// RST, not FIN: neither side may take the stream for complete.
+  void break_off(int fd) noexcept;
   /// Of an evacuated stream: is END_SEEN through, too? Asked again and again; the first time asks the device.
   bool last_words_arrived() noexcept;
   /// Another program goes on with the connection. What lies here unread does not follow it: rather no connection than a gap.

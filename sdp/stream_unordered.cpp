@@ -111,6 +111,10 @@ void StreamImpl::reset_if_bytes_stay(int at) noexcept {
   if (all_read && tx.load() == TxState::ended && resend.empty()) return;
   RDMA_LOG(error, "fd %d: a program is run with bytes of the lane %s; the connection is reset", at,
            all_read ? "on their way" : "unread");
+  break_off(at);
+}
+
+void StreamImpl::break_off(int at) noexcept {
   const sockaddr nobody{.sa_family = AF_UNSPEC, .sa_data = {}};
   if (names_us(at)) rdma::sys::call(SYS_connect, at, rdma::sys::arg(&nobody), sizeof nobody);
 }

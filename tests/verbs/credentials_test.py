@@ -15,6 +15,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -141,6 +142,30 @@ def spawns(args):
     again.sendall(b"!")
 
 
+def stopped(args):
+    """A peer that acknowledges nothing: the call is made all the same, and both ends learn that bytes may be lost."""
+    client = connect(args.near, args.far)
+    peer = int(receive(client, 10))
+    client.sendall(b"go")
+    receive(client, 2)
+    os.kill(peer, signal.SIGSTOP)
+    try:
+        client.sendall(b"x" * 1000)
+        os.setgroups([])
+        assert not os.getgroups()
+    finally:
+        os.kill(peer, signal.SIGCONT)
+    try:
+        receive(client, 1)
+        raise AssertionError("goes on")
+    except ConnectionError:
+        pass
+    again = connect(args.near, args.far)
+    again.sendall(stream(3))
+    assert receive(again, 32) == digest(stream(3))
+    again.sendall(b"!")
+
+
 def rounds(args):
     """Nothing is left behind by many changes, each with a connection of its own."""
     open_after = []
@@ -255,6 +280,17 @@ def listens(args):
             receive(peer, 1)
             peer.sendall(b"!")
             peer.close()
+    elif args.how == "stopped":
+        peer.sendall(b"%10d" % os.getpid())
+        peer.sendall(receive(peer, 2))
+        try:
+            receive(peer, 10000)
+            raise AssertionError("goes on")
+        except ConnectionError:
+            pass
+        again = listener.accept()[0]
+        serve(again)
+        receive(again, 1)
     elif args.how == "threads":
         serve(peer)
         receive(peer, 1)
@@ -380,6 +416,11 @@ def test(folder, library, transport, only):
         both = sorted(s.carried(server, "received"), key=sum, reverse=True)
         assert both == [(HALF, HALF + 1), (HALF + 1, 0)], f"{both}\n{s.logs()}"
         print(f"spawns_{how}: {both}", flush=True)
+    if wanted("stopped"):
+        s = scene("stopped")
+        _, client = s.run(("listens", "stopped"), ("stopped", ""))
+        assert client["lanes"][transport] == 2, f"{client}\n{s.logs()}"
+        print(f"stopped: {s.carried(client, 'sent')}", flush=True)
     if wanted("rounds"):
         s = scene("rounds")
         _, client = s.run(("listens", "rounds"), ("rounds", ""))
@@ -398,6 +439,10 @@ def test(folder, library, transport, only):
         print("unread: reset", flush=True)
     if wanted("daemon"):
         s = scene("daemon")
+        secret = os.path.join(s.folder, "secret")  # which nobody cannot read
+        with open(os.open(secret, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+            file.write(random.randbytes(32))
+        s.env["SDP_SECRET_FILE"] = secret
         server, client = s.run(("daemon", ""), ("visitor", ""))
         for report, way in ((server, "received"), (client, "sent")):
             assert report["lanes"][transport] == 3, f"{report}\n{s.logs()}"
@@ -405,7 +450,7 @@ def test(folder, library, transport, only):
         print(f"daemon: {s.carried(server, 'received')}", flush=True)
 
 
-ROLES = {f.__name__: f for f in (writer, reader, execs, successor, spawns, rounds, threads, execs_unread, heir, daemon, visitor,
+ROLES = {f.__name__: f for f in (writer, reader, execs, successor, spawns, stopped, rounds, threads, execs_unread, heir, daemon, visitor,
                                  listens)}
 
 

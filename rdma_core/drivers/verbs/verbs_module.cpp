@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <map>
 #include <utility>
 #include <vector>
 
@@ -78,13 +79,16 @@ static VerbsModule* open_module(const ModuleHost& host, DeviceRegistry& registry
   set_fd_keeper(host.keep_fd, host.forget_fd);
   cm::Secret secret{};
   if (*host.secret_file != '\0') {
-    auto read = cm::secret_from(host.secret_file);
-    if (!read) {
+    static std::map<std::string, cm::Secret> known;  // the process may not read it any more: it may have been root before
+    if (const auto it = known.find(host.secret_file); it != known.end()) {
+      secret = it->second;
+    } else if (auto read = cm::secret_from(host.secret_file)) {
+      known[host.secret_file] = secret = *read;
+    } else {
       why = say(read.error());
       RDMA_LOG(error, "%s: no lanes between hosts", why);
       return nullptr;
     }
-    secret = *read;
   }
   ibv_fork_init();  // programs fork; does nothing where the kernel copies registered pages at once
   const std::vector<std::string> names = device_names();
