@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""A stream over an RDMA device whose wire is slow: what waits to be sent, or sent again, is what the program gave, not what lies in that
-memory by then.
+"""A stream over an RDMA device whose wire is slow: what waits to be sent, or sent again, is what the program gave, not what lies in
+that memory by then.
 
     slow_wire_test.py --lib LIBRARY --transport ib|rnic
 
