@@ -6,10 +6,19 @@
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 
+#include <array>
+
 namespace preload {
 
-/// `first`: the call's first argument.
-inline bool changes_credentials(long number, long first) noexcept {
+using SyscallArgs = std::array<long, 6>;
+
+/// A keyring of the thread's or process's own, which is made at its first mention and hangs at the credentials.
+inline bool is_own_keyring(long id) noexcept {
+  const auto key = static_cast<int>(id);
+  return key == KEY_SPEC_THREAD_KEYRING || key == KEY_SPEC_PROCESS_KEYRING || key == KEY_SPEC_SESSION_KEYRING;
+}
+
+inline bool changes_credentials(long number, const SyscallArgs& a) noexcept {
   switch (number) {
     case SYS_setuid:
     case SYS_setgid:
@@ -21,15 +30,21 @@ inline bool changes_credentials(long number, long first) noexcept {
     case SYS_setfsuid:
     case SYS_setfsgid:
     case SYS_capset:
-    case SYS_setns:
     case SYS_landlock_restrict_self:
       return true;
     case SYS_unshare:
-      return (first & CLONE_NEWUSER) != 0;
+      return (a[0] & CLONE_NEWUSER) != 0;
+    case SYS_setns:  // 0: of whatever kind the descriptor is
+      return a[1] == 0 || (a[1] & CLONE_NEWUSER) != 0;
+    case SYS_add_key:
+      return is_own_keyring(a[4]);
+    case SYS_request_key:
+      return is_own_keyring(a[3]);
     case SYS_keyctl:
-      return first == KEYCTL_JOIN_SESSION_KEYRING;
+      return a[0] == KEYCTL_JOIN_SESSION_KEYRING || a[0] == KEYCTL_SET_REQKEY_KEYRING ||
+             (a[0] == KEYCTL_GET_KEYRING_ID && is_own_keyring(a[1]));
     case SYS_prctl:
-      return first == PR_SET_KEEPCAPS || first == PR_CAPBSET_DROP || first == PR_SET_SECUREBITS || first == PR_CAP_AMBIENT;
+      return a[0] == PR_SET_KEEPCAPS || a[0] == PR_CAPBSET_DROP || a[0] == PR_SET_SECUREBITS || a[0] == PR_CAP_AMBIENT;
     default:
       return false;
   }

@@ -53,13 +53,15 @@ SDP_EXPORT int prctl(int option, ...) noexcept {
   for (unsigned long& each : a) each = va_arg(args, unsigned long);
   va_end(args);
   const auto call = [&] { return libc().prctl(option, a[0], a[1], a[2], a[3]); };
-  if (!preload::changes_credentials(SYS_prctl, option)) return call();
+  if (!preload::changes_credentials(SYS_prctl, {option})) return call();
   const sdp::engine::CredentialsChange change;
   return call();
 }
 SDP_EXPORT int unshare(int flags) noexcept {
-  if (!preload::changes_credentials(SYS_unshare, flags)) return libc().unshare(flags);
+  if (!preload::changes_credentials(SYS_unshare, {flags})) return libc().unshare(flags);
   return changing(libc().unshare, flags);
 }
-// Of which kind the descriptor's namespace is nobody says: joining a user namespace changes them.
-SDP_EXPORT int setns(int fd, int type) noexcept { return changing(libc().setns, fd, type); }
+SDP_EXPORT int setns(int fd, int type) noexcept {
+  if (!preload::changes_credentials(SYS_setns, {fd, type})) return libc().setns(fd, type);
+  return changing(libc().setns, fd, type);
+}

@@ -141,7 +141,7 @@ SDP_EXPORT long syscall(long number, ...) noexcept {
     return result;
   }
   std::optional<sdp::engine::CredentialsChange> change;
-  if (preload::changes_credentials(number, a[0])) change.emplace();
+  if (preload::changes_credentials(number, {a[0], a[1], a[2], a[3], a[4], a[5]})) change.emplace();
   std::optional<preload::Exec> attempt;
   if (number == SYS_execve) attempt.emplace(pointer<const char>(a[0]));
   if (number == SYS_execveat) attempt.emplace(nullptr);

@@ -194,7 +194,7 @@ bool Service::is_evacuated() noexcept {
       s->advance_rx(s->fd);
       s->lane->drain();
       s->tend();
-      const bool evacuated = s->is_evacuated();
+      const bool evacuated = s->is_evacuated() || s->lane_is_over();
       through = through && evacuated && (!exec || (s->resend.empty() && s->last_words_arrived()));
       if (evacuated) s->lane->wake_sleepers();
     }
@@ -213,7 +213,7 @@ void Service::let_devices_go() noexcept {
   for (StreamImpl* s : laned_) {
     (void)s->lock.lock();
     if (s->phase.load() == Phase::laned && s->lane->unordered()) {
-      if (s->is_evacuated()) {
+      if (s->is_evacuated() || s->lane_is_left()) {
         s->peer_gone.store(true, std::memory_order_relaxed);
       } else {
         s->break_off(s->fd);
@@ -265,8 +265,10 @@ CredentialsChange::CredentialsChange() noexcept : service_(running_service()) {
     return;
   }
   const int saved = errno;
-  if (service_ != nullptr) service_->await_names();
-  if (has_threads()) g_process_of_many.store(process_id());
+  const bool has_devices = rdma::has_rdma_devices();
+  if (has_devices && service_ != nullptr) service_->await_names();
+  // Of a device that comes later nobody will know whether it was opened by a thread that all others are like.
+  if (!has_devices || has_threads()) g_process_of_many.store(process_id());
   if (service_ != nullptr) service_->leave(Service::Leaving::credentials);
   errno = saved;
 }
