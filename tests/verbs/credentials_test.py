@@ -207,6 +207,26 @@ def threads(args):
     thread.join()
 
 
+def busy(args):
+    """Another thread is in the middle of sending, and goes on."""
+    client = connect(args.near, args.far)
+    data = stream(1)
+    under_way = threading.Event()
+
+    def send():
+        for at in range(0, HALF, 700):
+            client.sendall(data[at:at + 700])
+            if at > HALF // 4:
+                under_way.set()
+    thread = threading.Thread(target=send)
+    thread.start()
+    under_way.wait()
+    os.setgid(0)
+    thread.join()
+    assert receive(client, 32) == digest(data)
+    client.sendall(b"!")
+
+
 def threads_early(args):
     """The same before there is any lane."""
     over = threading.Event()
@@ -312,7 +332,7 @@ def listens(args):
         again = listener.accept()[0]
         serve(again)
         receive(again, 1)
-    elif args.how == "threads":
+    elif args.how in ("threads", "busy"):
         serve(peer)
         receive(peer, 1)
     elif args.how == "threads_early":
@@ -455,6 +475,10 @@ def test(folder, library, transport, only):
         assert client["lanes"][transport] == 1, f"{client}\n{s.logs()}"
         assert client["reasons"] == {"credentials": 2}, f"{client}\n{s.logs()}"
         print(f"threads: {s.carried(client, 'sent')}", flush=True)
+        s = scene("busy")
+        _, client = s.run(("listens", "busy"), ("busy", ""))
+        assert min(s.carried(client, "sent")[0]) > 0, f"{client}\n{s.logs()}"
+        print(f"busy: {s.carried(client, 'sent')}", flush=True)
         s = scene("threads_early")
         _, client = s.run(("listens", "threads_early"), ("threads_early", ""))
         assert client["reasons"] == {"credentials": 1}, f"{client}\n{s.logs()}"
@@ -476,8 +500,8 @@ def test(folder, library, transport, only):
         print(f"daemon: {s.carried(server, 'received')}", flush=True)
 
 
-ROLES = {f.__name__: f for f in (writer, reader, execs, successor, spawns, stopped, rounds, threads, threads_early, execs_unread,
-                                 heir, daemon, visitor, listens)}
+ROLES = {f.__name__: f for f in (writer, reader, execs, successor, spawns, stopped, rounds, threads, busy, threads_early,
+                                 execs_unread, heir, daemon, visitor, listens)}
 
 
 def main():
