@@ -1,10 +1,12 @@
 #include "rdma_core/builtin_drivers.hpp"
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "rdma_core/cm/cm_chain.hpp"
 #include "rdma_core/cm/local_cm.hpp"
+#include "rdma_core/device_watch.hpp"
 #include "rdma_core/drivers/shm/shm_device.hpp"
 
 namespace rdma {
@@ -30,9 +32,11 @@ class Composed final : public Builtin {
     registry.add_device(std::move(*device));
     std::vector<cm::CmChain::Transport> transports;
     for (const Carrier each : order) transports.push_back(mine->transport(each));
+    const bool alone = mine->has_local_ && transports.size() == 1;
     auto chain = cm::CmChain::create(std::move(transports), mine->clock_);
     if (!chain) return Err{chain.error()};
     mine->chain_ = std::move(*chain);
+    if (!alone) mine->watch_devices();
     return std::unique_ptr<Builtin>(std::move(mine));
   }
   cm::ConnectionManager& cm() noexcept override { return *chain_; }
@@ -60,6 +64,7 @@ class Composed final : public Builtin {
     if (!has_local_) local_->abandon_in_child();  // the device's links, which the chain does not know
     if (module_ != nullptr) module_->abandon_in_child();
     for (const auto& each : retired_) each->abandon_in_child();
+    if (watch_) watch_->abandon_in_child();
   }
 
  private:
@@ -81,8 +86,18 @@ class Composed final : public Builtin {
       auto opened = open_verbs_module(registry_, secret_file_);
       if (!opened) return Err{opened.error()};
       module_ = std::move(*opened);
+      chain_->watch(module_->fd());
     }
     return module_->cm(type);
+  }
+  void watch_devices() {
+    watch_.emplace();
+    if (watch_->fd() >= 0) chain_->watch(watch_->fd());
+    chain_->accompany([this] {
+      const bool changed = watch_->changed();
+      if (module_ != nullptr) module_->progress(changed);
+      if (changed) chain_->try_again();
+    });
   }
 
   DeviceRegistry& registry_;
@@ -90,6 +105,7 @@ class Composed final : public Builtin {
   SteadyClock clock_;
   std::unique_ptr<cm::LocalCm> local_;
   bool has_local_ = false;
+  std::optional<DeviceWatch> watch_;
   std::unique_ptr<VerbsModule> module_;
   std::vector<std::unique_ptr<VerbsModule>> retired_;
   std::unique_ptr<cm::CmChain> chain_;

@@ -17,7 +17,8 @@ namespace rdma {
 enum class Carrier : std::uint8_t { local, ib, rnic };
 
 /// What there is. The software device is always made, and is the registry's first: its completion channel is the process's bell.
-/// RDMA devices are looked for when a connection gets as far as them. Destroy it before the registry.
+/// RDMA devices are looked for when a connection gets as far as them, and come and go from then on in progress() of the CM. Destroy
+/// it before the registry.
 class Builtin {
  public:
   virtual ~Builtin() = default;

@@ -83,6 +83,8 @@ class CompletionChannel {
   /// Whoever watches fd() calls it when there was an edge, always in one thread, which is also the one that destroys the Cqs; fd()
   /// may not be readable afterwards. The software device's peers change the words themselves: nothing to do there.
   virtual void progress() noexcept {}
+  /// In the child of a fork: closes its copies of the descriptors. Nothing else may be called then.
+  virtual void abandon_in_child() noexcept {}
 };
 
 /// A completion queue. Threading: externally serialised, except maybe_ready(), wake_word() and wake_sleepers(), which any thread

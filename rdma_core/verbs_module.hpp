@@ -29,7 +29,7 @@ struct ModuleHost {
 template <class T>
 using Told = Result<T, std::string>;
 
-/// The RDMA devices of this host that could be opened, and the CMs for them. The devices are the registry's.
+/// The RDMA devices of this host that could be opened, and the CMs for them. The devices are the registry's. Threads: one.
 class VerbsModule {
  public:
   virtual ~VerbsModule() = default;
@@ -38,6 +38,10 @@ class VerbsModule {
   virtual std::vector<const Device*> devices() const = 0;
   /// Nobody uses its CMs any more: ConnectionManager::retire() of those that were made. From here on it abandons them itself.
   virtual void retire() noexcept = 0;
+  /// Takes devices that are to go out of the registry and closes them; that they go waits for it. `look`: there is news of this
+  /// host's devices, and those that have come are entered. Never from within a call of a CM's.
+  virtual void progress(bool look) = 0;
+  virtual int fd() const noexcept = 0;  ///< an epoll descriptor: a device has news of its own for progress()
   /// In the child of a fork: closes its copies of the devices' descriptors, so that the parent's death shows at its peers. Who uses
   /// a CM abandons that. The child opens the module anew, with a new registry.
   virtual void abandon_in_child() noexcept = 0;

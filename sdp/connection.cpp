@@ -172,7 +172,8 @@ std::size_t Connection::next_control(std::span<std::byte, kControlBytes> out) no
       return n;
     }
   }
-  if (credit_.update_is_due() && credit_.may_send_update()) {
+  if ((update_wanted_ || credit_.update_is_due()) && credit_.may_send_update()) {
+    update_wanted_ = false;
     emit_data(0, out.data());
     return wire::kBsdhBytes;
   }

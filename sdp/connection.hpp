@@ -86,6 +86,7 @@ class Connection {
   static constexpr std::size_t kControlBytes = 24;
   /// Length of the next control message that is due and may be sent now, written to `out`; 0: none. Post it before asking again.
   std::size_t next_control(std::span<std::byte, kControlBytes> out) noexcept;
+  void want_update() noexcept { update_wanted_ = true; }  ///< the peer waits for an acknowledgement
   void want_disconn() noexcept { disconn_due_ = true; }
   void want_peer_recv_size(std::uint32_t bytes) noexcept { ask_recv_size_ = bytes; }
   bool resize_pending() const noexcept { return ask_recv_size_ != 0 || resize_asked_; }
@@ -103,6 +104,7 @@ class Connection {
   ConnState state_ = ConnState::idle;
   bool sending_ = false;  ///< established and our half open
   bool hello_ack_due_ = false;
+  bool update_wanted_ = false;
   bool disconn_due_ = false;
   bool resize_asked_ = false;
   std::uint32_t recv_size_;

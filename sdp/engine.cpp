@@ -36,6 +36,8 @@ struct Lingering {
   KeptBytes bytes;
   Lingering* next;
   const Lane* behind;  ///< its END is not acknowledged yet
+  ::linger option;     ///< the program's
+  bool lost = false;   ///< bytes before these are
   bool may_go() const noexcept { return behind == nullptr || behind->said(kEndSeen) || behind->said(kGone); }
 };
 constexpr long kPageBytes = 4096;
@@ -323,7 +325,8 @@ void linger(int fd, KeptBytes bytes, const Lane* behind) noexcept {
     bytes.clear();
     return;
   }
-  auto* entry = new (reinterpret_cast<void*>(page)) Lingering{own, bytes.take(), nullptr, behind};
+  auto* entry = new (reinterpret_cast<void*>(page)) Lingering{own, bytes.take(), nullptr, behind, option};
+  KeptBytes::reset_if_killed(own, entry->option);
   (void)e.lock.lock();
   entry->next = e.lingering;
   e.lingering = entry;
@@ -337,6 +340,7 @@ bool flush_lingering() noexcept {
   (void)e.lock.lock();
   for (Lingering** at = &e.lingering; *at != nullptr;) {
     Lingering& l = **at;
+    if (l.lost) l.bytes.clear();
     long n = l.may_go() ? 0 : -EAGAIN;
     while (!l.bytes.empty() && n >= 0) n = l.bytes.send_by(l.fd);
     if (n == -EAGAIN || n == -EINTR) {
@@ -344,6 +348,7 @@ bool flush_lingering() noexcept {
       continue;
     }
     *at = l.next;
+    if (!l.lost) KeptBytes::set_linger(l.fd, l.option);
     forget_helper_fd(l.fd);
     sys::call(SYS_close, l.fd);
     l.bytes.clear();
@@ -357,9 +362,35 @@ bool flush_lingering() noexcept {
 void release_lingering(const Lane* lane) noexcept {
   Engine& e = engine();
   (void)e.lock.lock();
-  for (Lingering* l = e.lingering; l != nullptr; l = l->next)
-    if (l->behind == lane) l->behind = nullptr;
+  for (Lingering* l = e.lingering; l != nullptr; l = l->next) {
+    if (l->behind != lane) continue;
+    l->lost = lane->dead() && !l->may_go();
+    l->behind = nullptr;
+  }
   e.lock.unlock();
+}
+
+void recover_lingering(const Lane* lane, const Arrived& peer) noexcept {
+  Engine& e = engine();
+  (void)e.lock.lock();
+  for (Lingering* l = e.lingering; l != nullptr; l = l->next) {
+    if (l->behind != lane) continue;
+    const std::uint64_t from = peer.received, sent = lane->tx_bytes();
+    const auto missing = static_cast<std::size_t>(sent - std::min(from, sent));
+    l->lost = from > sent || !l->bytes.put_before(missing, [&](std::byte* out) { return lane->read_back(from, out, missing); });
+    l->behind = nullptr;
+  }
+  e.lock.unlock();
+  nudge();
+}
+
+bool lingers_behind(const Lane* lane) noexcept {
+  Engine& e = engine();
+  (void)e.lock.lock();
+  bool found = false;
+  for (const Lingering* l = e.lingering; l != nullptr; l = l->next) found = found || l->behind == lane;
+  e.lock.unlock();
+  return found;
 }
 
 void notify(Stream stream) noexcept {

@@ -28,6 +28,22 @@ class KeptBytes {
     return memory_ + end_;
   }
   void added(std::size_t bytes) noexcept { end_ += bytes; }
+  /// Puts `bytes` more before those that are there; `fill` writes them and may refuse. False: all is as it was.
+  template <class Fill>
+  bool put_before(std::size_t bytes, Fill fill) noexcept {
+    if (bytes == 0) return true;
+    KeptBytes whole;
+    std::byte* const memory = whole.room(bytes + size());
+    if (memory == nullptr || !fill(memory)) {
+      whole.clear();
+      return false;
+    }
+    if (!empty()) std::memcpy(memory + bytes, data(), size());
+    whole.added(bytes + size());
+    clear();
+    *this = whole;
+    return true;
+  }
   /// Forgets the oldest; with the last one the memory goes back.
   void drop(std::size_t bytes) noexcept {
     begin_ += bytes;
@@ -42,6 +58,17 @@ class KeptBytes {
     const long n = rdma::sys::call(SYS_sendto, fd, rdma::sys::arg(data()), static_cast<long>(size()), MSG_DONTWAIT | MSG_NOSIGNAL);
     if (n > 0) drop(static_cast<std::size_t>(n));
     return n;
+  }
+  /// A socket whose bytes lie here and whose process is killed must not look as if it had ended in order: the kernel is told to
+  /// reset it. `option` is what the program has set.
+  static void reset_if_killed(int fd, linger& option) noexcept {
+    socklen_t size = sizeof option;
+    if (rdma::sys::call(SYS_getsockopt, fd, SOL_SOCKET, SO_LINGER, rdma::sys::arg(&option), rdma::sys::arg(&size)) != 0)
+      option = {};
+    set_linger(fd, {1, 0});
+  }
+  static void set_linger(int fd, const linger& option) noexcept {
+    rdma::sys::call(SYS_setsockopt, fd, SOL_SOCKET, SO_LINGER, rdma::sys::arg(&option), sizeof option);
   }
   KeptBytes take() noexcept { return std::exchange(*this, KeptBytes{}); }
 

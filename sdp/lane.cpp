@@ -6,7 +6,9 @@
 #include <cerrno>
 #include <cstring>
 #include <new>
+#include <utility>
 
+#include "rdma_core/base/clock.hpp"
 #include "rdma_core/base/log.hpp"
 
 namespace sdp {
@@ -138,6 +140,23 @@ void Lane::release_buffer() noexcept {
   if (buffered() == 0) send_buffer_.release_large(*(*peer_)->heap);
 }
 
+void Lane::stop() noexcept {
+  constexpr std::int64_t kLongest = 50'000'000, kQuiet = 1'000'000;
+  if (std::exchange(stopped_, true)) return;
+  rdma::QpAttributes over;
+  over.state = rdma::QpState::error;
+  (void)qp_->modify(over);
+  // What came before stands in the Cq before what is flushed now.
+  const rdma::SteadyClock clock;
+  const std::int64_t begun = clock.now();
+  for (std::int64_t heard = begun; clock.now() - heard < kQuiet && clock.now() - begun < kLongest;) {
+    if (!cq_->maybe_ready()) continue;
+    reap();
+    heard = clock.now();
+  }
+  fail("stopped");
+}
+
 bool Lane::read_back(std::uint64_t from, std::byte* out, std::size_t bytes) const noexcept {
   const CreditWindow& credit = conn.credit();
   const std::uint64_t pulled = block_->pulled.load(std::memory_order_acquire);
@@ -151,7 +170,7 @@ bool Lane::read_back(std::uint64_t from, std::byte* out, std::size_t bytes) cons
     const Sent& s = sent_[mseq % kMaxInFlight];
     const std::uint64_t want = from + done;
     if (s.payload == 0 || want < s.start || want >= s.start + s.payload) continue;
-    const auto msg = qp_->sent_message(s.number);
+    const auto msg = unordered_ ? staging_.piece(s.staged, wire::kBsdhBytes + s.payload) : qp_->sent_message(s.number);
     if (msg.size() != wire::kBsdhBytes + s.payload) return false;
     const std::size_t skip = want - s.start;
     const std::size_t n = std::min<std::size_t>(s.payload - skip, posted - done);

@@ -151,9 +151,24 @@ class Lane {
   std::uint64_t rx_messages() const noexcept { return rx_arrivals_; }
   bool dead() const noexcept {
     return dead_.load(std::memory_order_relaxed);
-  }                                                     ///< protocol or transport failure: conn.error() says what
+  }  ///< protocol or transport failure: conn.error() says what
+  const char* failure() const noexcept { return failure_ != nullptr ? failure_ : conn.error(); }
   bool violated() const noexcept { return violated_; }  ///< dead by a message that breaks the protocol; the words still go through
   bool peer_disconn() const noexcept { return peer_disconn_; }
+
+  // --- after a failure of the device or the path (stream_recovery.cpp)
+  /// Ends the QP, and takes in what has arrived until then: afterwards nothing arrives any more. Waits for the device for 50 ms at
+  /// the most.
+  void stop() noexcept;
+  bool stopped() const noexcept { return stopped_; }
+  /// The peer writes no more to our memory: it has said so, or this end is one that nothing reaches any more.
+  bool is_left_alone() const noexcept { return said(kGone) || stopped_ || (unordered_ && dead()); }
+  /// Position up to which the peer's payload has arrived.
+  std::uint64_t rx_arrived() const noexcept { return arrived_.load(std::memory_order_relaxed); }
+  /// As if the peer had said it; the lane is stopped.
+  void suppose(Word which, std::uint64_t value) noexcept { words_->word[which].store(value + 1, std::memory_order_release); }
+  /// Messages whose arrival the peer has not acknowledged yet.
+  std::uint32_t unacknowledged() const noexcept { return conn.credit().sent() - conn.credit().acked(); }
 
   // --- switch words
   /// What the anchor carries later may arrive earlier than what was posted here, and what is posted here may be lost with its
@@ -182,8 +197,8 @@ class Lane {
     std::uint64_t end = 0;
     return said(kEnd, &end) && rx_bytes_ == end;
   }
-  /// Copies lane bytes [from, tx_bytes) that the peer has not read, out of its memory and the send buffer, for the anchor. False:
-  /// they are not there.
+  /// Copies lane bytes [from, tx_bytes) that the peer has not read, or not received, out of its memory and the send buffer, or
+  /// where they were gathered, for the anchor. False: they are not there.
   bool read_back(std::uint64_t from, std::byte* out, std::size_t bytes) const noexcept;
 
   // --- sleeping
@@ -226,6 +241,13 @@ class Lane {
   void grow_count() noexcept;
   void number_request(rdma::SendWr& wr) noexcept;
   void remember_staged(rdma::SendWr& wr) noexcept;
+  void free_staged() noexcept;
+  void fail(const char* why) noexcept;
+  bool ack_is_due() const noexcept;
+  /// Bytes of payload and headers: what they took of the peer's staging.
+  std::uint64_t arrived_in_all() const noexcept {
+    return arrived_.load(std::memory_order_relaxed) + rx_arrivals_ * wire::kBsdhBytes;
+  }
   /// An RDMA Write of words into the peer's LaneBlock.
   rdma::SendWr to_peers_block(std::size_t offset, const rdma::Sge& words, bool wake) const noexcept {
     rdma::SendWr wr;
@@ -250,7 +272,9 @@ class Lane {
   bool violated_ = false;
   bool peer_disconn_ = false;
   bool may_buffer_ = false;
-  bool unordered_ = false;
+  bool unordered_ = false;  ///< then sent payload is kept until the peer has acknowledged it
+  bool stopped_ = false;
+  const char* failure_ = nullptr;
   std::uint16_t buffer_count_ = 0;
   std::uint16_t small_left_ = 0;  ///< buffers still below wanted_recv_size
   std::uint16_t pending_posts_ = 0;
@@ -265,6 +289,7 @@ class Lane {
   std::atomic<std::uint64_t> arrived_{0};     ///< position up to which messages have come and buffered bytes been read
   std::atomic<std::uint64_t> seen_ends_{0};   ///< PeerBuffer::ends() as drain() saw it last
   std::int64_t caught_up_at_ = 0;             ///< when the last receive emptied the peer's buffer and found little; 0: it did not
+  std::uint64_t told_arrived_ = 0;            ///< arrived_in_all() when a message left last
   std::uint64_t pulled_loudly_ = 0;           ///< position at which the peer's writer was woken last
   std::uint64_t sends_ = 0;                   ///< Sends posted since the QP was made, of every kind
   std::uint64_t requests_ = 0;                ///< those and the RDMA Writes: what takes an entry of the send queue
@@ -298,6 +323,7 @@ class Lane {
     std::uint64_t start;    ///< lane position of the first payload byte
     std::uint64_t number;   ///< which Send of the QP
     std::uint32_t payload;  ///< bytes; 0: control
+    std::uint64_t staged;   ///< Staging::position() behind it
   };
   std::array<Sent, kMaxInFlight> sent_{};  ///< by MSeq, for read_back
 };

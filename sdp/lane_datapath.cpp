@@ -48,6 +48,25 @@ void Lane::remember_staged(SendWr& wr) noexcept {
   wr.flags |= rdma::kSignalled;
 }
 
+/// What the device has read and, where it forgets it, the peer has.
+void Lane::free_staged() noexcept {
+  std::uint64_t position = staged_up_to_[reaped_ % kSendDepth];
+  if (unordered_) {
+    const std::uint32_t acked = conn.credit().acked();
+    position = acked == 0 ? 0 : std::min(position, sent_[acked % kMaxInFlight].staged);
+  }
+  staging_.done(position);
+}
+
+void Lane::fail(const char* why) noexcept {
+  dead_ = true;
+  if (failure_ == nullptr) failure_ = why;
+  if (!unordered_) conn.abort(why);  // else what has arrived before is still taken in
+}
+
+/// The peer keeps what it has sent until then, and has as much room for it as we have.
+bool Lane::ack_is_due() const noexcept { return unordered_ && arrived_in_all() - told_arrived_ >= limits_.staging / 8; }
+
 /// Without memory to gather in, no longer than what the device takes inline.
 std::uint32_t Lane::longest_payload() noexcept {
   constexpr auto kHead = static_cast<std::uint32_t>(wire::kBsdhBytes);
@@ -63,7 +82,8 @@ bool Lane::post_gathered(const SendWr& pieces) noexcept {
   for (unsigned i = 0; i < pieces.sge_count; ++i) bytes += pieces.sges[i].length;
   SendWr wr = pieces;
   Sge whole;
-  if (bytes > max_inline_) {
+  const bool kept = unordered_ && pieces.sge_count > 1;
+  if (bytes > max_inline_ || kept) {
     if (!staging_.active() && !staging_.open(*(*peer_)->heap)) return false;
     std::byte* const memory = staging_.take(bytes);
     std::size_t at = 0;
@@ -72,7 +92,7 @@ bool Lane::post_gathered(const SendWr& pieces) noexcept {
     whole = Sge{memory, static_cast<std::uint32_t>(bytes), staging_.lkey()};
     wr.sges = &whole;
     wr.sge_count = 1;
-    wr.flags = 0;
+    if (bytes > max_inline_) wr.flags = 0;
   }
   number_request(wr);
   return qp_->post_send(wr) == Post::ok;
@@ -84,7 +104,7 @@ bool Lane::post_message(const Sge* sges, std::uint8_t count) noexcept {
   wr.sge_count = count;
   wr.sges = sges;
   bool posted = false;
-  if (staging_.active() || max_inline_ < wire::kHelloBytes) [[unlikely]] {
+  if (staging_.active() || unordered_ || max_inline_ < wire::kHelloBytes) [[unlikely]] {
     posted = post_gathered(wr);
   } else {
     number_request(wr);
@@ -92,11 +112,11 @@ bool Lane::post_message(const Sge* sges, std::uint8_t count) noexcept {
   }
   if (!posted) [[unlikely]] {
     // Credits and the in-flight bound keep the queues from filling: what is left is a QP in error.
-    dead_ = true;
-    conn.abort("the QP is in error");
+    fail("the QP is in error");
     return false;
   }
   ++sends_;
+  told_arrived_ = arrived_in_all();
   if (capture_ != nullptr) [[unlikely]]
     show(true, {sges[0].addr, sges[0].length}, count > 1 ? std::span(sges[1].addr, sges[1].length) : std::span<const std::byte>{});
   return true;
@@ -107,8 +127,10 @@ bool Lane::post_data(Sge* sges, std::uint8_t count, std::uint32_t payload) noexc
   std::byte head[wire::kBsdhBytes];
   sges[0] = Sge{head, sizeof head, {}};
   conn.emit_data(payload, head);
-  sent_[conn.credit().sent() % kMaxInFlight] = Sent{tx_bytes_, sends_, payload};
+  Sent& sent = sent_[conn.credit().sent() % kMaxInFlight];
+  sent = Sent{tx_bytes_, sends_, payload, staging_.position()};
   if (!post_message(sges, count)) return false;
+  sent.staged = staging_.position();
   tx_bytes_ += payload;
   ++tx_messages_;
   if (payload != conn.max_payload()) {
@@ -129,6 +151,7 @@ std::size_t Lane::send(IovCursor& from) noexcept {
     return buffer(from, SendBuffer::kSmallBytes);
   std::size_t total = 0;
   while (!from.done() && may_send()) {
+    const IovCursor before = from;
     Sge sges[8];
     std::uint8_t count = 1;
     std::uint32_t payload = 0;
@@ -139,7 +162,10 @@ std::size_t Lane::send(IovCursor& from) noexcept {
       payload += static_cast<std::uint32_t>(n);
       from.advance(n);
     }
-    if (!post_data(sges, count, payload)) break;
+    if (!post_data(sges, count, payload)) [[unlikely]] {
+      from = before;
+      break;
+    }
     total += payload;
   }
   return total;
@@ -171,8 +197,7 @@ bool Lane::write_peer(std::size_t offset, const std::uint64_t* words, unsigned c
     reap();
   if (qp_->post_send(wr) == Post::ok) [[likely]]
     return true;
-  dead_ = true;
-  conn.abort("the QP is in error");
+  fail("the QP is in error");
   return false;
 }
 
@@ -230,7 +255,7 @@ void Lane::send_control() noexcept {
   }
   std::array<std::byte, Connection::kControlBytes> message;
   while (const std::size_t n = conn.next_control(message)) {
-    sent_[conn.credit().sent() % kMaxInFlight] = Sent{tx_bytes_, sends_, 0};
+    sent_[conn.credit().sent() % kMaxInFlight] = Sent{tx_bytes_, sends_, 0, staging_.position()};
     const Sge sge{message.data(), static_cast<std::uint32_t>(n), {}};
     if (!post_message(&sge, 1)) return;
   }
@@ -254,12 +279,16 @@ void Lane::home(std::uint32_t index) noexcept {
 // Posting and credits are not what a message waits for: a receive leaves them to the wait that follows it, while the peer has more
 // than half of its credits.
 bool Lane::may_not_wait() const noexcept {
-  return pending_posts_ > buffer_count_ / 4U || conn.credit().told_left() <= buffer_count_ / 2;
+  return pending_posts_ > buffer_count_ / 4U || ack_is_due() || conn.credit().told_left() <= buffer_count_ / 2;
 }
 
 void Lane::settle() noexcept {
   if (pending_posts_ != 0) flush_posts();
-  if (conn.credit().update_is_due()) send_control();
+  if (ack_is_due()) [[unlikely]]
+    conn.want_update();
+  else if (!conn.credit().update_is_due())
+    return;
+  send_control();
 }
 
 void Lane::flush_posts() noexcept {
@@ -289,15 +318,12 @@ void Lane::grow_count() noexcept {
 }
 
 void Lane::on_completion(const Wc& wc) noexcept {
-  if (wc.status != rdma::WcStatus::success) [[unlikely]] {
-    dead_ = true;
-    conn.abort(to_string(wc.status));
-    return;
-  }
+  if (wc.status != rdma::WcStatus::success) [[unlikely]]
+    return fail(to_string(wc.status));
   if (wc.opcode != rdma::WcOpcode::recv) {
     reaped_ = wc.wr_id;
     if (staging_.active()) [[unlikely]]
-      staging_.done(staged_up_to_[reaped_ % kSendDepth]);
+      free_staged();
     return;
   }
   const auto index = static_cast<std::uint32_t>(wc.wr_id);
@@ -308,6 +334,8 @@ void Lane::on_completion(const Wc& wc) noexcept {
     show(false, msg.first(head), msg.subspan(head));
   }
   const Rx rx = conn.on_message({b.addr, wc.byte_len});
+  if (unordered_ && staging_.active()) [[unlikely]]
+    free_staged();
   if (rx == Rx::payload) [[likely]] {
     constexpr auto kHead = static_cast<std::uint32_t>(wire::kBsdhBytes);
     unread_[rx_tail_++ % kRing] = Unread{index, kHead, wc.byte_len - kHead};

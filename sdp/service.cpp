@@ -35,7 +35,7 @@ constexpr std::int64_t kHandshakeNs = 3'000'000'000;
 constexpr int kTendMs = 20;
 constexpr int kReleaseMs = 250;
 constexpr int kLeaveMs = 5;
-constexpr int kWordsMs = 250;  // between two looks for words that a device's writes wake nobody for
+constexpr std::int64_t kWordsMs = 250;  // at most between two looks for words that a device's writes wake nobody for
 
 std::int64_t now_ns() noexcept { return rdma::SteadyClock{}.now(); }
 
@@ -194,7 +194,7 @@ void Service::run() noexcept {
     if (busy || needed || lingering) at_most(kTendMs);
     if (leaving) at_most(kLeaveMs);
     if (releasing_.load(std::memory_order_relaxed)) at_most(kReleaseMs);
-    if (!laned_.empty() && had_unordered_lane_.load(std::memory_order_relaxed)) at_most(kWordsMs);
+    if (!laned_.empty() && had_unordered_lane_.load(std::memory_order_relaxed)) at_most(next_words_ms());
     epoll_event events[32];
     const long n = sys::call(SYS_epoll_pwait, epoll_fd_, sys::arg(events), 32, timeout, 0, 8);
     for (long i = 0; i < n; ++i) {
@@ -647,6 +647,7 @@ void Service::finish(Handshake& h) noexcept {
     sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_ADD, stream->fd, sys::arg(&ev));
     if (stream->stats != nullptr) stream->stats->set_transport(transport_of(h.lane->device().attr()));
     stream->attach(h.lane);
+    last_lane_up_ns_ = now_ns();
     {
       const std::lock_guard guard(laned_lock_);
       laned_.push_back(stream);
@@ -735,6 +736,12 @@ void Service::look_after_lanes() noexcept {
   }
 }
 
+// PREPARE and READY follow soon after a lane is up, and a program may be asleep until they are seen: the next look is due when as
+// much time again has passed since then.
+int Service::next_words_ms() const noexcept {
+  return static_cast<int>(std::clamp<std::int64_t>((now_ns() - last_lane_up_ns_) / 1'000'000, 1, kWordsMs));
+}
+
 // Not every device wakes a sleeper for a word. Where it does, the sleeper has seen it long ago.
 void Service::wake_for_words(StreamImpl& s) noexcept {
   if (s.lane == nullptr || !s.lane->unordered()) return;
@@ -765,6 +772,7 @@ void Service::stop_at_exit() noexcept {
     if (s->lane != nullptr && s->phase.load() == Phase::laned) {
       s->tend();
       if (!s->has_said_end()) s->end_tx_locked();
+      s->unguard_resend();
       if (!s->resend.empty()) engine::linger(s->fd, s->resend.take(), s->end_is_settled() ? nullptr : s->lane);
       s->lane->write_word(kGone, s->rx.load() == RxState::lane && s->lane->unread() != 0 ? 1 : 0);
     }
@@ -774,10 +782,7 @@ void Service::stop_at_exit() noexcept {
 
 void Service::abandon_in_child() noexcept {
   if (composition_ != nullptr) composition_->abandon_in_child();
-  for (const auto& [device, channel] : channels_) {
-    engine::forget_helper_fd(channel->fd());
-    sys::call(SYS_close, channel->fd());
-  }
+  for (const auto& [device, channel] : channels_) channel->abandon_in_child();
   engine::forget_helper_fd(epoll_fd_);
   sys::call(SYS_close, epoll_fd_);
 }

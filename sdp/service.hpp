@@ -105,6 +105,7 @@ class Service {
   void look_after_lanes() noexcept;
   void release_buffers() noexcept;
   void wake_for_words(StreamImpl& stream) noexcept;
+  int next_words_ms() const noexcept;
 
   Options options_;
   engine::Compose compose_;
@@ -116,6 +117,7 @@ class Service {
   std::atomic<int> bell_fd_{-1};
   std::atomic<int> wake_fd_{-1};
   int epoll_fd_ = -1;
+  std::int64_t last_lane_up_ns_ = 0;
 
   // The thread, and its successors. One that is told to leave is waited for by the next.
   enum class Thread : std::uint8_t { fresh, stale, renewing };

@@ -1,12 +1,15 @@
-// Staging: registered memory into which messages are gathered on devices that cannot take them inline. The device reads it until
-// the request has completed. A ring: requests complete in the order in which they were posted. Made at the first message that needs
-// it, and given back with the lane.
+// Staging: registered memory into which messages are gathered on devices that cannot take them inline, or that forget what was
+// sent before the peer has it. The device reads it until the request has completed; on the latter the lane keeps it until the peer
+// has acknowledged the message. A ring: requests complete in the order in which they were posted. Made at the first message that
+// needs it, and given back with the lane.
 //
 // Threads: externally serialised (the stream's lock).
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "rdma_core/registered_heap.hpp"
 
@@ -44,7 +47,12 @@ class Staging {
   }
   /// Grows for ever. What a request remembers, and hands to done() when it has completed: it and all before it are free then.
   std::uint64_t position() const noexcept { return taken_; }
-  void done(std::uint64_t position) noexcept { done_ = position; }
+  void done(std::uint64_t position) noexcept { done_ = std::max(done_, position); }
+  /// The piece of that many bytes which ends at `position`, if it is not done().
+  std::span<const std::byte> piece(std::uint64_t position, std::size_t bytes) const noexcept {
+    if (memory_ == nullptr || position > taken_ || position < done_ + bytes) return {};
+    return {memory_ + (position - bytes) % capacity_, bytes};
+  }
   std::size_t in_use() const noexcept { return static_cast<std::size_t>(taken_ - done_); }
   rdma::Lkey lkey() const noexcept { return lkey_; }
 

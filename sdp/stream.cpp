@@ -165,8 +165,11 @@ int Stream::shutdown(int fd, int how) const noexcept {
       if (how != SHUT_WR) s->rx_shut = true;
       s->lane->wake_sleepers();
     }
-    if (how != SHUT_RD && !s->resend.empty() && !s->flush_resend(fd)) {
+    if (how != SHUT_RD && s->phase.load(std::memory_order_relaxed) == Phase::laned && s->fin_has_to_wait()) s->fin_due = true;
+    const bool waits = how != SHUT_RD && (s->fin_due || !s->resend.empty());
+    if (waits) {
       s->fin_due = true;  // what send() took goes before the end
+      (void)s->flush_resend(fd);
       s->lock.unlock();
       engine::nudge();
       return how == SHUT_WR ? 0 : static_cast<int>(sys::call(SYS_shutdown, fd, SHUT_RD));
@@ -205,8 +208,10 @@ void Stream::close(int fd) const noexcept {
     const bool reset = s->rx.load(std::memory_order_relaxed) == RxState::lane && lane->unread() != 0;
     lane->write_word(kGone, reset ? 1 : 0);
   }
-  if (!s->resend.empty() && !s->flush_resend(fd)) {
+  const bool waits_for_end = lane != nullptr && s->phase.load(std::memory_order_relaxed) == Phase::laned && s->fin_has_to_wait();
+  if (waits_for_end || (!s->resend.empty() && !s->flush_resend(fd))) {
     const bool waits = s->tx.load(std::memory_order_relaxed) == TxState::ending;
+    s->unguard_resend();
     engine::linger(fd, s->resend.take(), waits ? lane : nullptr);
   }
   s->generation.fetch_add(1, std::memory_order_acq_rel);
@@ -227,8 +232,16 @@ void Stream::set_timeout(int option, std::int64_t ns) const noexcept {
 }
 
 // close() never waits: what send() accepted lies in the peer's memory already, so that a lingering close has nothing to linger for.
-// The kernel keeps the option and applies it to the anchor.
-void Stream::set_linger(bool, int) const noexcept {}
+// The kernel keeps the option and applies it to the anchor, but for the moments in which bytes lie in our hands.
+void Stream::set_linger(bool on, int seconds) const noexcept {
+  StreamImpl* s = impl();
+  if (!s->lock.enter()) return;
+  if (s->resend_guarded) {
+    s->linger_option = {on, seconds};
+    KeptBytes::set_linger(s->fd, {1, 0});
+  }
+  s->lock.unlock();
+}
 
 int Stream::inq(int fd) const noexcept {
   StreamImpl* s = impl();
@@ -388,10 +401,10 @@ bool Stream::maybe_ready(const Grace::Look& look, std::uint32_t events) const no
     case RxState::abandoned:
       return lane->said(kResend) || lane->said(kEnd) || s->no_word_comes();
     case RxState::ready:
-      return lane->said(kSwitch) || lane->said(kEnd) || peer_gone || (lane->unordered() && lane->dead());
+      return lane->said(kSwitch) || lane->said(kEnd) || peer_gone || (lane->unordered() && s->failed_unseen());
     case RxState::lane:
-      return lane->unread() == 0 &&
-             (lane->end_reached() || peer_gone || lane->dead() || s->anchor_event.load(std::memory_order_acquire));
+      return lane->unread() == 0 && ((!s->is_recovering() && (lane->end_reached() || peer_gone)) || s->failed_unseen() ||
+                                     s->anchor_event.load(std::memory_order_acquire));
     default:
       return false;
   }

@@ -23,6 +23,8 @@
 // lock, then (in the shim) nothing of ours: listeners are called without it.
 #pragma once
 
+#include <sys/socket.h>
+
 #include <atomic>
 #include <cstdint>
 
@@ -41,6 +43,18 @@ enum class Phase : std::uint8_t { unjudged, plain, pursued, laned, final };
 enum class TxState : std::uint8_t { tcp, prepared, lane, ending, ended };
 enum class Asked : std::uint8_t { no, now, under_way };
 enum class RxState : std::uint8_t { tcp, ready, draining, lane, abandoned, resent, ended };
+
+/// Whether a failed lane can be left without a loss: `none`: no, there is no way to ask the peer.
+enum class Recovery : std::uint8_t { none, possible, under_way, over };
+
+/// How far a stopped lane had come, as one side sees it; the peer needs it to go on by TCP.
+struct Arrived {
+  bool switched = false;        ///< this side's sending direction went by the lane
+  std::uint64_t switch_at = 0;  ///< from this position of the anchor's stream on
+  std::uint64_t sent = 0;       ///< payload by the lane, bytes
+  std::uint64_t received = 0;   ///< payload that has arrived by the lane
+  bool closed = false;          ///< FIN is out, or the program has closed this side: what has not arrived does not come
+};
 
 class alignas(64) StreamImpl {
  public:
@@ -66,12 +80,14 @@ class alignas(64) StreamImpl {
   bool rx_shut = false;                       ///< SHUT_RD
   bool reset_by_peer = false;                 ///< one ECONNRESET is due behind the bytes that the anchor still has
   bool bytes_missing = false;                 ///< bytes before those on the anchor are lost: one ECONNRESET is due at once
-  std::atomic<bool> peer_gone{false};         ///< the peer's process or its lane is gone; what has come is still to be read
-  bool tx_shut = false;                       ///< half-closed while it had a lane
-  bool end_acknowledged = false;              ///< END_SEEN is said
-  bool awaits_posts = false;                  ///< see last_words_arrived()
-  bool watched = false;                       ///< the anchor is in the service thread's epoll
-  std::uint8_t doubts = 0;                    ///< how often our counts differed from the kernel's
+  bool tx_switched = false;                   ///< SWITCH is said
+  std::atomic<Recovery> recovery{Recovery::none};
+  std::atomic<bool> peer_gone{false};  ///< the peer's process or its lane is gone; what has come is still to be read
+  bool tx_shut = false;                ///< half-closed while it had a lane
+  bool end_acknowledged = false;       ///< END_SEEN is said
+  bool awaits_posts = false;           ///< see last_words_arrived()
+  bool watched = false;                ///< the anchor is in the service thread's epoll
+  std::uint8_t doubts = 0;             ///< how often our counts differed from the kernel's
 
   // --- TCP side, counted on every connection
   alignas(64) std::atomic<std::uint64_t> tcp_sent{0};
@@ -90,6 +106,7 @@ class alignas(64) StreamImpl {
   std::atomic<bool> strict_failed{false};        ///< said once
   std::atomic<std::uint32_t> phase_word{0};      ///< changes when a strict stream's search is over; futex
   std::uint64_t switch_at = 0;                   ///< P of the receiving direction
+  std::uint64_t tx_switched_at = 0;              ///< P of the sending one
   RxState before_abandon = RxState::tcp;         ///< where an abandoned direction was
   std::uint64_t resent_from = 0, resent_to = 0;  ///< which bytes of the anchor's stream are the lane's once more
   std::int64_t rcv_timeout_ns = 0, snd_timeout_ns = 0;
@@ -98,9 +115,11 @@ class alignas(64) StreamImpl {
   std::atomic<Asked> asked_down{Asked::no};  ///< unordered: a fork's child uses the connection and cannot take our lane down itself
   std::uint8_t words_seen = 0;               ///< the service thread's: Lane::words_said() at its last look
   KeptBytes resend;                          ///< bytes on their way by the anchor: abandoned by the peer, or sent before END_SEEN
-  bool fin_due = false;                      ///< half-closed while resending: FIN follows the last of those bytes
-  std::atomic<std::uint32_t> waiters{0};     ///< threads between unlock and lock inside a wait on the lane
-  std::uint64_t conn = 0;                    ///< the CM's ConnId
+  bool resend_guarded = false;
+  linger linger_option{};                 ///< the program's SO_LINGER, while `resend_guarded`
+  bool fin_due = false;                   ///< half-closed while resending: FIN follows the last of those bytes
+  std::atomic<std::uint32_t> waiters{0};  ///< threads between unlock and lock inside a wait on the lane
+  std::uint64_t conn = 0;                 ///< the CM's ConnId
   Transcript transcript;
   /// In a fork's child: the parent's stream that this one stands for, until its first use takes the parent's lane down.
   StreamImpl* inherited = nullptr;
@@ -128,9 +147,11 @@ class alignas(64) StreamImpl {
   void advance_rx(int fd) noexcept;      ///< follows the words: ready -> draining -> lane -> ended
   void look_at_anchor(int fd) noexcept;  ///< after anchor_event: FIN, RST or bytes beside the lane
   void handle_abandon(int fd) noexcept;  ///< the peer reads no further: the rest goes by the anchor
-  bool flush_resend(int fd) noexcept;    ///< true: nothing left to resend
-  void tend() noexcept;                  ///< what is due though the program makes no call
-  Lane* take_spent_lane() noexcept;      ///< both directions are through with the lane: it is the caller's; nullptr: not yet
+  bool flush_resend(int fd) noexcept;    ///< true: nothing left to resend, and FIN is out if it was due
+  void guard_resend() noexcept;          ///< there are bytes to resend, which a kill must not drop without a sign
+  void unguard_resend() noexcept;
+  void tend() noexcept;              ///< what is due though the program makes no call
+  Lane* take_spent_lane() noexcept;  ///< both directions are through with the lane: it is the caller's; nullptr: not yet
 
   // --- unordered lanes (stream_unordered.cpp); the lock is held
   static constexpr std::int64_t kEndPatienceNs = 5'000'000'000;  ///< for an END that the anchor's end has overtaken
@@ -162,8 +183,22 @@ class alignas(64) StreamImpl {
   /// Something is under way that no event is sure to tell of: the service thread has to look now and then.
   bool needs_looks() const noexcept {
     return !resend.empty() || asked_down.load(std::memory_order_relaxed) != Asked::no ||
-           tx.load(std::memory_order_relaxed) == TxState::ending || end_due_ns.load(std::memory_order_relaxed) != 0;
+           tx.load(std::memory_order_relaxed) == TxState::ending || is_recovering() ||
+           end_due_ns.load(std::memory_order_relaxed) != 0;
   }
+
+  // --- after a failure (stream_recovery.cpp); the lock is held
+  bool may_recover() const noexcept { return recovery.load(std::memory_order_relaxed) == Recovery::possible && !lane->violated(); }
+  /// Stops the lane; the service thread exchanges arrived() with the peer. False: there is nothing to recover, or no way.
+  bool begin_recovery() noexcept;
+  /// The CM says so. It may be the path's end, the device's, or the peer's.
+  void lane_is_disconnected() noexcept;
+  Arrived arrived() const noexcept;
+  void recover(const Arrived& peer) noexcept;
+  void give_up_recovery() noexcept;  ///< the peer cannot be asked: its process is gone, or it talks nonsense
+  /// After FIN nothing can be sent again: it goes when the peer has acknowledged END.
+  bool fin_has_to_wait() noexcept { return is_recovering() || (may_recover() && !end_is_settled()); }
+  bool is_recovering() const noexcept { return recovery.load(std::memory_order_acquire) == Recovery::under_way; }
 
   void judge(int fd) noexcept;  ///< unjudged -> what the rules say, once the connection is made
   /// Strict: waits for the end of the search. 0: there is a lane; -EAGAIN, -EINTR; -ECONNREFUSED: there is none, the connection is
@@ -196,9 +231,16 @@ class alignas(64) StreamImpl {
   bool end_reached() const noexcept { return lane->end_reached(); }
   /// The peer writes no more and reads no more: what is left to do is the kernel's to say.
   bool lane_is_left() const noexcept { return peer_gone.load(std::memory_order_relaxed) || lane->said(kGone); }
-  bool lane_is_over() const noexcept { return lane_is_left() || lane->dead(); }
+  /// It failed, and what was on it is not, or no longer, to be had by recovery.
+  bool lane_is_dead() const noexcept {
+    const Recovery r = recovery.load(std::memory_order_acquire);
+    return lane->dead() && !(r == Recovery::under_way || (r == Recovery::possible && !lane->violated()));
+  }
+  /// leave_dead_lane() has something to do.
+  bool failed_unseen() const noexcept { return lane->dead() && !is_recovering(); }
+  bool lane_is_over() const noexcept { return lane_is_left() || lane_is_dead(); }
   /// No further word will come. An unordered lane that failed brings none either.
-  bool no_word_comes() const noexcept { return lane_is_left() || (lane->unordered() && lane->dead() && !lane->violated()); }
+  bool no_word_comes() const noexcept { return lane_is_left() || (lane->unordered() && lane_is_dead() && !lane->violated()); }
   /// Something that a thread waiting to send (or to receive) can act on; no lock needed.
   bool changed(bool for_send) const noexcept;
 
@@ -212,6 +254,9 @@ class alignas(64) StreamImpl {
   bool usable_here() noexcept;  ///< false: this is not the owner's process; the lane has been taken down
 
  private:
+  bool fin_is_out() const noexcept { return tx_shut && !fin_due; }
+  bool is_sound(const Arrived& peer) const noexcept;
+  bool give_back_to_tcp(std::uint64_t from) noexcept;
   std::int64_t kernel_send(int fd, IovCursor& from, int flags);  ///< the caller has counted itself in
   std::int64_t kernel_recv(int fd, IovCursor& to, int flags);
   std::int64_t anchor_recv_nowait(int fd, IovCursor& to, std::size_t cap, int flags) noexcept;
@@ -231,6 +276,7 @@ struct AnchorCounts {
   std::uint64_t received = 0;  ///< by the kernel; consumed = received - SIOCINQ
   std::uint64_t queued = 0;    ///< SIOCINQ
   bool may_send = false;       ///< our half is open
+  bool has_end = false;        ///< the peer's FIN or RST has come; FIN counts as a byte received
 };
 AnchorCounts anchor_counts(int fd) noexcept;
 
@@ -258,6 +304,9 @@ void nudge() noexcept;            ///< the service thread should look at its str
 /// goes.
 void linger(int fd, KeptBytes bytes, const Lane* behind = nullptr) noexcept;
 void release_lingering(const Lane* lane) noexcept;
+/// That lane has failed, and the peer has said how much arrived: what did not goes out before the rest.
+void recover_lingering(const Lane* lane, const Arrived& peer) noexcept;
+bool lingers_behind(const Lane* lane) noexcept;
 bool flush_lingering() noexcept;  ///< false: some cannot go out yet
 void notify(Stream) noexcept;     ///< tell the shim (no lock held)
 }  // namespace engine

@@ -219,7 +219,7 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
         }
         continue;
       }
-      if (!resend.empty() && !flush_resend(at)) {
+      if ((fin_due || !resend.empty()) && !flush_resend(at)) {
         const bool shut = fin_due;
         lock.unlock();
         if (shut) {
@@ -455,7 +455,7 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
     }
     // Nothing there. Was it the end?
     if (rx.load(std::memory_order_relaxed) == RxState::lane) {
-      if (lane->said(kEnd) || peer_gone || lane->dead()) continue;
+      if (!is_recovering() && (lane->said(kEnd) || peer_gone || lane->dead())) continue;
       if (anchor_event.load(std::memory_order_acquire)) {
         look_at_anchor(at);
         if (rx.load(std::memory_order_relaxed) != RxState::lane || lane->unread() != 0) continue;
@@ -490,7 +490,7 @@ bool StreamImpl::changed(bool for_send) const noexcept {
     if (now == TxState::prepared) return lane->said(kReady) || lane_is_over();
     if (now == TxState::ending) return lane->said(kEndSeen) || lane_is_over();
     const std::uint64_t buffered = lane->buffered();
-    return lane_is_over() || lane->may_send() || (buffered != 0 && buffered < full_at / 2);
+    return failed_unseen() || lane_is_over() || lane->may_send() || (buffered != 0 && buffered < full_at / 2);
   }
   if (anchor_event.load(std::memory_order_acquire)) return true;
   switch (rx.load(std::memory_order_relaxed)) {
@@ -500,9 +500,10 @@ bool StreamImpl::changed(bool for_send) const noexcept {
       return lane->said(kResend) || lane->said(kEnd) || no_word_comes();
     case RxState::ready:
       return lane->said(kSwitch) || lane->said(kEnd) || peer_gone.load(std::memory_order_relaxed) ||
-             (lane->unordered() && lane->dead());
+             (lane->unordered() && failed_unseen());
     case RxState::lane:
-      return lane->unread() != 0 || lane->said(kEnd) || peer_gone.load(std::memory_order_relaxed) || lane->dead();
+      return lane->unread() != 0 || (!is_recovering() && (lane->said(kEnd) || peer_gone.load(std::memory_order_relaxed))) ||
+             failed_unseen();
     default:
       return false;
   }

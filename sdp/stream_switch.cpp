@@ -21,6 +21,10 @@ namespace sys = rdma::sys;
 namespace {
 // The kernel's TCP_ESTABLISHED…, which no header shares.
 constexpr std::uint8_t kEstablished = 1, kFinWait1 = 4, kFinWait2 = 5, kCloseWait = 8;
+
+bool has_end(const tcp_info& info) noexcept {
+  return info.tcpi_state != kEstablished && info.tcpi_state != kFinWait1 && info.tcpi_state != kFinWait2;
+}
 }  // namespace
 
 AnchorCounts anchor_counts(int fd) noexcept {
@@ -36,6 +40,7 @@ AnchorCounts anchor_counts(int fd) noexcept {
   counts.received = info.tcpi_bytes_received;
   counts.queued = static_cast<std::uint64_t>(queued);
   counts.may_send = info.tcpi_state == kEstablished || info.tcpi_state == kCloseWait;
+  counts.has_end = has_end(info);
   return counts;
 }
 
@@ -45,7 +50,7 @@ bool has_fin(int fd) noexcept {
   tcp_info info{};
   socklen_t len = sizeof info;
   if (sys::call(SYS_getsockopt, fd, IPPROTO_TCP, TCP_INFO, sys::arg(&info), sys::arg(&len)) != 0) return true;
-  return info.tcpi_state != kEstablished && info.tcpi_state != kFinWait1 && info.tcpi_state != kFinWait2;
+  return has_end(info);
 }
 }  // namespace
 
@@ -76,6 +81,11 @@ void StreamImpl::try_ready(int at) noexcept {
   if (kernel_receivers.load(std::memory_order_seq_cst) != 0 || plain_waiters.load(std::memory_order_seq_cst) != 0) return;
   const AnchorCounts counts = anchor_counts(at);
   if (!counts.ok) return take_down_locked(LaneReason::foreign_use);
+  if (counts.has_end) {  // all of it has come by TCP
+    rx.store(RxState::ended, std::memory_order_release);
+    state_edges.fetch_add(1, std::memory_order_relaxed);
+    return;
+  }
   if (counts.received - counts.queued != tcp_received.load(std::memory_order_relaxed)) {
     // Bytes may have come between the two looks at the kernel: only a lasting difference is a foreign reader.
     if (++doubts > 16) take_down_locked(LaneReason::foreign_use);
@@ -101,6 +111,8 @@ void StreamImpl::try_switch(int at) noexcept {
   tx.store(TxState::lane, std::memory_order_release);
   state_edges.fetch_add(1, std::memory_order_relaxed);
   lane->write_word(kSwitch, counts.sent);
+  tx_switched = true;
+  tx_switched_at = counts.sent;
   if (stats != nullptr) stats->switches_up.add(1);
 }
 
@@ -127,7 +139,7 @@ void StreamImpl::advance_rx(int at) noexcept {
   }
   if (rx.load(std::memory_order_relaxed) == RxState::ready) {
     const bool ended = lane->said(kEnd);  // looked at first, for it is said last
-    const bool over = peer_gone || (lane->unordered() && lane->dead());
+    const bool over = peer_gone || (lane->unordered() && lane_is_dead());
     if (lane->said(kSwitch, &switch_at)) {
       rx.store(RxState::draining, std::memory_order_release);
     } else if (ended || over) {
@@ -140,8 +152,8 @@ void StreamImpl::advance_rx(int at) noexcept {
     state_edges.fetch_add(1, std::memory_order_relaxed);
   }
   if (rx.load(std::memory_order_relaxed) != RxState::lane || lane->unread() != 0) return;
-  const bool over = peer_gone || lane->dead();
-  if (!lane->said(kEnd) && !over) return;
+  const bool over = peer_gone || lane_is_dead();
+  if (is_recovering() || (!lane->said(kEnd) && !over)) return;
   if (lane->unordered()) acknowledge_end();
   // What was put there before the end was said, or before the peer went, is visible by now.
   lane->drain();
@@ -244,10 +256,12 @@ void StreamImpl::handle_abandon(int at) noexcept {
 // After a broken rule of the protocol the switch words and the memory are still good: each side tells how far it has read, the
 // other sends the rest by TCP, and nothing is lost. After a failure of the device nobody knows what has arrived.
 void StreamImpl::leave_dead_lane(int at) noexcept {
-  if (!lane->dead() || lane_is_left() || (tx.load() == TxState::ended && rx.load() == RxState::ended)) return;
+  if (!lane->dead() || lane_is_left() || is_recovering() || begin_recovery()) return;
+  if (recovery.load(std::memory_order_relaxed) == Recovery::over || (tx.load() == TxState::ended && rx.load() == RxState::ended))
+    return;
   if (lane->violated()) return take_down_locked(LaneReason::protocol_error);
   if (lane->unordered()) return leave_failed_lane(at);
-  RDMA_LOG(error, "fd %d: the lane failed (%s) with bytes under way; the connection is reset", at, lane->conn.error());
+  RDMA_LOG(error, "fd %d: the lane failed (%s) with bytes under way; the connection is reset", at, lane->failure());
   take_down_locked(LaneReason::device_lost);
   reset_here(at);
 }
@@ -261,11 +275,23 @@ bool StreamImpl::flush_resend(int at) noexcept {
   }
   while (!resend.empty()) {
     const long n = resend.send_by(at);
-    if (n == -EAGAIN || n == -EINTR) return false;
+    if (n == -EAGAIN || n == -EINTR) {
+      guard_resend();
+      return false;
+    }
     if (n < 0) resend.clear();  // the connection is gone: nobody reads the rest
   }
+  unguard_resend();
   if (std::exchange(fin_due, false)) sys::call(SYS_shutdown, at, SHUT_WR);
   return true;
+}
+
+void StreamImpl::guard_resend() noexcept {
+  if (std::exchange(resend_guarded, true)) return;
+  KeptBytes::reset_if_killed(fd, linger_option);
+}
+void StreamImpl::unguard_resend() noexcept {
+  if (std::exchange(resend_guarded, false)) KeptBytes::set_linger(fd, linger_option);
 }
 
 void StreamImpl::tend() noexcept {
@@ -282,7 +308,7 @@ void StreamImpl::tend() noexcept {
     if (rx.load(std::memory_order_relaxed) == RxState::lane) look_at_anchor(fd);
     give_up_on_end(fd);
   }
-  if (!resend.empty()) (void)flush_resend(fd);
+  if (!resend.empty() || fin_due) (void)flush_resend(fd);
 }
 
 Lane* StreamImpl::take_spent_lane() noexcept {

@@ -16,7 +16,7 @@ namespace sdp {
 
 bool StreamImpl::end_is_settled() noexcept {
   if (tx.load(std::memory_order_relaxed) != TxState::ending) return true;
-  if (!lane->said(kEndSeen) && !lane_is_left()) return false;
+  if (!lane->said(kEndSeen) && (is_recovering() || !lane_is_left())) return false;
   tx.store(TxState::ended, std::memory_order_release);
   state_edges.fetch_add(1, std::memory_order_relaxed);
   return true;
@@ -33,6 +33,7 @@ std::size_t StreamImpl::keep_behind_end(IovCursor& from) noexcept {
     from.advance(n);
     taken += n;
   }
+  if (taken != 0) guard_resend();
   count_tcp(true, static_cast<std::int64_t>(taken));
   return taken;
 }
@@ -50,6 +51,7 @@ void StreamImpl::end_if_half_closed(int at) noexcept {
 
 bool StreamImpl::end_is_awaited() noexcept {
   if (!lane->unordered() || lane->said(kEnd) || lane_is_over()) return false;
+  if (is_recovering()) return true;
   if (end_due_ns.load(std::memory_order_relaxed) == 0) {
     end_due_ns.store(rdma::SteadyClock{}.now() + kEndPatienceNs, std::memory_order_relaxed);
     engine::nudge();
@@ -91,7 +93,7 @@ bool StreamImpl::ask_parent_down(StreamImpl& parent, std::uint16_t generation) n
 void StreamImpl::leave_failed_lane(int at) noexcept {
   const CreditWindow& credit = lane->conn.credit();
   const bool lost = !end_is_settled() || (tx.load(std::memory_order_relaxed) == TxState::lane && credit.sent() != credit.acked());
-  RDMA_LOG(info, "fd %d: the lane failed (%s)%s", at, lane->conn.error(),
+  RDMA_LOG(info, "fd %d: the lane failed (%s)%s", at, lane->failure(),
            lost ? " with bytes under way; the connection is reset" : "");
   peer_gone.store(true, std::memory_order_relaxed);
   take_down_locked(LaneReason::device_lost);

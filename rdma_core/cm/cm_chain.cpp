@@ -76,8 +76,7 @@ void CmChain::join(std::size_t index) {
   ConnectionManager& cm = *links_[index].transport.cm;
   cm.on_event([this, index](const Event& event) { on_inner_event(index, event); });
   cm.on_transcript([this](std::uint64_t cookie) { return transcript_of_ ? transcript_of_(cookie) : Transcript{}; });
-  epoll_event ev{EPOLLIN, {.u64 = index}};
-  sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_ADD, cm.fd(), sys::arg(&ev));
+  watch(cm.fd());
   const bool first = std::ranges::count_if(links_, [](const Link& l) { return l.transport.cm != nullptr; }) == 1;
   const Caps& its = cm.caps();
   if (first) {
@@ -92,6 +91,15 @@ void CmChain::join(std::size_t index) {
 }
 
 void CmChain::on_transcript(TranscriptOf transcript_of) { transcript_of_ = std::move(transcript_of); }
+
+void CmChain::watch(int fd) noexcept {
+  epoll_event ev{EPOLLIN, {.u64 = 0}};
+  sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_ADD, fd, sys::arg(&ev));
+}
+
+void CmChain::try_again() noexcept {
+  for (Link& link : links_) link.not_before = 0;
+}
 
 ConnId CmChain::outer(std::size_t index, ConnId inner) noexcept {
   const auto raw = static_cast<std::uint64_t>(inner);
@@ -216,6 +224,7 @@ int CmChain::next_timeout_ms() const noexcept {
 void CmChain::progress() {
   for (const Link& link : links_)
     if (link.transport.cm != nullptr) link.transport.cm->progress();
+  if (companion_) companion_();
 }
 
 void CmChain::abandon_in_child() noexcept {

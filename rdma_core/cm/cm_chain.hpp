@@ -3,7 +3,7 @@
 // Any other end is final and is told, for it was found out about the right peer.
 //
 // A transport is opened when the first connection gets as far as it, so that a process whose connections all end on its own host
-// pays for nothing else. One that cannot be opened is passed over, and tried again after a minute.
+// pays for nothing else. One that cannot be opened is passed over, and tried again after a minute, or when something has changed.
 //
 // Threads: one makes every call.
 #pragma once
@@ -38,6 +38,11 @@ class CmChain final : public ConnectionManager {
   /// Forgets every CM that was opened later than the chain was made: searches by them end, connections by them are known here no
   /// more. The next connection opens their transports anew.
   void forget_opened();
+
+  /// `progress` is called at the end of each progress(), which a descriptor to watch() calls for.
+  void accompany(std::function<void()> progress) { companion_ = std::move(progress); }
+  void watch(int fd) noexcept;
+  void try_again() noexcept;  ///< what could not be opened is tried at the next connection
 
   const char* name() const noexcept override { return "chain"; }
   /// What holds on every transport that is open so far.
@@ -91,6 +96,7 @@ class CmChain final : public ConnectionManager {
   std::function<void(const Event&)> handler_;
   TranscriptOf transcript_of_;
   std::function<bool()> may_open_;
+  std::function<void()> companion_;
   std::unordered_map<std::uint64_t, Attempt> attempts_;  ///< by anchor cookie
   int epoll_fd_ = -1;
 };

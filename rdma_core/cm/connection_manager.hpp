@@ -136,6 +136,10 @@ class ConnectionManager {
   virtual int next_timeout_ms() const noexcept = 0;  ///< -1: none
   virtual void progress() = 0;
 
+  /// A device has come; or `going`, if not nullptr, is about to be destroyed. What the CM had found out about devices is forgotten,
+  /// what it made on that one is over, and the events of its connections follow.
+  virtual void devices_changed(const Device* /*going*/) noexcept {}
+
   /// No new connections from here on, and no events: what others could find this CM by is given back. Connections that are up stay,
   /// as long as the CM does.
   virtual void retire() noexcept {}

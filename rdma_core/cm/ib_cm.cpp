@@ -43,6 +43,8 @@ class IbRendezvous final : public Rendezvous {
     std::erase_if(tries_, [cookie](const auto& each) { return each.second.cookie == cookie; });
   }
 
+  unsigned patience_ms() const noexcept override { return 1000; }  // the CM says what became of each
+
   bool hold(const IpAddress& server) override {
     const std::uint64_t key = channel_.new_key();
     auto id = channel_.bound_id(RDMA_PS_IB, key, server.with_port(service_port(server.port)));
@@ -212,8 +214,8 @@ class IbManner final : public Manner {
 
 }  // namespace
 
-Result<std::unique_ptr<ConnectionManager>> make_ib_cm(FindDevice find_device, const Secret& secret) {
-  return make_rdma_cm(std::make_unique<IbManner>(), std::move(find_device), secret);
+Result<std::unique_ptr<ConnectionManager>> make_ib_cm(FindDevice find_device, const Secret& secret, DeviceGoes device_goes) {
+  return make_rdma_cm(std::make_unique<IbManner>(), std::move(find_device), secret, std::move(device_goes));
 }
 
 }  // namespace rdma::cm

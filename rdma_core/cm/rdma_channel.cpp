@@ -35,6 +35,13 @@ void see(ibv_context* context) {
   context->async_fd = keep_fd(context->async_fd);
 }
 
+void close_descriptors(ibv_context& context) noexcept {
+  for (int* fd : {&context.cmd_fd, &context.async_fd}) {
+    forget_fd(*fd);
+    sys::call(SYS_close, std::exchange(*fd, -1));
+  }
+}
+
 IpAddress address_of(const sockaddr* address) noexcept {
   sockaddr_storage storage{};
   if (address == nullptr) return {};
@@ -46,11 +53,17 @@ IpAddress address_of(const sockaddr* address) noexcept {
 }  // namespace
 
 void abandon_librdmacm_contexts() noexcept {
-  for (ibv_context* context : std::exchange(contexts().seen, {}))
-    for (int* fd : {&context->cmd_fd, &context->async_fd}) {
-      forget_fd(*fd);
-      sys::call(SYS_close, std::exchange(*fd, -1));
-    }
+  for (ibv_context* context : std::exchange(contexts().seen, {})) close_descriptors(*context);
+}
+
+// librdmacm itself would keep them until it looks for another device and finds that this one is gone. It frees the context then.
+void close_librdmacm_context(const char* device) noexcept {
+  const std::lock_guard guard(contexts().mutex);
+  std::erase_if(contexts().seen, [device](ibv_context* context) {
+    const bool its = std::strcmp(ibv_get_device_name(context->device), device) == 0;
+    if (its) close_descriptors(*context);
+    return its;
+  });
 }
 
 Result<std::shared_ptr<RdmaChannel>> RdmaChannel::open() {
@@ -97,6 +110,8 @@ bool RdmaChannel::next(CmEvent& event) {
   event.key = reinterpret_cast<std::uint64_t>(known->context);
   see(from->id->verbs);
   if (from->event == RDMA_CM_EVENT_CONNECT_REQUEST) event.request = own(from->id);
+  if (const char* name = device_name_of(from->id); name != nullptr && from->event == RDMA_CM_EVENT_DEVICE_REMOVAL)
+    event.device = name;
   switch (from->event) {
     case RDMA_CM_EVENT_CONNECT_REQUEST:
     case RDMA_CM_EVENT_CONNECT_RESPONSE:

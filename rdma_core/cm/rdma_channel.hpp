@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string>
 
 #include "rdma_core/base/result.hpp"
 #include "rdma_core/cm/ip_address.hpp"
@@ -22,6 +23,7 @@ struct CmEvent {
   rdma_cm_event_type type = RDMA_CM_EVENT_ADDR_RESOLVED;
   int status = 0;
   std::uint64_t key = 0;                 ///< of the identifier; of a request, the listener's
+  std::string device;                    ///< DEVICE_REMOVAL: its name
   RdmaId request;                        ///< CONNECT_REQUEST: the new one
   std::uint8_t responder_resources = 0;  ///< RDMA Reads that the peer wants to have outstanding
   std::uint8_t initiator_depth = 0;      ///< and that it serves
@@ -59,6 +61,9 @@ class RdmaChannel : public std::enable_shared_from_this<RdmaChannel> {
 
 /// What librdmacm opened for its own use in this process: in a fork's child the parent's descriptors, closed here.
 void abandon_librdmacm_contexts() noexcept;
+
+/// Closes what librdmacm has open of a device that is to go, whose identifiers are destroyed.
+void close_librdmacm_context(const char* device) noexcept;
 
 /// The address at the other end.
 IpAddress peer_of(rdma_cm_id* id) noexcept;

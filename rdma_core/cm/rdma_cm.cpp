@@ -5,9 +5,10 @@
 #include <sys/eventfd.h>
 
 #include <algorithm>
-#include <atomic>
+#include <cstring>
 #include <deque>
 #include <map>
+#include <mutex>
 #include <optional>
 #include <tuple>
 #include <unordered_map>
@@ -45,7 +46,6 @@ Nanos now() noexcept { return SteadyClock{}.now(); }
 /// Rung from any thread; outlives the manager while a thread has it.
 struct Bell {
   int fd = keep_fd(static_cast<int>(sys::call(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK)));
-  std::atomic<std::uint64_t> failed_conn{0};  ///< the last connection whose request could not be made; 0: none
 
   ~Bell() {
     forget_fd(fd);
@@ -55,14 +55,29 @@ struct Bell {
     const std::uint64_t one = 1;
     sys::call(SYS_write, fd, sys::arg(&one), sizeof one);
   }
+  void tell_failed(ConnId id) {
+    const std::lock_guard guard(lock_);
+    failed_.push_back(id);
+    ring();
+  }
+  std::vector<ConnId> take_failed() {
+    const std::lock_guard guard(lock_);
+    return std::exchange(failed_, {});
+  }
+
+ private:
+  std::mutex lock_;
+  std::vector<ConnId> failed_;  ///< connections whose request could not be made
 };
 
 class RdmaCm final : public ConnectionManager {
  public:
-  RdmaCm(std::unique_ptr<Manner> manner, FindDevice find_device, const Secret& secret, std::shared_ptr<RdmaChannel> channel)
+  RdmaCm(std::unique_ptr<Manner> manner, FindDevice find_device, const Secret& secret, DeviceGoes device_goes,
+         std::shared_ptr<RdmaChannel> channel)
       : manner_(std::move(manner)),
         find_device_(std::move(find_device)),
         secret_(secret),
+        device_goes_(std::move(device_goes)),
         channel_(std::move(channel)),
         epoll_fd_(keep_fd(static_cast<int>(sys::call(SYS_epoll_create1, EPOLL_CLOEXEC)))),
         relay_(epoll_fd_) {
@@ -97,6 +112,7 @@ class RdmaCm final : public ConnectionManager {
   int fd() const noexcept override { return epoll_fd_; }
   int next_timeout_ms() const noexcept override;
   void progress() override;
+  void devices_changed(const Device* going) noexcept override;
   void retire() noexcept override;
   void abandon_in_child() noexcept override;
 
@@ -142,9 +158,12 @@ class RdmaCm final : public ConnectionManager {
     std::uint64_t key = 0;
     Nanos used = 0;
   };
+  /// Of an address, and kept with it: librdmacm gives up what it has of a device with the last identifier on it, and in a fork's
+  /// child could not make it anew. An identifier is told, too, when its device is to go.
   struct Known {
     Device* device = nullptr;
     Nanos until = 0;
+    RdmaId id;
   };
   struct Early {
     CmEvent event;
@@ -190,11 +209,13 @@ class RdmaCm final : public ConnectionManager {
   void on_failed(ConnId id);
   void end(ConnId id, Reason reason, std::span<const std::byte> data = {}, bool refused = false);
   rdma_conn_param parameters(const Conn& conn) const;
+  void on_removal(const CmEvent& event);
   void keep_time();
 
   std::unique_ptr<Manner> manner_;
   FindDevice find_device_;
   const Secret secret_;
+  DeviceGoes device_goes_;
   std::shared_ptr<RdmaChannel> channel_;
   int epoll_fd_;
   std::shared_ptr<Bell> bell_ = std::make_shared<Bell>();
@@ -250,6 +271,7 @@ Device* RdmaCm::device_at(const IpAddress& here) {
   auto id = channel_->bound_id(manner_->port_space(), channel_->new_key(), host);
   known.device = id ? device_of(id->get()) : nullptr;
   known.until = now() + kKeep;
+  if (known.device != nullptr) known.id = std::move(*id);
   return known.device;
 }
 
@@ -490,10 +512,7 @@ void RdmaCm::request(ConnId id) {
   c.step = Step::requested;
   c.granted.responder_resources = c.granted.initiator_depth =
       static_cast<std::uint8_t>(std::min(c.device->attr().max_read_outstanding, 16U));
-  const auto failed = [bell = bell_, id] {
-    bell->failed_conn.store(static_cast<std::uint64_t>(id));
-    bell->ring();
-  };
+  const auto failed = [bell = bell_, id] { bell->tell_failed(id); };
   if (const auto sent = manner_->connect(*c.qp, c.id, parameters(c), request, failed); !sent) {
     RDMA_LOG(info, "%s: %s (%d)", name(), sent.error().what, sent.error().code);
     end(id, Reason::no_resources);
@@ -658,6 +677,30 @@ void RdmaCm::on_conn_event(ConnId id, Conn& c, const CmEvent& event) {
   }
 }
 
+void RdmaCm::on_removal(const CmEvent& event) {
+  if (Device* device = find_device_(event.device.c_str()); device != nullptr && device_goes_) device_goes_(*device);
+}
+
+// An identifier that the kernel has ended stays as it is, and hears nothing of a device that comes in that one's place.
+void RdmaCm::devices_changed(const Device* going) noexcept {
+  for (auto& [host, known] : known_) known.until = 0;
+  if (going == nullptr) return;
+  const auto is_on_it = [going](const RdmaId& id) {
+    const char* name = id != nullptr ? device_name_of(id.get()) : nullptr;
+    return name != nullptr && std::strcmp(name, going->name()) == 0;
+  };
+  std::vector<ConnId> over;
+  for (const auto& [id, c] : conns_)
+    if (c.device == going || is_on_it(c.id)) over.push_back(id);
+  for (const ConnId id : over) end(id, Reason::peer_died);
+  std::erase_if(listeners_, [&](const auto& each) { return is_on_it(each.second.id); });
+  std::erase_if(known_, [&](const auto& each) { return is_on_it(each.second.id); });
+  for (const auto& [server, used] : held_) rendezvous_->let_go(server);  // those on other devices are taken anew
+  held_.clear();
+  for (const auto& [cookie, o] : offers_) rendezvous_->cancel(cookie);
+  std::erase_if(paths_, [going](const auto& each) { return std::get<Device*>(each.first) == going; });
+}
+
 int RdmaCm::next_timeout_ms() const noexcept {
   Nanos first = 0;
   const auto consider = [&first](Nanos t) {
@@ -680,7 +723,7 @@ void RdmaCm::keep_time() {
     if (t >= o.deadline) {
       over.push_back(cookie);
     } else if (t >= o.next_try) {
-      o.next_try = t + kNotedPatience;  // until the answer says more
+      o.next_try = t + rendezvous_->patience_ms() * kMillisecond;  // until the answer says more
       const Transcript transcript = transcript_of_(cookie);
       if (transcript.sent.size() + transcript.received.size() < kOfferBytes && !transcript.may_be_empty) {
         o.next_try = t + kBackoff[std::min(o.tries++, std::size(kBackoff) - 1)];
@@ -743,9 +786,11 @@ void RdmaCm::keep_time() {
 void RdmaCm::progress() {
   std::uint64_t count = 0;
   sys::call(SYS_read, bell_->fd, sys::arg(&count), sizeof count);
-  if (const std::uint64_t failed = bell_->failed_conn.exchange(0); failed != 0) on_failed(ConnId{failed});
-  for (CmEvent event; channel_->next(event);)
+  for (const ConnId failed : bell_->take_failed()) on_failed(failed);
+  for (CmEvent event; channel_->next(event);) {
+    if (event.type == RDMA_CM_EVENT_DEVICE_REMOVAL) on_removal(event);
     if (!rendezvous_->take(event)) on_cm_event(event);
+  }
   rendezvous_->progress();
   relay_.progress([this](std::uint64_t cookie, const offer::Offer& o) {
     const auto it = dials_.find(cookie);
@@ -774,6 +819,7 @@ void RdmaCm::retire() noexcept {
   dials_.clear();
   relay_.close_all();
   listeners_.clear();
+  known_.clear();
   held_.clear();
   rendezvous_ = nullptr;
 }
@@ -792,10 +838,11 @@ void RdmaCm::abandon_in_child() noexcept {
 }  // namespace
 
 Result<std::unique_ptr<ConnectionManager>> make_rdma_cm(std::unique_ptr<Manner> manner, FindDevice find_device,
-                                                        const Secret& secret) {
+                                                        const Secret& secret, DeviceGoes device_goes) {
   auto channel = RdmaChannel::open();
   if (!channel) return Err{channel.error()};
-  return std::unique_ptr<ConnectionManager>(new RdmaCm(std::move(manner), std::move(find_device), secret, std::move(*channel)));
+  return std::unique_ptr<ConnectionManager>(
+      new RdmaCm(std::move(manner), std::move(find_device), secret, std::move(device_goes), std::move(*channel)));
 }
 
 }  // namespace rdma::cm

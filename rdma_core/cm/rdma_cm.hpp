@@ -33,10 +33,14 @@ namespace rdma::cm {
 /// The device that libibverbs knows by that name, opened by this process itself; nullptr: not one to be used. librdmacm's own
 /// contexts are never used for a QP: a fork's child would have its parent's.
 using FindDevice = std::function<Device*(const char* name)>;
+/// The kernel says that the device is to go; see ConnectionManager::devices_changed().
+using DeviceGoes = std::function<void(Device&)>;
 
 /// Errors: ENODEV, EACCES: no connection manager in this kernel, or not for us; EMFILE.
 /// `secret`: ends with different ones do not come together.
-Result<std::unique_ptr<ConnectionManager>> make_ib_cm(FindDevice find_device, const Secret& secret = {});
-Result<std::unique_ptr<ConnectionManager>> make_rnic_cm(FindDevice find_device, const Secret& secret = {});
+Result<std::unique_ptr<ConnectionManager>> make_ib_cm(FindDevice find_device, const Secret& secret = {},
+                                                      DeviceGoes device_goes = {});
+Result<std::unique_ptr<ConnectionManager>> make_rnic_cm(FindDevice find_device, const Secret& secret = {},
+                                                        DeviceGoes device_goes = {});
 
 }  // namespace rdma::cm

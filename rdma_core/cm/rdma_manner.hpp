@@ -24,6 +24,8 @@ class Rendezvous {
   /// One try. A try for the same connection that is still under way ends without a word.
   virtual void send(std::uint64_t cookie, const IpAddress& from, const IpAddress& server, const offer::Offer&) = 0;
   virtual void cancel(std::uint64_t cookie) noexcept = 0;
+  /// How long a try may go without an answer before the next one.
+  virtual unsigned patience_ms() const noexcept = 0;
   /// Takes offers to that address. False: another process does, or it may not be; ask again later.
   virtual bool hold(const IpAddress& server) = 0;
   virtual void let_go(const IpAddress& server) noexcept = 0;
@@ -60,7 +62,7 @@ class Manner {
 };
 
 Result<std::unique_ptr<ConnectionManager>> make_rdma_cm(std::unique_ptr<Manner> manner, FindDevice find_device,
-                                                        const Secret& secret);
+                                                        const Secret& secret, DeviceGoes device_goes);
 
 /// What the peer may do with the memory of the QP's Pd.
 inline constexpr Access kPeerAccess = Access::local_write | Access::remote_write | Access::remote_read;

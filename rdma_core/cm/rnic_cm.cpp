@@ -55,6 +55,9 @@ class UdpRendezvous final : public Rendezvous {
     tries_.erase(it);
   }
 
+  // Of several datagrams to ports that nobody has yet the kernel refuses a few a second, and drops the others in silence.
+  unsigned patience_ms() const noexcept override { return 100; }
+
   // One socket for all TCP ports of a host that share its number.
   bool hold(const IpAddress& server) override {
     const IpAddress here = server.with_port(rendezvous_port(server.port));
@@ -237,8 +240,8 @@ class RnicManner final : public Manner {
 
 }  // namespace
 
-Result<std::unique_ptr<ConnectionManager>> make_rnic_cm(FindDevice find_device, const Secret& secret) {
-  return make_rdma_cm(std::make_unique<RnicManner>(), std::move(find_device), secret);
+Result<std::unique_ptr<ConnectionManager>> make_rnic_cm(FindDevice find_device, const Secret& secret, DeviceGoes device_goes) {
+  return make_rdma_cm(std::make_unique<RnicManner>(), std::move(find_device), secret, std::move(device_goes));
 }
 
 }  // namespace rdma::cm

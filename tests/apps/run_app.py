@@ -4,6 +4,8 @@
   run_app.py --lib FILE CASE...    each case four times: TCP, SDP, only the client preloaded, only the server preloaded
   run_app.py --plain CASE...       TCP only: checks the test itself
   run_app.py --list                names of the cases, one a line
+  run_app.py --transport ib ...    in the guest of scripts/vm, over its RDMA devices: TCP, and SDP from the first byte
+      --policy both                SDP when the lane is up
 """
 import argparse
 import importlib
@@ -27,8 +29,8 @@ def cases():
 
 
 def one_run(case, kind, preloaded, args):
-    run = Run(case.name, args.lib, preloaded, quick=kind.startswith("only"))
-    meter = Meter()
+    run = Run(case.name, args.lib, preloaded, args.place.is_quick(kind), args.place)
+    meter = Meter(args.place)
     start = time.monotonic()
     try:
         outcome = case.run(run)
@@ -36,10 +38,12 @@ def one_run(case, kind, preloaded, args):
         kernel = meter.delta()
         reports = run.stats()
         proof = f"kernel {kernel}"
-        if kind == "tcp" and case.payload and kernel["lo_bytes"] < case.payload:
-            raise Failure(f"the meter saw {kernel['lo_bytes']} bytes of at least {case.payload}")
-        if kind == "sdp" and case.share is not None:
-            proof = harness.prove_lanes(reports, kernel, case.share)
+        seen = kernel.get("lo_bytes", kernel["segments"] << 16)
+        if kind == "tcp" and case.payload and seen < run.amount(case.payload):
+            raise Failure(f"the meter saw {seen} bytes of at least {run.amount(case.payload)}")
+        share = args.place.share(case)
+        if kind == "sdp" and share is not None:
+            proof = harness.prove_lanes(reports, kernel, share, args.place.transport, case.unread)
         elif kind == "sdp":
             proof = f"ours {harness.summarise(reports)}, {proof}"
             if not reports:
@@ -59,8 +63,7 @@ def one_run(case, kind, preloaded, args):
 
 def run_case(case, args):
     plain = one_run(case, "tcp", set(), args)
-    runs = [] if args.plain else [("sdp", {"server", "client"}), ("only client", {"client"}), ("only server", {"server"})]
-    for kind, preloaded in runs:
+    for kind, preloaded in args.place.runs.items() if not args.plain else ():
         outcome = one_run(case, kind, preloaded, args)
         if outcome != plain:
             raise Failure(f"{kind}: the outcome is {outcome}, over TCP it was {plain}")
@@ -71,6 +74,8 @@ def main():
     parser.add_argument("--lib", help="libsdpreload.so")
     parser.add_argument("--plain", action="store_true", help="over TCP only")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--transport", choices=("local", "ib", "rnic"), default="local")
+    parser.add_argument("--policy", choices=("sdp", "both"), default="sdp", help="over RDMA devices")
     parser.add_argument("cases", nargs="*")
     args = parser.parse_args()
     known = cases()
@@ -81,8 +86,9 @@ def main():
         if not args.lib or not os.path.exists(args.lib):
             parser.error("--lib FILE or --plain is needed")
         args.lib = os.path.abspath(args.lib)
+    args.place = harness.Loopback() if args.transport == "local" else harness.Wire(args.transport, args.policy)
     try:
-        harness.enter_private_network()
+        args.place.enter()
     except Skip as skip:
         print(f"skipped: {skip}")
         return harness.SKIPPED

@@ -209,6 +209,36 @@ BOOST_FIXTURE_TEST_CASE(what_cannot_be_opened_is_passed_over_and_tried_again_aft
   BOOST_TEST(opens() == 0);  // it is open
 }
 
+BOOST_FIXTURE_TEST_CASE(what_could_not_be_opened_is_tried_at_once_when_the_companion_says_so, Fixture) {
+  far_opens = false;
+  near.says_elsewhere_at_once = true;
+  const int news = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  chain->watch(news);
+  chain->accompany([&] {
+    eventfd_t count = 0;
+    calls.emplace_back("companion");
+    if (eventfd_read(news, &count) == 0) chain->try_again();
+  });
+  BOOST_REQUIRE(chain->offer(anchor(1), 3000));
+  far_opens = true;
+  chain->progress();  // without news
+  expect_calls({"near: offer 1 for 3000 fd 7", "open far", "near: progress", "companion"});
+  BOOST_REQUIRE(chain->offer(anchor(1), 3000));
+  expect_calls({"near: offer 1 for 3000 fd 7"});
+  expect_events({kNobody, kNobody});
+
+  BOOST_REQUIRE_EQUAL(eventfd_write(news, 1), 0);
+  pollfd wanted{chain->fd(), POLLIN, 0};
+  BOOST_TEST(poll(&wanted, 1, 0) == 1);
+  chain->progress();
+  BOOST_TEST(poll(&wanted, 1, 0) == 0);
+  expect_calls({"near: progress", "companion"});
+  BOOST_REQUIRE(chain->offer(anchor(1), 3000));
+  expect_calls({"near: offer 1 for 3000 fd 7", "open far", "far: offer 1 for 3000 fd 7"});
+  expect_events({});
+  close(news);
+}
+
 BOOST_FIXTURE_TEST_CASE(an_error_of_the_first_is_the_callers_and_one_of_a_later_one_an_end, Fixture) {
   near.fails = true;
   BOOST_TEST(!chain->offer(anchor(1), 3000));

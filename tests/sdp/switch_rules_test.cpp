@@ -518,6 +518,33 @@ BOOST_AUTO_TEST_CASE(rule_7_a_half_closed_before_an_unordered_lane_is_the_end) {
   BOOST_TEST(r.received[1] == r.sent[0]);
 }
 
+// A request, an end, and a long answer. The kernel counts FIN among the bytes received: no foreign reader has taken one.
+BOOST_AUTO_TEST_CASE(rule_7_an_end_before_the_lane_leaves_it_to_the_other_half) {
+  const auto answer = [](Rig& r) {
+    BOOST_TEST(r.send(0, 100) == 100);
+    BOOST_TEST(r.pair[0].handle().shutdown(r.pair[0].fd, SHUT_WR) == 0);
+    for (unsigned side : {0U, 1U}) r.pair.attach(side);
+    r.hosts.release_all();
+    for (int i = 0; i < 50; ++i) BOOST_TEST(r.recv(1, 2) == 2);
+    BOOST_TEST(r.recv(1, 2) == 0);
+    BOOST_TEST(r.recv(0, 100) == -EAGAIN);  // READY
+    r.hosts.release_all();
+    BOOST_TEST(r.send(1, 500) == 500);
+    BOOST_TEST(r.by_tcp(1) == 0U);
+    r.hosts.release_all();
+    BOOST_TEST(r.recv(0, 1000) == 500);
+    r.end_sending(1);
+    r.hosts.release_all();
+    BOOST_TEST(r.recv(0, 1000) == -EAGAIN);
+    BOOST_TEST((r.stream(0).rx.load() == RxState::ended));
+    BOOST_TEST((r.stream(1).rx.load() == RxState::ended));
+  };
+  Rig at_once;
+  answer(at_once);
+  Rig late(kLate);
+  answer(late);
+}
+
 BOOST_AUTO_TEST_CASE(rule_7_no_byte_follows_a_shutdown_behind_an_end_under_way) {
   for (const bool kept : {false, true}) {
     Rig r(kLate);

@@ -252,7 +252,7 @@ class Rig {
     }
   }
   void expect_reason(unsigned i) {
-    if (lane_[i]->conn.state() != ConnState::aborted || lane_[i]->conn.error()[0] == '\0')
+    if (!lane_[i]->dead() || lane_[i]->failure()[0] == '\0')
       broken("side ", i, " is dead without a reason, state ", to_string(lane_[i]->conn.state()));
   }
 

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <array>
+#include <optional>
 
 #include "tests/sim/stream_pair.hpp"
 
@@ -18,12 +19,14 @@ struct Carried {
 
 /// One process: its program's stream and what its service thread knows of the lane.
 struct Served {
-  int epoll = -1;             ///< the service thread's, with the anchor in it
-  bool open = true;           ///< the program has not closed it
-  bool dead = false;          ///< the process was killed
-  bool retiring = false;      ///< the stream is through with the lane; it goes when the peer writes no more
-  bool peer_gone = false;     ///< the CM said so
-  bool disconnected = false;  ///< the CM will say so
+  int epoll = -1;               ///< the service thread's, with the anchor in it
+  bool open = true;             ///< the program has not closed it
+  bool dead = false;            ///< the process was killed
+  bool retiring = false;        ///< the stream is through with the lane; it goes when the peer writes no more
+  bool peer_gone = false;       ///< the CM said so
+  bool disconnected = false;    ///< the CM will say so
+  bool asks = false;            ///< its lane has failed
+  std::optional<Arrived> said;  ///< to a peer that asks after the lane has failed
 };
 
 class ServedPair {
@@ -49,6 +52,7 @@ class ServedPair {
     Served& s = served_[i];
     StreamEnd& e = pair_[i];
     if (e.lane == nullptr || s.retiring || s.dead) return;
+    if (s.open && s.peer_gone) e.handle().take_down(LaneReason::peer_gone);  // the handshake has failed
     if (!s.open || e.stream->phase.load() != Phase::pursued) {
       if (s.open && e.stream->lane != nullptr) return;
       e.lane->write_word(kGone, 0);
@@ -58,6 +62,7 @@ class ServedPair {
     epoll_event ev{EPOLLIN | EPOLLRDHUP | EPOLLET, {}};
     epoll_ctl(s.epoll, EPOLL_CTL_ADD, e.fd, &ev);
     e.stream->stats->set_transport(Transport::local);
+    if (hosts_.unordered()) e.stream->recovery = Recovery::possible;
     pair_.attach(i);
   }
 
@@ -70,12 +75,18 @@ class ServedPair {
     if (s.disconnected && !s.peer_gone) {
       s.peer_gone = true;
       if (s.open) {
-        e.stream->peer_gone = true;
-        e.stream->state_edges.fetch_add(1);
+        (void)e.stream->lock.lock();
+        e.stream->lane_is_disconnected();
+        e.stream->lock.unlock();
       }
     }
+    if (s.open)
+      exchange(i);
+    else if (e.lane != nullptr && s.retiring && e.lane->dead() && !served_[1 - i].dead)
+      exchange_when_closed(i);
     if (s.open) serve_stream(s, e);
-    if (e.lane != nullptr && s.retiring && (s.peer_gone || e.lane->said(kGone))) {
+    if (e.lane != nullptr && s.retiring && e.lane->unordered()) e.lane->drain();
+    if (e.lane != nullptr && s.retiring && (s.peer_gone || (e.lane->is_left_alone() && !engine::lingers_behind(e.lane)))) {
       engine::release_lingering(e.lane);
       free_lane(e.lane);
       served_[1 - i].disconnected = true;
@@ -83,11 +94,24 @@ class ServedPair {
   }
   Hosts& hosts() { return hosts_; }
 
+  /// The path of the lane fails, as this side sees it.
+  bool fail(unsigned i) {
+    StreamEnd& e = pair_[i];
+    if (!hosts_.unordered() || !served_[i].open || e.stream->lane == nullptr) return false;
+    rdma::QpAttributes over;
+    over.state = rdma::QpState::error;
+    return e.lane->qp().modify(over).ok();
+  }
+
   void close(unsigned i) {
     StreamEnd& e = pair_[i];
     count(e);
-    if (e.stream->lane != nullptr) served_[i].retiring = true;
+    if (e.stream->lane != nullptr) {
+      served_[i].retiring = true;
+      if (!served_[i].said) served_[i].said = e.stream->arrived();
+    }
     e.handle().close(e.fd);
+    if (e.lane != nullptr && served_[i].said) served_[i].said->closed = !engine::lingers_behind(e.lane);
     gone(i);
   }
 
@@ -115,13 +139,44 @@ class ServedPair {
   }
 
  private:
+  void exchange_when_closed(unsigned i) {
+    Served& s = served_[i];
+    Lane& lane = *pair_[i].lane;
+    lane.stop();
+    s.asks = true;
+    s.said->received = lane.rx_arrived();
+    if (const auto& peers = served_[1 - i].said; peers) engine::recover_lingering(&lane, *peers);
+  }
+  /// The two processes' own connection.
+  void exchange(unsigned i) {
+    Served& mine = served_[i];
+    Served& peers = served_[1 - i];
+    StreamImpl& stream = *pair_[i].stream;
+    (void)stream.lock.lock();
+    const bool laned = stream.phase.load() == Phase::laned;
+    if (laned && peers.said && peers.asks) (void)stream.begin_recovery();
+    if (laned && stream.is_recovering()) {
+      if (!mine.said) mine.said = stream.arrived();
+      mine.asks = true;
+      const bool will_say = !peers.dead && (peers.said || pair_[1 - i].stream->phase.load() == Phase::laned);
+      if (peers.said && !peers.dead)
+        stream.recover(*peers.said);
+      else if (!will_say)
+        stream.give_up_recovery();
+    }
+    stream.lock.unlock();
+  }
   void serve_stream(Served& s, StreamEnd& e) {
     StreamImpl& stream = *e.stream;
     epoll_event ev;
     if (epoll_wait(s.epoll, &ev, 1, 0) == 1) stream.anchor_event = true;
     (void)stream.lock.lock();
     stream.tend();
-    if (stream.take_spent_lane() != nullptr) s.retiring = true;
+    const Arrived now = stream.lane != nullptr ? stream.arrived() : Arrived{};
+    if (stream.take_spent_lane() != nullptr) {
+      s.retiring = true;
+      if (!s.said) s.said = now;
+    }
     if (stream.lane != nullptr && stream.tx.load() == TxState::lane && !stream.lane_is_over()) {
       stream.lane->drain();
       stream.lane->release_buffer();

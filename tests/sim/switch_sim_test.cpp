@@ -21,6 +21,7 @@ struct Case {
   std::array<unsigned, 2> sending{}, serving{};  ///< per cent
   unsigned take_down_permille = 0, end_permille = 0;
   bool deaths = false;
+  unsigned fail_permille = 0;
   std::size_t largest = 0;
   unsigned arriving = 0;  ///< per cent: how often something posted on an unordered lane arrives
 };
@@ -42,6 +43,7 @@ Case case_of(std::uint64_t seed) {
   c.take_down_permille = chance.percent(50) ? static_cast<unsigned>(chance.pick(1, 20)) : 0;
   c.end_permille = chance.percent(50) ? static_cast<unsigned>(chance.pick(1, 10)) : 0;
   c.deaths = chance.percent(30);
+  c.fail_permille = chance.percent(40) ? static_cast<unsigned>(chance.pick(1, 20)) : 0;
   c.largest = std::size_t{1} << chance.pick(4, 19);
   c.arriving = static_cast<unsigned>(chance.pick(1, 60));
   return c;
@@ -122,6 +124,10 @@ class Rig {
     const std::uint64_t rare = chance_.pick(0, 999);
     if (rare < case_.take_down_permille) return e.handle().take_down(LaneReason::mode);
     if (rare >= 1000 - case_.end_permille) return end(i);
+    if (rare >= 500 && rare < 500 + case_.fail_permille) {
+      failed_ = ends_.fail(i) || failed_;
+      return;
+    }
     if (chance_.percent(10)) return poll_agrees(i);
     if (chance_.percent(case_.sending[i]))
       send(i, chance_.size(case_.largest));
@@ -198,6 +204,7 @@ class Rig {
       flow.sent += static_cast<std::uint64_t>(n);
     } else if (n == -EPIPE || n == -ECONNRESET) {
       if (!(n == -EPIPE && flow.shut) && !gone(1 - i)) broken("side ", i, ": send failed with ", n, " though nobody closed");
+      if (n == -ECONNRESET) flow_[1 - i].reset = true;  // the kernel tells it once
     } else if (n != -EAGAIN) {
       broken("send: ", n);
     }
@@ -241,7 +248,7 @@ class Rig {
         broken("side ", i, ": the end came at ", flow.received, " of ", flow.sent);
       flow.end_seen = true;
     } else if (n == -ECONNRESET) {
-      if (!lossy(1 - i) && !died(1 - i))
+      if (!lossy(1 - i) && !died(1 - i) && !(failed_ && gone(1 - i)))
         broken("side ", i, ": ECONNRESET at ", flow.received, " of ", flow.sent, " without a reason");
       flow.end_seen = flow.reset = true;
     } else if (n != -EAGAIN) {
@@ -351,6 +358,7 @@ class Rig {
   Chance chance_;
   ServedPair ends_;
   std::array<Flow, 2> flow_;
+  bool failed_ = false;  ///< the lane
   std::vector<std::byte> out_, in_;
 };
 

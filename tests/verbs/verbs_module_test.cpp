@@ -1,5 +1,11 @@
 // The module as programs open it, where there are RDMA devices.
+#include <arpa/inet.h>
+#include <poll.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <boost/test/unit_test.hpp>
+#include <cstring>
 #include <fstream>
 #include <map>
 
@@ -21,6 +27,26 @@ bool is_loaded(const char* library) {
   for (std::string line; std::getline(maps, line);)
     if (line.find(library) != std::string::npos) return true;
   return false;
+}
+
+constexpr std::uint64_t kCookie = 4711;
+
+/// Offers a connection between the two addresses, which nobody takes, and returns how that ended.
+cm::Reason offer_in_vain(cm::ConnectionManager& cm, const char* local, const char* remote) {
+  cm::Anchor anchor;
+  anchor.cookie = kCookie;
+  for (auto [text, to] : {std::pair{local, &anchor.local}, {remote, &anchor.remote}}) {
+    sockaddr_in in{};
+    in.sin_family = AF_INET;
+    in.sin_port = htons(9);
+    BOOST_REQUIRE_EQUAL(inet_pton(AF_INET, text, &in.sin_addr), 1);
+    std::memcpy(to, &in, sizeof in);
+  }
+  cm::Reason reason = cm::Reason::none;
+  cm.on_event([&](const cm::Event& event) { reason = event.reason; });
+  BOOST_REQUIRE(cm.offer(anchor, 1));
+  while (reason == cm::Reason::none) cm.progress();
+  return reason;
 }
 
 }  // namespace
@@ -56,6 +82,39 @@ BOOST_AUTO_TEST_CASE(it_can_be_opened_anew_after_it_was_abandoned) {
   auto module = open_verbs_module(registry);
   BOOST_REQUIRE(module);
   BOOST_TEST(listing.types.size() == parents_registry.device_count());
+}
+
+// In a child librdmacm cannot make anew what it gives up when the last identifier on a device goes.
+BOOST_AUTO_TEST_CASE(a_child_uses_devices_that_its_parent_has_not_used_for_some_time) {
+  DeviceRegistry& registry = *new DeviceRegistry;  // whose devices a child does not destroy
+  auto module = open_verbs_module(registry);
+  BOOST_REQUIRE(module);
+  struct {
+    NodeType type;
+    const char *near, *far;
+  } const ways[] = {{NodeType::ib_ca, "10.77.0.1", "10.77.0.2"}, {NodeType::rnic, "10.77.1.1", "10.77.1.2"}};
+  for (const auto& [type, near, far] : ways) BOOST_TEST((offer_in_vain(**(*module)->cm(type), near, far) == cm::Reason::no_peer));
+  for (const auto& way : ways) {
+    cm::ConnectionManager& cm = **(*module)->cm(way.type);
+    for (int timeout; (timeout = cm.next_timeout_ms()) >= 0;) {  // until it has let go of everything that is for a time
+      pollfd p{cm.fd(), POLLIN, 0};
+      poll(&p, 1, timeout);
+      cm.progress();
+    }
+  }
+  const pid_t child = fork();
+  if (child == 0) {
+    for (const auto& way : ways) (*(*module)->cm(way.type))->abandon_in_child();
+    module->release()->abandon_in_child();
+    auto own = open_verbs_module(*new DeviceRegistry);
+    int bad = own ? 0 : 1;
+    for (const auto& [type, near, far] : ways)
+      if (own && offer_in_vain(**(*own)->cm(type), near, far) != cm::Reason::no_peer) bad |= 2;
+    _exit(bad);
+  }
+  int status = -1;
+  BOOST_REQUIRE_EQUAL(waitpid(child, &status, 0), child);
+  BOOST_TEST(status == 0);
 }
 
 }  // namespace rdma

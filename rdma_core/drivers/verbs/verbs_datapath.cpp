@@ -79,15 +79,13 @@ Post VerbsQp::post_send(const SendWr& wr) noexcept {
   request.sg_list = sges;
   request.num_sge = wr.sge_count;
   request.opcode = to_verbs(wr.opcode);
-  request.send_flags = send_flags(wr);
+  // Soft-iWARP gives TCP the caller's own pages of a request that asks for no completion, and the completion of a later one comes
+  // before TCP has sent them for the last time.
+  request.send_flags = rnic_ ? send_flags(wr) | IBV_SEND_SIGNALED : send_flags(wr);
   request.wr.rdma.remote_addr = wr.remote_addr;
   request.wr.rdma.rkey = static_cast<std::uint32_t>(wr.rkey);
   ibv_send_wr* bad = nullptr;
-  // Soft-iWARP sends from the caller's memory what is long and unsignalled, and keeps to it as long as its TCP does: beyond the
-  // completion of a later request. What is signalled it copies.
-  const bool is_told = (wr.flags & kSignalled) != 0;
-  if (rnic_ && (wr.flags & kInline) == 0) request.send_flags |= IBV_SEND_SIGNALED;
-  sends_[sends_posted_ & (sends_.size() - 1)] = {wr.wr_id, static_cast<WcOpcode>(wr.opcode), is_told};
+  sends_[sends_posted_ & (sends_.size() - 1)] = {wr.wr_id, static_cast<WcOpcode>(wr.opcode), (wr.flags & kSignalled) != 0};
   const int failed = ibv_post_send(qp_, &request, &bad);
   if (failed == ENOMEM) return Post::queue_full;
   if (failed != 0) return Post::qp_error;
@@ -140,7 +138,7 @@ bool VerbsQp::complete(bool receive, std::uint64_t number, bool success, std::ui
     const Request& request = sends_[number & (sends_.size() - 1)];
     wr_id = request.wr_id;
     opcode = request.opcode;
-    if (success && !request.is_told) return false;
+    if (success && !request.wanted) return false;
   }
   if (!success) state_ = QpState::error;
   return true;

@@ -1,11 +1,16 @@
 #include "rdma_core/drivers/verbs/verbs_device.hpp"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <infiniband/verbs.h>
+#include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
+#include <charconv>
 #include <cstring>
+#include <string_view>
 #include <utility>
 
 #include "rdma_core/base/high_fd.hpp"
@@ -37,6 +42,7 @@ class DeviceList {
 constexpr std::uint8_t kPort = 1;
 constexpr std::uint32_t kDeepest = 1024;  ///< of a queue: more than any lane asks for, and every device has it
 constexpr std::uint32_t kWantedInline = 512;
+constexpr std::uint32_t kSoftIwarp = 0x626d74;  ///< its vendor
 
 /// What a Qp really gets: some devices refuse a wish that is too large, others grant less than their attributes say.
 std::uint32_t probe_inline(ibv_context* context) noexcept {
@@ -58,6 +64,23 @@ std::uint32_t probe_inline(ibv_context* context) noexcept {
   return found;
 }
 
+/// Queues are mapped at the lowest free offset of the device's file, from 0 on. The library for Soft-iWARP takes the offset 0x90000
+/// for a failure of the kernel's: once it is the lowest that is free no queue can be made, and that is so with a handful of lanes.
+/// A queue that lies across it keeps it from being free. nullptr: this library has no such offset.
+ibv_cq* cover_bad_offset(ibv_context* context) noexcept {
+  constexpr int kDepth = 1024;  // nine pages of 4 KiB, one of 64: either way some queue would begin there
+  std::array<ibv_cq*, 32> before{};
+  std::size_t made = 0;
+  while (made < before.size() && (before[made] = ibv_create_cq(context, kDepth, nullptr, nullptr, 0)) != nullptr) ++made;
+  ibv_cq* kept = nullptr;
+  if (made > 0 && made < before.size()) {
+    ibv_destroy_cq(before[--made]);
+    kept = ibv_create_cq(context, 2 * kDepth, nullptr, nullptr, 0);
+  }
+  while (made > 0) ibv_destroy_cq(before[--made]);
+  return kept;
+}
+
 }  // namespace
 
 std::vector<std::string> device_names() {
@@ -65,6 +88,29 @@ std::vector<std::string> device_names() {
   const DeviceList list;  // named: a range-for keeps only what devices() returns
   for (ibv_device* each : list.devices()) names.emplace_back(ibv_get_device_name(each));
   return names;
+}
+
+void abandon_mappings_in_child() noexcept {
+  const long fd = sys::call(SYS_openat, AT_FDCWD, sys::arg("/proc/self/maps"), O_RDONLY | O_CLOEXEC, 0);
+  if (fd < 0) return;
+  char text[8192];  // longer than any line
+  std::size_t have = 0;
+  for (long n; (n = sys::call(SYS_read, fd, sys::arg(text + have), static_cast<long>(sizeof text - have))) > 0;) {
+    have += static_cast<std::size_t>(n);
+    std::string_view lines(text, have);
+    for (std::size_t end; (end = lines.find('\n')) != std::string_view::npos; lines.remove_prefix(end + 1)) {
+      const std::string_view line = lines.substr(0, end);
+      if (line.find(" /dev/infiniband/uverbs") == std::string_view::npos) continue;
+      std::uintptr_t from = 0, to = 0;
+      const auto dash = std::from_chars(line.data(), line.data() + line.size(), from, 16).ptr;
+      std::from_chars(dash + 1, line.data() + line.size(), to, 16);
+      sys::call(SYS_mmap, static_cast<long>(from), static_cast<long>(to - from), PROT_READ | PROT_WRITE,
+                MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    }
+    have = lines.size();
+    std::memmove(text, lines.data(), have);
+  }
+  sys::call(SYS_close, fd);
 }
 
 Result<std::unique_ptr<VerbsDevice>> VerbsDevice::open(const std::string& name) {
@@ -90,6 +136,7 @@ VerbsDevice::VerbsDevice(ibv_context* context, std::string name) : context_(cont
 VerbsDevice::~VerbsDevice() {
   forget_fd(context_->cmd_fd);
   forget_fd(context_->async_fd);
+  if (cover_ != nullptr) ibv_destroy_cq(cover_);
   ibv_close_device(context_);
 }
 
@@ -118,6 +165,7 @@ Result<Unit> VerbsDevice::look_around() {
       return fail(ENOTSUP, "verbs: neither an IB nor an iWARP device");
   }
   const bool rnic = attr_.node_type == NodeType::rnic;
+  if (limits.vendor_id == kSoftIwarp) cover_ = cover_bad_offset(context_);
   const auto at_most = [](int limit, std::uint32_t most) { return std::min(static_cast<std::uint32_t>(std::max(limit, 1)), most); };
   attr_.link_layer = port.link_layer == IBV_LINK_LAYER_ETHERNET ? LinkLayer::ethernet : LinkLayer::infiniband;
   attr_.max_send_wr = at_most(limits.max_qp_wr, kDeepest);
@@ -166,11 +214,26 @@ Result<std::unique_ptr<Cq>> VerbsDevice::create_cq(std::uint32_t depth, Completi
 
 int VerbsDevice::async_fd() const noexcept { return context_->async_fd; }
 
+// The number in the way in's name may be another device's by then.
+bool VerbsDevice::is_lost() const noexcept {
+  if (lost_) return true;
+  const std::string folder = "/sys/class/infiniband_verbs/";
+  const std::string file = folder + context_->device->dev_name + "/ibdev";
+  const long fd = sys::call(SYS_openat, AT_FDCWD, sys::arg(file.c_str()), O_RDONLY | O_CLOEXEC, 0);
+  if (fd < 0)  // in a chroot there may be no such folder
+    return (fd == -ENOENT || fd == -ENODEV) && sys::call(SYS_faccessat, AT_FDCWD, sys::arg(folder.c_str()), R_OK) == 0;
+  char text[IBV_SYSFS_NAME_MAX] = {};
+  const long n = sys::call(SYS_read, fd, sys::arg(text), sizeof text);
+  sys::call(SYS_close, fd);
+  return n < 0 ? n == -ENODEV : std::string_view(text, static_cast<std::size_t>(n)) != name_ + "\n";
+}
+
 void VerbsDevice::progress() {
   ibv_async_event event{};
   while (ibv_get_async_event(context_, &event) == 0) {
     const ibv_event_type type = event.event_type;
     ibv_ack_async_event(&event);
+    lost_ |= type == IBV_EVENT_DEVICE_FATAL;
     if (!async_handler_) continue;
     switch (type) {
       case IBV_EVENT_PORT_ACTIVE:

@@ -21,11 +21,16 @@
 #include "rdma_core/device.hpp"
 
 struct ibv_context;
+struct ibv_cq;
 
 namespace rdma::verbs {
 
 /// Names of the devices that libibverbs shows at this moment, in its order. Empty: none, or no permission to look.
 std::vector<std::string> device_names();
+
+/// In the child of a fork: unmaps its copies of what devices have mapped, which keep those open as descriptors do. Whoever still
+/// looks there sees zeros.
+void abandon_mappings_in_child() noexcept;
 
 class VerbsDevice final : public Device {
  public:
@@ -52,6 +57,11 @@ class VerbsDevice final : public Device {
   void abandon_in_child() noexcept;
   /// Hands the asynchronous events that are there to the handler.
   void progress();
+  /// It is to go, and waits for those who have it open: it is broken, or lose() was called.
+  bool was_lost() const noexcept { return lost_; }
+  void lose() noexcept { lost_ = true; }
+  /// Likewise, or the kernel has closed the way in.
+  bool is_lost() const noexcept;
 
  private:
   VerbsDevice(ibv_context* context, std::string name);
@@ -61,6 +71,8 @@ class VerbsDevice final : public Device {
   std::string name_;
   DeviceAttr attr_;
   int gid_entries_ = 0;
+  ibv_cq* cover_ = nullptr;  ///< see cover_bad_offset()
+  bool lost_ = false;
   std::function<void(AsyncEvent)> async_handler_;
 };
 

@@ -175,6 +175,13 @@ VerbsChannel::~VerbsChannel() {
   ibv_destroy_comp_channel(channel_);
 }
 
+void VerbsChannel::abandon_in_child() noexcept {
+  for (int* fd : {&epoll_fd_, &bell_fd_, &channel_->fd}) {
+    forget_fd(*fd);
+    sys::call(SYS_close, std::exchange(*fd, -1));
+  }
+}
+
 void VerbsChannel::ring() noexcept {
   const std::uint64_t one = 1;
   sys::call(SYS_write, bell_fd_, sys::arg(&one), sizeof one);

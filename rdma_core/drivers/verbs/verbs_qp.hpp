@@ -53,6 +53,7 @@ class VerbsChannel final : public CompletionChannel {
   void ring() noexcept override;
 
   void progress() noexcept override;
+  void abandon_in_child() noexcept override;
 
   ibv_comp_channel* channel() const noexcept { return channel_; }
 
@@ -112,8 +113,7 @@ class VerbsQp final : public Qp {
   Post post_recv(std::span<const RecvWr> wrs) noexcept override;
   Result<Unit> modify(const QpAttributes& attr) override;
 
-  /// Turns a completion's number into the caller's wr_id and frees what is behind it; false: not one of ours,
-  /// or nobody asked for it.
+  /// Turns a completion's number into the caller's wr_id and frees what is behind it; false: nobody is to hear of it.
   bool complete(bool receive, std::uint64_t number, bool success, std::uint64_t& wr_id, WcOpcode& opcode) noexcept;
 
  private:
@@ -121,7 +121,7 @@ class VerbsQp final : public Qp {
   struct Request {
     std::uint64_t wr_id = 0;
     WcOpcode opcode = WcOpcode::send;
-    bool is_told = true;  ///< of its success; of a failure always
+    bool wanted = true;  ///< its completion, if it is a success
   };
   Result<Unit> apply(const QpAttributes& attr);
   Post hand_over(std::span<const RecvWr> wrs) noexcept;

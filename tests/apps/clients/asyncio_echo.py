@@ -1,4 +1,4 @@
-"""asyncio_echo.py serve PORT | talk PORT MIB: eight connections at once, each writing and reading at the same time."""
+"""asyncio_echo.py serve ADDRESS PORT | talk ADDRESS PORT KIB: eight connections at once, each writing and reading at the same time."""
 import asyncio
 import random
 import signal
@@ -12,16 +12,16 @@ async def echo(reader, writer):
     writer.close()
 
 
-async def serve(port):
-    server = await asyncio.start_server(echo, "127.0.0.1", port)
+async def serve(address, port):
+    server = await asyncio.start_server(echo, address, port)
     stopped = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
     await stopped.wait()
     server.close()
 
 
-async def talk_once(port, who, size):
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+async def talk_once(address, port, who, size):
+    reader, writer = await asyncio.open_connection(address, port)
     sent = random.Random(who).randbytes(size)
 
     async def write():
@@ -36,12 +36,12 @@ async def talk_once(port, who, size):
     assert got == sent, f"connection {who}: {len(got)} bytes of {size}, or not the same"
 
 
-async def talk(port, mib):
-    await asyncio.wait_for(asyncio.gather(*(talk_once(port, who, mib << 20) for who in range(8))), 30)
+async def talk(address, port, kib):
+    await asyncio.wait_for(asyncio.gather(*(talk_once(address, port, who, kib << 10) for who in range(8))), 30)
     print("every connection got its own bytes back")
 
 
 if sys.argv[1] == "serve":
-    asyncio.run(serve(int(sys.argv[2])))
+    asyncio.run(serve(sys.argv[2], int(sys.argv[3])))
 else:
-    asyncio.run(talk(int(sys.argv[2]), int(sys.argv[3])))
+    asyncio.run(talk(sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))

@@ -1,17 +1,17 @@
-"""memcached_client.py PORT ROUNDS: several connections at once, one thread each; prints what was compared."""
+"""memcached_client.py ADDRESS PORT ROUNDS: several connections at once, one thread each; prints what was compared."""
 import random
 import socket
 import sys
 import threading
 
-port, rounds = int(sys.argv[1]), int(sys.argv[2])
+address, port, rounds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 block = random.Random(3).randbytes(500_000)
 wrong = []
 
 
 def talk(who):
     try:
-        with socket.create_connection(("127.0.0.1", port)) as link:
+        with socket.create_connection((address, port)) as link:
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             replies = link.makefile("rb")
             for i in range(100 * rounds):

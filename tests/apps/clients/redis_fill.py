@@ -1,12 +1,12 @@
-"""Fills a Redis server with repeatable data: redis_fill.py PORT KEYS. Reads every eighth value back and compares it."""
+"""Fills a Redis server with repeatable data: redis_fill.py ADDRESS PORT KEYS. Reads every eighth value back and compares it."""
 import random
 import socket
 import sys
 
-port, keys = int(sys.argv[1]), int(sys.argv[2])
+address, port, keys = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 generator = random.Random(7)
 block = generator.randbytes(200_000)
-with socket.create_connection(("127.0.0.1", port)) as link:
+with socket.create_connection((address, port)) as link:
     replies = link.makefile("rb")
     # A fixed number of keys is a fixed data set only if runs of any size write the same ones: later rounds write the same again.
     for i in range(keys):

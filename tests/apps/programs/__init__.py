@@ -3,6 +3,7 @@ import collections
 
 # name     of the test
 # run      takes a harness.Run, returns what must be equal over TCP and SDP
-# share    lanes must carry this part of the stream at least; None: connections too short to be worth a lane
+# share    lanes must carry this part of the stream at least, on one host; None: connections too short to be worth a lane
 # payload  bytes that the case sends at the very least
-Case = collections.namedtuple("Case", "name run share payload", defaults=(0.9, 0))
+# unread   bytes that its readers may leave at the end, besides a tenth of all
+Case = collections.namedtuple("Case", "name run share payload unread", defaults=(0.9, 0, 0))

@@ -11,7 +11,7 @@ def iperf3(*options):
         port = r.port()
         server = r.server([program, "-s", "-1", "-p", str(port)], port)
         seconds = "1" if r.quick else "2"
-        done = r.client([program, "-c", "127.0.0.1", "-p", str(port), "-t", seconds, "-J", *options])
+        done = r.client([program, "-c", r.address, "-p", str(port), "-t", seconds, "-J", *options])
         server.wait(20)  # -1: it ends by itself, and writes its report then
         result = json.loads(done.stdout)
         if "error" in result:
@@ -28,8 +28,8 @@ def iperf3(*options):
 
 
 CASES = [
-    Case("iperf3_1", iperf3(), payload=1 << 20),
-    Case("iperf3_4", iperf3("-P", "4"), payload=1 << 20),
-    Case("iperf3_reverse", iperf3("-R"), payload=1 << 20),
-    Case("iperf3_bidir", iperf3("--bidir"), payload=1 << 20),
+    Case("iperf3_1", iperf3(), payload=1 << 20, unread=16 << 20),
+    Case("iperf3_4", iperf3("-P", "4"), payload=1 << 20, unread=16 << 20),
+    Case("iperf3_reverse", iperf3("-R"), payload=1 << 20, unread=16 << 20),
+    Case("iperf3_bidir", iperf3("--bidir"), payload=1 << 20, unread=16 << 20),
 ]

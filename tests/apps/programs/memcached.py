@@ -8,8 +8,8 @@ from . import Case
 def run(r):
     port = r.port()
     user = ["-u", "nobody"] if os.getuid() == 0 else []
-    r.server([need("memcached"), "-l", "127.0.0.1", "-p", str(port), "-U", "0", "-t", "4", "-m", "256", "-c", "100", *user], port)
-    return r.python("memcached_client.py", port, 1 if r.quick else 4).stdout
+    r.server([need("memcached"), "-l", r.address, "-p", str(port), "-U", "0", "-t", "4", "-m", "256", "-c", "100", *user], port)
+    return r.python("memcached_client.py", r.address, port, 1 if r.quick else 4).stdout
 
 
 CASES = [Case("memcached", run, payload=20 << 20)]

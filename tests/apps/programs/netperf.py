@@ -10,12 +10,11 @@ def netperf(test, *extra, file_bytes=0):
         client, server = need("netperf", "netserver")
         port = r.port()
         r.server([server, "-D", "-4", "-p", str(port)], port)
-        options = list(extra)
-        if file_bytes:
-            options = ["-F", r.random_file("data", file_bytes)] + options
+        data = ["-P", f"0,{r.port()}"] if test != "TCP_CRR" else []  # whose data connections each have a port of their own
+        file = ["-F", r.random_file("data", r.amount(file_bytes))] if file_bytes else []
         seconds = "1" if r.quick else "2"
-        out = r.client([client, "-4", "-H", "127.0.0.1", "-p", str(port), "-t", test, "-l", seconds, "-P", "0",
-                        *(options[:2] if file_bytes else []), "--", *(options[2:] if file_bytes else options)]).stdout
+        out = r.client([client, "-4", "-H", r.address, "-p", str(port), "-t", test, "-l", seconds, "-P", "0", *file,
+                        "--", *data, *extra]).stdout
         rates = [float(x) for x in re.findall(r"\d+\.\d+", out)]
         if not rates or max(rates) <= 0:
             raise Failure(f"no result in {out!r}")

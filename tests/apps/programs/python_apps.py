@@ -9,16 +9,16 @@ from . import Case
 def http_server(r):
     port = r.port()
     os.mkdir(r.path("www"))
-    r.random_file("www/data", 150 << 20)
-    r.server([PYTHON, "-m", "http.server", "--bind", "127.0.0.1", "--directory", r.path("www"), str(port)], port, stop=signal.SIGINT)
-    return r.python("http_get.py", f"http://127.0.0.1:{port}/data").stdout
+    r.random_file("www/data", r.amount(150 << 20))
+    r.server([PYTHON, "-m", "http.server", "--bind", r.address, "--directory", r.path("www"), str(port)], port, stop=signal.SIGINT)
+    return r.python("http_get.py", f"http://{r.address}:{port}/data").stdout
 
 
 def asyncio_echo(r):
     port = r.port()
     script = os.path.join(HERE, "clients", "asyncio_echo.py")
-    r.server([PYTHON, script, "serve", str(port)], port)
-    return r.python("asyncio_echo.py", "talk", port, 2 if r.quick else 16).stdout
+    r.server([PYTHON, script, "serve", r.address, str(port)], port)
+    return r.python("asyncio_echo.py", "talk", r.address, port, r.amount(4096 if r.quick else 16384)).stdout
 
 
 CASES = [

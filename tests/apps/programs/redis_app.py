@@ -10,21 +10,21 @@ def start(r, *options, role="server"):
     port = r.port()
     folder = r.path(f"redis-{port}")
     os.mkdir(folder)
-    r.server([need("redis-server"), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", folder,
-              "--enable-debug-command", "yes", "--daemonize", "no", *options], port, role=role)
+    r.server([need("redis-server"), "--port", str(port), "--bind", r.address, "--save", "", "--appendonly", "no", "--dir", folder,
+              "--enable-debug-command", "yes", "--daemonize", "no", "--protected-mode", "no", *options], port, role=role)
     return port
 
 
 def ask(r, port, *words):
     """By redis-cli without the library: an observer."""
-    return r.client([need("redis-cli"), "-p", str(port), *words], role="observer").stdout.strip()
+    return r.client([need("redis-cli"), "-h", r.address, "-p", str(port), *words], role="observer").stdout.strip()
 
 
 def benchmark(requests, *options):
     def run(r):
         port = start(r)
-        count = requests // 4 if r.quick else requests
-        out = r.client([need("redis-benchmark"), "-p", str(port), "-n", str(count), "-t", "set,get", "--csv", *options]).stdout
+        count = r.amount(requests // 4 if r.quick else requests)
+        out = r.client([need("redis-benchmark"), "-h", r.address, "-p", str(port), "-n", str(count), "-t", "set,get", "--csv", *options]).stdout
         rates = [float(x) for x in re.findall(r'^"[SG]ET","([0-9.]+)"', out, re.M)]
         if len(rates) != 2 or min(rates) <= 0:
             raise Failure(f"no result in {out!r}")
@@ -36,9 +36,9 @@ def benchmark(requests, *options):
 def replica(r):
     master = start(r)
     # The replica is the connecting side of its link: with 'only the client preloaded' that link has one end of ours.
-    follower = start(r, "--replicaof", "127.0.0.1", str(master), "--repl-diskless-sync-delay", "0", role="client")
+    follower = start(r, "--replicaof", r.address, str(master), "--repl-diskless-sync-delay", "0", role="client")
     wait_for(lambda: "master_link_status:up" in ask(r, follower, "INFO", "replication"), 20, "the replica's link")
-    r.python("redis_fill.py", master, 200 if r.quick else 1000)
+    r.python("redis_fill.py", r.address, master, 200 if r.quick else 1000)
     digest = ask(r, master, "DEBUG", "DIGEST")
     wait_for(lambda: ask(r, follower, "DEBUG", "DIGEST") == digest, 10, "the replica to have its master's data")
     return digest
