@@ -32,7 +32,10 @@ void before_close(int fd) noexcept {
 void duplicated(int from, int to) noexcept {
   if (fds().kind(from) == preload::Kind::none && fds().kind(to) == preload::Kind::none) return;
   // The table is the parent's. What a vfork child duplicates is for the program that it is about to run.
-  if (sdp::engine::in_vfork_child()) return preload::leave_lane(from, sdp::LaneReason::exec);
+  if (sdp::engine::in_vfork_child()) {
+    if (const sdp::Stream stream = fds().find(from)) stream.leave_to_program();
+    return;
+  }
   fds().duplicate(from, to);
   if (fds().kind(from) == preload::Kind::epoll_set) EpollSet::duplicate(from, to);
 }

@@ -1,5 +1,6 @@
 // Programs that are started: what they would inherit goes back to TCP first, for they may not run the library. Take-downs are
-// stores only, so that this is right in a vfork child as well; nothing else is touched there.
+// stores only, so that this is right in a vfork child as well; nothing else is touched there. Lanes of RDMA devices die with an
+// exec of their process, which waits for them.
 #include <alloca.h>
 #include <spawn.h>
 #include <unistd.h>
@@ -11,28 +12,33 @@
 #include "preload/dispatch.hpp"
 #include "preload/runtime.hpp"
 
-using preload::before_exec;
+using preload::before_spawn;
+using preload::Exec;
 using preload::libc;
 
 SDP_EXPORT int execve(const char* path, char* const argv[], char* const envp[]) noexcept {
-  before_exec();
+  const Exec attempt(path);
   return libc().execve(path, argv, envp);
 }
 SDP_EXPORT int execv(const char* path, char* const argv[]) noexcept {
-  before_exec();
+  const Exec attempt(path);
   return libc().execve(path, argv, environ);
 }
 SDP_EXPORT int execvp(const char* file, char* const argv[]) noexcept {
-  before_exec();
+  const Exec attempt(nullptr);
   return libc().execvpe(file, argv, environ);
 }
 SDP_EXPORT int execvpe(const char* file, char* const argv[], char* const envp[]) noexcept {
-  before_exec();
+  const Exec attempt(nullptr);
   return libc().execvpe(file, argv, envp);
 }
 SDP_EXPORT int fexecve(int fd, char* const argv[], char* const envp[]) noexcept {
-  before_exec();
+  const Exec attempt(nullptr);
   return libc().fexecve(fd, argv, envp);
+}
+SDP_EXPORT int execveat(int folder, const char* path, char* const argv[], char* const envp[], int flags) noexcept {
+  const Exec attempt(nullptr);
+  return libc().execveat(folder, path, argv, envp, flags);
 }
 
 // libc's own forms with a list reach none of the names above. The list lies on the stack, for malloc() may be in use: by a vfork
@@ -84,12 +90,12 @@ SDP_EXPORT int execlp(const char* file, const char* arg, ...) noexcept {
 
 SDP_EXPORT int posix_spawn(pid_t* pid, const char* path, const posix_spawn_file_actions_t* actions, const posix_spawnattr_t* attr,
                            char* const argv[], char* const envp[]) {
-  before_exec();
+  before_spawn();
   return libc().posix_spawn(pid, path, actions, attr, argv, envp);
 }
 SDP_EXPORT int posix_spawnp(pid_t* pid, const char* file, const posix_spawn_file_actions_t* actions, const posix_spawnattr_t* attr,
                             char* const argv[], char* const envp[]) {
-  before_exec();
+  before_spawn();
   return libc().posix_spawnp(pid, file, actions, attr, argv, envp);
 }
 SDP_EXPORT int posix_spawn_file_actions_adddup2(posix_spawn_file_actions_t* actions, int fd, int to) noexcept {
@@ -97,10 +103,10 @@ SDP_EXPORT int posix_spawn_file_actions_adddup2(posix_spawn_file_actions_t* acti
   return libc().posix_spawn_file_actions_adddup2(actions, fd, to);
 }
 SDP_EXPORT int system(const char* command) {
-  before_exec();
+  before_spawn();
   return libc().system(command);
 }
 SDP_EXPORT FILE* popen(const char* command, const char* mode) {
-  before_exec();
+  before_spawn();
   return libc().popen(command, mode);
 }

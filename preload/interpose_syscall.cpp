@@ -7,8 +7,11 @@
 #include <algorithm>
 #include <array>
 #include <cstdarg>
+#include <optional>
 
+#include "preload/credentials.hpp"
 #include "preload/dispatch.hpp"
+#include "preload/runtime.hpp"
 #include "rdma_core/base/sys.hpp"
 
 extern "C" int close_range(unsigned first, unsigned last, int flags) noexcept;
@@ -137,6 +140,11 @@ SDP_EXPORT long syscall(long number, ...) noexcept {
     pthread_setcancelstate(state, nullptr);
     return result;
   }
+  std::optional<sdp::engine::CredentialsChange> change;
+  if (preload::changes_credentials(number, {a[0], a[1], a[2], a[3], a[4], a[5]})) change.emplace();
+  std::optional<preload::Exec> attempt;
+  if (number == SYS_execve) attempt.emplace(pointer<const char>(a[0]));
+  if (number == SYS_execveat) attempt.emplace(nullptr);
   const long result = rdma::sys::call(number, a[0], a[1], a[2], a[3], a[4], a[5]);
   if (result < 0 && result > -4096) {
     errno = static_cast<int>(-result);

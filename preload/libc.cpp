@@ -53,6 +53,14 @@ int raw_ioctl(int fd, unsigned long request, ...) {
   va_end(args);
   return finish<int>(sys::call(SYS_ioctl, fd, static_cast<long>(request), arg));
 }
+int raw_prctl(int option, ...) {
+  va_list args;
+  va_start(args, option);
+  long a[4];
+  for (long& each : a) each = va_arg(args, long);
+  va_end(args);
+  return finish<int>(sys::call(SYS_prctl, option, a[0], a[1], a[2], a[3]));
+}
 int raw_ppoll(pollfd* fds, nfds_t n, const timespec* timeout, const sigset_t* mask) {
   timespec copy{};
   if (timeout != nullptr) copy = *timeout;
@@ -114,6 +122,19 @@ constexpr Libc make_raw() noexcept {
   table.epoll_pwait = raw_epoll_pwait;
   raw<SYS_close_range>(table.close_range);
   raw<SYS_execve>(table.execve);
+  raw<SYS_setuid>(table.setuid);
+  raw<SYS_setgid>(table.setgid);
+  raw<SYS_setreuid>(table.setreuid);
+  raw<SYS_setregid>(table.setregid);
+  raw<SYS_setresuid>(table.setresuid);
+  raw<SYS_setresgid>(table.setresgid);
+  raw<SYS_setgroups>(table.setgroups);
+  raw<SYS_setfsuid>(table.setfsuid);
+  raw<SYS_setfsgid>(table.setfsgid);
+  raw<SYS_capset>(table.capset);
+  table.prctl = raw_prctl;
+  raw<SYS_unshare>(table.unshare);
+  raw<SYS_setns>(table.setns);
   return table;
 }
 
@@ -167,10 +188,27 @@ void resolve() noexcept {
   take(t.posix_spawn, "posix_spawn");
   take(t.posix_spawnp, "posix_spawnp");
   take(t.posix_spawn_file_actions_adddup2, "posix_spawn_file_actions_adddup2");
+  take(t.execveat, "execveat");
   take(t.system, "system");
   take(t.popen, "popen");
   take(t.fclose, "fclose");
   take(t.freopen, "freopen");
+  take(t.setuid, "setuid");
+  take(t.setgid, "setgid");
+  take(t.seteuid, "seteuid");
+  take(t.setegid, "setegid");
+  take(t.setreuid, "setreuid");
+  take(t.setregid, "setregid");
+  take(t.setresuid, "setresuid");
+  take(t.setresgid, "setresgid");
+  take(t.setgroups, "setgroups");
+  take(t.initgroups, "initgroups");
+  take(t.setfsuid, "setfsuid");
+  take(t.setfsgid, "setfsgid");
+  take(t.capset, "capset");
+  take(t.prctl, "prctl");
+  take(t.unshare, "unshare");
+  take(t.setns, "setns");
   real_table = t;
 }
 

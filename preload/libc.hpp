@@ -5,9 +5,12 @@
 #pragma once
 
 #include <fcntl.h>
+#include <grp.h>
 #include <poll.h>
+#include <sched.h>
 #include <spawn.h>
 #include <sys/epoll.h>
+#include <sys/fsuid.h>
 #include <sys/ioctl.h>
 #include <sys/select.h>
 #include <sys/sendfile.h>
@@ -62,10 +65,27 @@ struct Libc {
   int (*posix_spawnp)(pid_t*, const char*, const posix_spawn_file_actions_t*, const posix_spawnattr_t*, char* const[],
                       char* const[]);
   decltype(&::posix_spawn_file_actions_adddup2) posix_spawn_file_actions_adddup2;
+  int (*execveat)(int, const char*, char* const[], char* const[], int);
   int (*system)(const char*);
   FILE* (*popen)(const char*, const char*);
   int (*fclose)(FILE*);
   FILE* (*freopen)(const char*, const char*, FILE*);
+  decltype(&::setuid) setuid;
+  decltype(&::setgid) setgid;
+  decltype(&::seteuid) seteuid;
+  decltype(&::setegid) setegid;
+  decltype(&::setreuid) setreuid;
+  decltype(&::setregid) setregid;
+  decltype(&::setresuid) setresuid;
+  decltype(&::setresgid) setresgid;
+  decltype(&::setgroups) setgroups;
+  decltype(&::initgroups) initgroups;
+  decltype(&::setfsuid) setfsuid;
+  decltype(&::setfsgid) setfsgid;
+  int (*capset)(void*, const void*);
+  int (*prctl)(int, ...);
+  decltype(&::unshare) unshare;
+  decltype(&::setns) setns;
 };
 
 /// Resolves on first use.

@@ -1,7 +1,9 @@
 #include "preload/runtime.hpp"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <vector>
@@ -46,6 +48,9 @@ class Composed final : public sdp::engine::Composition {
   }
   rdma::DeviceRegistry& registry() noexcept override { return registry_; }
   rdma::cm::ConnectionManager& cm() noexcept override { return built_->cm(); }
+  void ask_before_opening(std::function<bool()> may_open) override { built_->ask_before_opening(std::move(may_open)); }
+  std::vector<const rdma::Device*> retire_devices() override { return built_->retire_devices(); }
+  void remove_retired(const std::function<bool(const rdma::Device&)>& is_used) override { built_->remove_retired(is_used); }
   void abandon_in_child() noexcept override { built_->abandon_in_child(); }
 
  private:
@@ -75,15 +80,29 @@ void start() noexcept {
   pthread_atfork(before_fork, after_fork_parent, after_fork_child);
 }
 
-void before_exec() noexcept {
+namespace {
+template <class Each>
+void for_inherited(Each&& each) noexcept {
   const int high = fds().highest();
   for (int fd = 0; fd <= high; ++fd) {
     const sdp::Stream stream = fds().find(fd);
     if (!stream || !stream.has_lane()) continue;
     const long flags = rdma::sys::call(SYS_fcntl, fd, F_GETFD);
     // In a vfork child the number may stand for another file by now.
-    if (flags >= 0 && (flags & FD_CLOEXEC) == 0 && stream.is_named_by(fd)) stream.take_down(sdp::LaneReason::exec);
+    if (flags >= 0 && (flags & FD_CLOEXEC) == 0 && stream.is_named_by(fd)) each(stream, fd);
   }
+}
+}  // namespace
+
+void before_spawn() noexcept {
+  for_inherited([](sdp::Stream stream, int) { stream.leave_to_program(); });
+}
+
+Exec::Exec(const char* path) noexcept {
+  if (path != nullptr && rdma::sys::call(SYS_faccessat2, AT_FDCWD, rdma::sys::arg(path), X_OK, AT_EACCESS) == -ENOENT) return;
+  attempt_.emplace();
+  before_spawn();
+  if (!sdp::engine::in_vfork_child()) for_inherited([](sdp::Stream stream, int fd) { stream.reset_if_bytes_stay(fd); });
 }
 
 namespace {

@@ -1,12 +1,26 @@
 // Start, fork and exit of the library in one process, and the composition of its layers.
 #pragma once
 
+#include <optional>
+
+#include "sdp/engine.hpp"
+
 namespace preload {
 
 /// Idempotent; a wrapper that is about to track a connection calls it. Registers the fork handlers and composes the engine.
 void start() noexcept;
 
-/// Every stream that another program would inherit (no FD_CLOEXEC) goes back to TCP: called before exec and spawn.
-void before_exec() noexcept;
+/// Every stream that another program would inherit (no FD_CLOEXEC) goes back to TCP: called before a spawn.
+void before_spawn() noexcept;
+
+/// Round an exec: the same, and what would not outlive it arrives before. `path`: nullptr if only the call finds it; one that
+/// cannot be executed changes nothing.
+class Exec {
+ public:
+  explicit Exec(const char* path) noexcept;
+
+ private:
+  std::optional<sdp::engine::ExecAttempt> attempt_;
+};
 
 }  // namespace preload

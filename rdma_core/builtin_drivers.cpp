@@ -1,5 +1,6 @@
 #include "rdma_core/builtin_drivers.hpp"
 
+#include <algorithm>
 #include <optional>
 #include <utility>
 
@@ -39,10 +40,30 @@ class Composed final : public Builtin {
     return std::unique_ptr<Builtin>(std::move(mine));
   }
   cm::ConnectionManager& cm() noexcept override { return *chain_; }
+  void ask_before_opening(std::function<bool()> may_open) override {
+    chain_->ask_before_opening([ask = std::move(may_open)] { return !has_rdma_devices() || ask(); });
+  }
+  std::vector<const Device*> retire_devices() override {
+    if (module_ == nullptr) return {};
+    chain_->forget_opened();
+    module_->retire();
+    retired_.push_back(std::move(module_));
+    return retired_.back()->devices();
+  }
+  void remove_retired(const std::function<bool(const Device&)>& is_used) override {
+    std::erase_if(retired_, [&](std::unique_ptr<VerbsModule>& module) {
+      const std::vector<const Device*> devices = module->devices();
+      if (std::ranges::any_of(devices, [&](const Device* each) { return is_used(*each); })) return false;
+      module = nullptr;
+      for (const Device* each : devices) registry_.remove_device(*each);
+      return true;
+    });
+  }
   void abandon_in_child() noexcept override {
     chain_->abandon_in_child();
     if (!has_local_) local_->abandon_in_child();  // the device's links, which the chain does not know
     if (module_ != nullptr) module_->abandon_in_child();
+    for (const auto& each : retired_) each->abandon_in_child();
     if (watch_) watch_->abandon_in_child();
   }
 
@@ -86,6 +107,7 @@ class Composed final : public Builtin {
   bool has_local_ = false;
   std::optional<DeviceWatch> watch_;
   std::unique_ptr<VerbsModule> module_;
+  std::vector<std::unique_ptr<VerbsModule>> retired_;
   std::unique_ptr<cm::CmChain> chain_;
 };
 

@@ -1,9 +1,11 @@
 // The devices and connection managers of a process, composed: with builtin_drivers.cpp the only files that name concrete ones.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "rdma_core/cm/connection_manager.hpp"
 #include "rdma_core/device_registry.hpp"
@@ -21,6 +23,12 @@ class Builtin {
  public:
   virtual ~Builtin() = default;
   virtual cm::ConnectionManager& cm() noexcept = 0;
+  /// Asked before RDMA devices and their CMs are opened: those serve only who has the credentials of that moment.
+  virtual void ask_before_opening(std::function<bool()> may_open) = 0;
+  /// Lets the RDMA devices go: what is up on them stays, the next connection has them opened anew. Returns which they are.
+  virtual std::vector<const Device*> retire_devices() = 0;
+  /// Takes those out of the registry of which none is used.
+  virtual void remove_retired(const std::function<bool(const Device&)>& is_used) = 0;
   /// In the child of a fork, first thing and with one thread: forgets what is the parent's; post_send on inherited QPs of the
   /// software device goes on working.
   virtual void abandon_in_child() noexcept = 0;

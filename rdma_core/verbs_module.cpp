@@ -45,8 +45,10 @@ std::string module_path() {
 
 }  // namespace
 
+bool has_rdma_devices() noexcept { return has_entries(kDevices); }
+
 Told<std::unique_ptr<VerbsModule>> open_verbs_module(DeviceRegistry& registry, const std::string& secret_file) {
-  if (!has_entries(kDevices)) return Err{std::string("this host has no RDMA device")};
+  if (!has_rdma_devices()) return Err{std::string("this host has no RDMA device")};
   const std::string path = module_path();
   if (sys::call(SYS_faccessat, AT_FDCWD, sys::arg(path.c_str()), R_OK) != 0)
     return Err{"the module for RDMA devices is not installed: " + path};

@@ -7,6 +7,7 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "rdma_core/base/log.hpp"
 #include "rdma_core/cm/connection_manager.hpp"
@@ -34,6 +35,9 @@ class VerbsModule {
   virtual ~VerbsModule() = default;
   /// For devices of that type (ib_ca, rnic); made at the first call. It stays the module's.
   virtual Told<cm::ConnectionManager*> cm(NodeType type) = 0;
+  virtual std::vector<const Device*> devices() const = 0;
+  /// Nobody uses its CMs any more: ConnectionManager::retire() of those that were made. From here on it abandons them itself.
+  virtual void retire() noexcept = 0;
   /// Takes devices that are to go out of the registry and closes them; that they go waits for it. `look`: there is news of this
   /// host's devices, and those that have come are entered. Never from within a call of a CM's.
   virtual void progress(bool look) = 0;
@@ -43,9 +47,12 @@ class VerbsModule {
   virtual void abandon_in_child() noexcept = 0;
 };
 
+/// Has the host an RDMA device?
+bool has_rdma_devices() noexcept;
+
 /// Opens the module, which enters the devices that it can open into `registry`; those stay when the VerbsModule goes, which it does
 /// before the registry. Nothing is loaded where the host has no RDMA device. May take some milliseconds. `secret_file`: a path, or
-/// empty; one that cannot be read is an error.
+/// empty; one that cannot be read is an error. A process reads it once.
 Told<std::unique_ptr<VerbsModule>> open_verbs_module(DeviceRegistry& registry, const std::string& secret_file = {});
 
 /// The one function that the module exports, by this name. nullptr: `*why`, a text of the module's, says why.

@@ -499,6 +499,11 @@ void after_fork_child() noexcept {
   forget_stats_in_child();
 }
 
+Service* running_service() noexcept {
+  const Engine* e = engine_pointer.load(std::memory_order_acquire);
+  return e != nullptr ? e->service.load(std::memory_order_acquire) : nullptr;
+}
+
 namespace {
 /// What could not be sent in time is missing: the reader must not take the end of the connection for the end of the stream.
 void reset_lingering() noexcept {

@@ -5,12 +5,18 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <vector>
 
 #include "rdma_core/cm/connection_manager.hpp"
 #include "rdma_core/device_registry.hpp"
 #include "sdp/options.hpp"
 #include "sdp/stream.hpp"
+
+namespace sdp {
+class Service;
+}
 
 namespace sdp::engine {
 
@@ -24,6 +30,10 @@ class Composition {
   virtual ~Composition() = default;
   virtual rdma::DeviceRegistry& registry() noexcept = 0;
   virtual rdma::cm::ConnectionManager& cm() noexcept = 0;
+  // Of devices that serve only who has the credentials of their opener; see rdma_core/builtin_drivers.hpp.
+  virtual void ask_before_opening(std::function<bool()>) {}
+  virtual std::vector<const rdma::Device*> retire_devices() { return {}; }
+  virtual void remove_retired(const std::function<bool(const rdma::Device&)>&) {}
   virtual void abandon_in_child() noexcept = 0;  ///< in a fork's child: forgets what is the parent's
 };
 using Compose = std::unique_ptr<Composition> (*)(const Options&);
@@ -79,7 +89,33 @@ bool is_helper_fd(int fd) noexcept;
 void before_fork() noexcept;
 void after_fork_parent() noexcept;
 void after_fork_child() noexcept;
-/// exec: descriptors in `keep` (those without CLOEXEC) take their lanes down; done by the shim through Stream::take_down.
+/// Round a call that changes credentials. RDMA devices and their connection managers serve only who has the very credentials of
+/// their opener (the kernel compares the object, not what is in it): lanes on them go back to TCP before the call, within a second,
+/// and the next connection opens the devices anew. Threads that keep others than the rest share no device: a process with several
+/// of them then has no such lanes any more. Any thread; in a vfork child, and where nothing is open, it does nothing.
+class CredentialsChange {
+ public:
+  CredentialsChange() noexcept;
+  ~CredentialsChange();
+  CredentialsChange(const CredentialsChange&) = delete;
+  CredentialsChange& operator=(const CredentialsChange&) = delete;
+
+ private:
+  Service* service_;
+};
+/// Round an exec of this process, not of a vfork child, which ends the lanes that do not outlive it: everything that they carry
+/// arrives first, within a second. The program goes on by TCP if the exec fails.
+class ExecAttempt {
+ public:
+  ExecAttempt() noexcept;
+  ~ExecAttempt();
+  ExecAttempt(const ExecAttempt&) = delete;
+  ExecAttempt& operator=(const ExecAttempt&) = delete;
+
+ private:
+  Service* service_;
+};
+
 /// exit: says END on every lane (the peer fetches what send() took and no message carries), writes SDP_STATS.
 void at_exit() noexcept;
 

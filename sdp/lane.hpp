@@ -190,6 +190,10 @@ class Lane {
     return bits;
   }
   void write_word(Word which, std::uint64_t value) noexcept;
+  /// Asks for a completion behind all that was posted, END_SEEN among it; are_posts_done() is true when drain() has found it. On a
+  /// device that acknowledges all of that is in the peer's memory then.
+  void await_posts() noexcept;
+  bool are_posts_done() const noexcept { return reaped_ >= awaited_; }
   /// The peer's word, or nothing if not said yet.
   bool said(Word which, std::uint64_t* value = nullptr) const noexcept {
     const std::uint64_t raw = words_->word[which].load(std::memory_order_acquire);
@@ -299,6 +303,7 @@ class Lane {
   std::uint64_t sends_ = 0;                   ///< Sends posted since the QP was made, of every kind
   std::uint64_t requests_ = 0;                ///< those and the RDMA Writes: what takes an entry of the send queue
   std::uint64_t signalled_ = 0, reaped_ = 0;  ///< the last of them that asked for a completion; that completed
+  std::uint64_t awaited_ = 0;                 ///< the one that await_posts() made
 
   Capture* capture_ = nullptr;
   std::uint32_t capture_conn_ = Capture::kNoConnection;

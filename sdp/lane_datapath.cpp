@@ -201,6 +201,17 @@ bool Lane::write_peer(std::size_t offset, const std::uint64_t* words, unsigned c
   return false;
 }
 
+// The word is said already: once more changes nothing.
+void Lane::await_posts() noexcept {
+  const std::uint64_t raw = 1;
+  const Sge sge{reinterpret_cast<const std::byte*>(&raw), sizeof raw, {}};
+  SendWr wr = to_peers_block(offsetof(LaneBlock, words) + 8 * std::size_t{kEndSeen}, sge, false);
+  number_request(wr);
+  wr.flags |= rdma::kSignalled;
+  signalled_ = awaited_ = requests_;
+  if (qp_->post_send(wr) != Post::ok) dead_ = true;
+}
+
 /// What the peer's buffer holds from position `at` on, as far as it lies together.
 std::span<const std::byte> Lane::peer_bytes(std::uint64_t at, bool* last) noexcept {
   PeerBuffer::Piece piece;

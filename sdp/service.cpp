@@ -34,6 +34,7 @@ constexpr unsigned kMeetMs = 3000;                                              
 constexpr std::int64_t kHandshakeNs = 3'000'000'000;
 constexpr int kTendMs = 20;
 constexpr int kReleaseMs = 250;
+constexpr int kLeaveMs = 5;
 constexpr std::int64_t kWordsMs = 250;  // at most between two looks for words that a device's writes wake nobody for
 
 std::int64_t now_ns() noexcept { return rdma::SteadyClock{}.now(); }
@@ -107,6 +108,17 @@ Service* Service::start(const Options& options, engine::Compose compose) noexcep
   if (service == nullptr) return nullptr;
   service->wake_fd_.store(engine::high_fd(static_cast<int>(sys::call(SYS_eventfd2, 0, EFD_NONBLOCK | EFD_CLOEXEC))));
   service->epoll_fd_ = engine::high_fd(static_cast<int>(sys::call(SYS_epoll_create1, EPOLL_CLOEXEC)));
+  if (const int failed = service->start_thread(1); failed != 0) {
+    RDMA_LOG(warn, "no service thread (%s): everything stays on TCP", std::strerror(failed));
+    return nullptr;
+  }
+  return service;
+}
+
+/// 0, or an error number.
+int Service::start_thread(std::uint32_t number) noexcept {
+  auto* start = new (std::nothrow) ThreadStart{this, number};
+  if (start == nullptr) return ENOMEM;
   sigset_t all, old;
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &old);
@@ -115,20 +127,25 @@ Service* Service::start(const Options& options, engine::Compose compose) noexcep
   pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
   pthread_attr_setstacksize(&attr, 512 * 1024);
   pthread_t thread;
-  const int failed = pthread_create(&thread, &attr, thread_main, service);
+  starting_.fetch_add(1);
+  const int failed = pthread_create(&thread, &attr, thread_main, start);
   pthread_attr_destroy(&attr);
   pthread_sigmask(SIG_SETMASK, &old, nullptr);
-  if (failed != 0) {
-    RDMA_LOG(warn, "no service thread (%s): everything stays on TCP", std::strerror(failed));
-    return nullptr;
-  }
-  return service;
+  if (failed == 0) return 0;
+  starting_.fetch_sub(1);
+  delete start;
+  return failed;
 }
 
-void* Service::thread_main(void* self) noexcept {
-  pthread_setname_np(pthread_self(), "sdpreload");
+void* Service::thread_main(void* mine) noexcept {
+  const std::unique_ptr<ThreadStart> start(static_cast<ThreadStart*>(mine));
+  Service& service = *start->service;
+  pthread_setname_np(pthread_self(), kServiceThreadName);
+  service.starting_.fetch_sub(1);
   ask_for_short_slices();
-  static_cast<Service*>(self)->run();
+  const std::lock_guard turn(service.turn_);  // the one before it leaves first
+  service.number_ = start->number;
+  service.run();
   return nullptr;
 }
 
@@ -143,6 +160,7 @@ bool Service::open() noexcept {
   if (!channel) return false;
   channel_ = std::move(channel.value());
   cm_ = &composition_->cm();
+  composition_->ask_before_opening([this] { return may_leave_host(); });
   cm_->on_event([this](const cm::Event& event) { on_cm_event(event); });
   cm_->on_transcript([this](std::uint64_t cookie) { return transcript_of(cookie); });
   const auto watch = [this](int fd, std::uint32_t events, std::uint64_t tag) {
@@ -159,22 +177,25 @@ bool Service::open() noexcept {
 }
 
 void Service::run() noexcept {
-  if (!open()) {
+  if (cm_ == nullptr && !open()) {
     RDMA_LOG(warn, "no device carries SDP here: everything stays on TCP");
     return;
   }
-  for (;;) {
+  take_turn();
+  while (newest_.load() <= number_) {
     take_commands();
     poll_handshakes();
     tend_watched();
     look_after_lanes();
     release_buffers();
+    const bool leaving = see_to_leaving();
     int timeout = cm_->next_timeout_ms();
     const bool busy = !handshakes_.empty() || !dying_.empty();
     const bool needed = std::any_of(laned_.begin(), laned_.end(), [](const StreamImpl* s) { return s->needs_looks(); });
     const bool lingering = !engine::flush_lingering();
     const auto at_most = [&timeout](int ms) { timeout = timeout < 0 ? ms : std::min(timeout, ms); };
     if (busy || needed || lingering) at_most(kTendMs);
+    if (leaving) at_most(kLeaveMs);
     if (releasing_.load(std::memory_order_relaxed)) at_most(kReleaseMs);
     if (!laned_.empty() && had_unordered_lane_.load(std::memory_order_relaxed)) at_most(next_words_ms());
     epoll_event events[32];
@@ -205,7 +226,10 @@ void Service::submit(StreamImpl* stream, std::uint8_t what) noexcept {
   nudge();
 }
 
-void Service::pursue(StreamImpl* stream) noexcept { submit(stream, kPursue); }
+void Service::pursue(StreamImpl* stream) noexcept {
+  if (thread_.load() == Thread::stale) renew_thread();
+  submit(stream, kPursue);
+}
 
 // The cell goes back only through the service thread, after it has forgotten the stream: nothing of a stream outlives it here.
 void Service::closed(StreamImpl* stream, int fd) noexcept {
@@ -243,6 +267,13 @@ void Service::nudge() noexcept {
 void Service::take_commands() noexcept {
   for (StreamImpl* stream = inbox_.exchange(nullptr, std::memory_order_acquire); stream != nullptr;) {
     StreamImpl* const next = stream->next_command;
+    if (newest_.load() > number_) {  // they are the next thread's, which has the credentials for them
+      stream->next_command = inbox_.load(std::memory_order_relaxed);
+      while (!inbox_.compare_exchange_weak(stream->next_command, stream, std::memory_order_release, std::memory_order_relaxed)) {
+      }
+      stream = next;
+      continue;
+    }
     const std::uint8_t what = stream->commands.exchange(0, std::memory_order_acq_rel);
     if (what & kClosed)
       forget(stream);
@@ -468,6 +499,7 @@ bool Service::detach(StreamImpl* s) noexcept {
 }
 
 Lane* Service::make_lane(rdma::Device& device, const rdma::Path& path) noexcept {
+  if (!may_have_lanes_on(device)) return nullptr;
   auto context = context_for(device, path);
   if (context == nullptr) return nullptr;
   rdma::CompletionChannel* channel = channel_of(device);
@@ -492,7 +524,10 @@ Lane* Service::make_lane(rdma::Device& device, const rdma::Path& path) noexcept 
     engine::free_lane_cell(cell);
     return nullptr;
   }
-  if (lane->unordered()) had_unordered_lane_.store(true, std::memory_order_release);
+  if (lane->unordered()) {
+    had_unordered_lane_.store(true, std::memory_order_release);
+    left_host_.store(true);
+  }
   return lane;
 }
 
@@ -561,7 +596,7 @@ void Service::on_cm_event(const cm::Event& event) noexcept {
     }
     case cm::EventKind::rejected:
     case cm::EventKind::unreachable:
-      if (it != handshakes_.end()) give_up(it->second, reason_of(event.reason));
+      if (it != handshakes_.end()) give_up(it->second, reason_of_end(reason_of(event.reason)));
       return;
     case cm::EventKind::established:
       return;  // Hello decides

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -18,6 +19,9 @@
 #include "sdp/stream_impl.hpp"
 
 namespace sdp {
+
+/// Of every thread of ours: those that one of them makes inherit it.
+inline constexpr char kServiceThreadName[] = "sdpreload";
 
 class Service {
  public:
@@ -33,9 +37,17 @@ class Service {
   int bell_fd() const noexcept { return bell_fd_.load(std::memory_order_acquire); }
   rdma::CompletionChannel* channel() const noexcept { return channel_.get(); }
   rdma::Device* device() const noexcept { return device_; }
-  void stop_at_exit() noexcept;      ///< says END on every lane; the thread is left alone
-  bool ends_are_seen() noexcept;     ///< of lanes whose posts are lost with the process: may it end?
-  void abandon_in_child() noexcept;  ///< closes the child's copies of our descriptors
+  void stop_at_exit() noexcept;   ///< says END on every lane; the thread is left alone
+  bool ends_are_seen() noexcept;  ///< of lanes whose posts are lost with the process: may it end?
+
+  // --- what no RDMA device outlives (service_evacuate.cpp)
+  enum class Leaving : std::uint8_t { exec, credentials };
+  /// Takes the lanes on such devices down and waits, for a second at the most, until nothing of theirs is under way; before a
+  /// change of credentials the devices are let go as well. There are no new ones until stay(), which is owed in any case.
+  void leave(Leaving why) noexcept;
+  void stay(Leaving why) noexcept;    ///< the exec failed; the credentials are changed
+  void await_names() const noexcept;  ///< of threads of ours that are just being made
+  void abandon_in_child() noexcept;   ///< closes the child's copies of our descriptors
 
  private:
   struct Handshake {
@@ -65,7 +77,22 @@ class Service {
   struct Client;
 
   Service(const Options& options, engine::Compose compose) noexcept : options_(options), compose_(compose) {}
-  static void* thread_main(void* self) noexcept;
+  struct ThreadStart {
+    Service* service;
+    std::uint32_t number;
+  };
+  static void* thread_main(void* start) noexcept;
+  int start_thread(std::uint32_t number) noexcept;
+  void renew_thread() noexcept;
+  void take_turn() noexcept;
+  bool may_leave_host() noexcept;
+  bool may_have_lanes_on(const rdma::Device& device) const noexcept;
+  LaneReason reason_of_end(LaneReason told) const noexcept;
+  bool see_to_leaving() noexcept;
+  void begin_leaving() noexcept;
+  bool is_evacuated() noexcept;
+  void let_devices_go() noexcept;
+  void remove_retired_devices() noexcept;
   void run() noexcept;
   bool open() noexcept;
   void submit(StreamImpl* stream, std::uint8_t what) noexcept;
@@ -122,6 +149,24 @@ class Service {
   std::unique_ptr<PeerLinks> links_;
   std::map<PeerLinks::Key, Watched> watched_;
   std::unordered_map<const Lane*, PeerLinks::Key> key_of_;
+  // The thread, and its successors. One that is told to leave is waited for by the next.
+  enum class Thread : std::uint8_t { fresh, stale, renewing };
+  std::atomic<Thread> thread_{Thread::fresh};  ///< stale: its credentials are not the program's threads' any more
+  std::atomic<std::uint32_t> last_number_{1};
+  std::atomic<std::uint32_t> newest_{1};    ///< number of the thread whose turn it is
+  std::atomic<std::uint32_t> starting_{0};  ///< threads that have no name yet
+  std::uint32_t number_ = 1;                ///< of the one that has the turn
+  std::mutex turn_;
+
+  enum class Leave : std::uint32_t { no, asked, under_way, done };
+  std::atomic<bool> left_host_{false};     ///< devices are open, or being opened, that serve their opener only
+  std::atomic<std::uint32_t> leavers_{0};  ///< calls between leave() and stay()
+  std::atomic<std::uint32_t> leave_{0};    ///< a Leave; futex
+  std::atomic<Leaving> leaves_for_{Leaving::exec};
+  std::int64_t leave_by_ns_ = 0;
+  std::vector<const rdma::Device*> retired_;
+  std::int64_t retired_until_ns_ = 0;
+
   std::atomic<bool> had_unordered_lane_{false};
   std::atomic<bool> releasing_{false};                       ///< some stream has a large send buffer
   std::atomic<StreamImpl*> inbox_{nullptr};                  ///< streams with commands, newest first
@@ -139,5 +184,9 @@ class Service {
   std::vector<Dying> dying_;  ///< closed streams whose lane the peer may still write to
   std::map<std::pair<rdma::Device*, std::uint64_t>, std::weak_ptr<PeerContext>> peers_;  ///< by device and path
 };
+
+namespace engine {
+Service* running_service() noexcept;  ///< nullptr: none has been started in this process
+}  // namespace engine
 
 }  // namespace sdp

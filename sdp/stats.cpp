@@ -53,6 +53,8 @@ constexpr ReasonRow kReasons[] = {
     {LaneReason::second_process, "second_process", "a second process used the connection", ""},
     {LaneReason::fork, "fork", "the connection was inherited by fork", ""},
     {LaneReason::exec, "exec", "the connection was handed on through exec", ""},
+    {LaneReason::credentials, "credentials",
+     "the process changed its credentials (setuid and its kin), which no RDMA device outlives", ""},
     {LaneReason::mode, "mode", "the socket is in a mode or made a call that no lane can have (MSG_OOB, SO_RCVLOWAT, O_ASYNC…)", ""},
     {LaneReason::peer_gone, "peer_gone", "the peer closed or died", ""},
     {LaneReason::device_lost, "device_lost", "the device failed or was removed", ""},

@@ -42,6 +42,7 @@ enum class LaneReason : std::uint8_t {
   second_process,
   fork,
   exec,
+  credentials,
   mode,
   peer_gone,
   device_lost,

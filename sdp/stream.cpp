@@ -288,6 +288,29 @@ void Stream::take_down(LaneReason reason) const noexcept {
   s->lock.unlock();
 }
 
+// The QP works in no other process, not even in a vfork child: there the parent's service thread takes the lane down.
+void Stream::leave_to_program() const noexcept {
+  StreamImpl* s = impl();
+  if (s->phase.load(std::memory_order_acquire) == Phase::final || !s->lock.enter()) return;
+  if (s->generation.load(std::memory_order_relaxed) == generation()) {
+    const bool unordered = s->lane != nullptr && s->phase.load() == Phase::laned && s->lane->unordered();
+    if (unordered && engine::in_vfork_child()) {
+      s->asked_down.store(Asked::now, std::memory_order_release);
+      engine::nudge();
+    } else {
+      s->take_down_locked(LaneReason::exec);
+    }
+  }
+  s->lock.unlock();
+}
+
+void Stream::reset_if_bytes_stay(int fd) const noexcept {
+  StreamImpl* s = impl();
+  if (!s->lock.enter()) return;
+  if (s->generation.load(std::memory_order_relaxed) == generation()) s->reset_if_bytes_stay(fd);
+  s->lock.unlock();
+}
+
 bool Stream::is_named_by(int fd) const noexcept { return impl()->names_us(fd); }
 
 bool Stream::has_lane() const noexcept {

@@ -59,6 +59,10 @@ class Stream {
   /// an exec. Waits for nobody. Cheap when there is no lane.
   void take_down(LaneReason reason) const noexcept;
 
+  /// Before another program uses the connection: as take_down(). In a vfork child the lane is its parent's to end.
+  void leave_to_program() const noexcept;
+  /// Before this process becomes another program, after engine::before_exec(): no connection rather than one with a gap.
+  void reset_if_bytes_stay(int fd) const noexcept;
   bool is_named_by(int fd) const noexcept;  ///< of a stream that has a lane: does `fd` still name its connection?
 
   // --- waiting for several descriptors (poll, select, epoll); see the protocol below

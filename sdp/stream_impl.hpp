@@ -77,6 +77,7 @@ class alignas(64) StreamImpl {
   std::atomic<bool> peer_gone{false};  ///< the peer's process or its lane is gone; what has come is still to be read
   bool tx_shut = false;                ///< half-closed while it had a lane
   bool end_acknowledged = false;       ///< END_SEEN is said
+  bool awaits_posts = false;           ///< see last_words_arrived()
   bool watched = false;                ///< the anchor is in the service thread's epoll
   std::uint8_t doubts = 0;             ///< how often our counts differed from the kernel's
 
@@ -161,6 +162,16 @@ class alignas(64) StreamImpl {
     return phase.load() != Phase::laned || (tx.load() == TxState::ended && rx.load() == RxState::ended && resend.empty());
   }
   void leave_failed_lane(int fd) noexcept;  ///< nothing more comes or goes by it
+  /// Taken down, and the device is not needed any more: what we sent is acknowledged, what the peer sent is in our memory.
+  bool is_evacuated() const noexcept {
+    return phase.load() != Phase::laned || (tx.load() == TxState::ended && (rx.load() == RxState::ended || end_acknowledged));
+  }
+  /// RST, not FIN: neither side may take the stream for complete.
+  void break_off(int fd) noexcept;
+  /// Of an evacuated stream: is END_SEEN through, too? Asked again and again; the first time asks the device.
+  bool last_words_arrived() noexcept;
+  /// Another program goes on with the connection. What lies here unread does not follow it: rather no connection than a gap.
+  void reset_if_bytes_stay(int fd) noexcept;
   /// Something is under way that no event is sure to tell of: the service thread has to look now and then.
   bool needs_looks() const noexcept {
     return !resend.empty() || asked_down.load(std::memory_order_relaxed) != Asked::no ||

@@ -1,7 +1,10 @@
 // What is different on a lane whose posts arrive later than bytes, FIN or RST that TCP carries after them, and are lost with their
 // sender: every real RDMA device. Rules 3, 7 and 16 of architecture 2.4.
+#include <sys/socket.h>
+
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "rdma_core/base/clock.hpp"
 #include "rdma_core/base/log.hpp"
@@ -95,6 +98,27 @@ void StreamImpl::leave_failed_lane(int at) noexcept {
   peer_gone.store(true, std::memory_order_relaxed);
   take_down_locked(LaneReason::device_lost);
   if (lost) reset_here(at);
+}
+
+bool StreamImpl::last_words_arrived() noexcept {
+  if (!end_acknowledged || lane_is_over()) return true;
+  if (!std::exchange(awaits_posts, true)) lane->await_posts();
+  lane->drain();
+  return lane->are_posts_done();
+}
+
+void StreamImpl::reset_if_bytes_stay(int at) noexcept {
+  if (phase.load() != Phase::laned || lane == nullptr || !lane->unordered() || owner != engine::process_id()) return;
+  const bool all_read = rx.load() == RxState::ended || lane->end_reached();
+  if (all_read && tx.load() == TxState::ended && resend.empty()) return;
+  RDMA_LOG(error, "fd %d: a program is run with bytes of the lane %s; the connection is reset", at,
+           all_read ? "on their way" : "unread");
+  break_off(at);
+}
+
+void StreamImpl::break_off(int at) noexcept {
+  const sockaddr nobody{.sa_family = AF_UNSPEC, .sa_data = {}};
+  if (names_us(at)) rdma::sys::call(SYS_connect, at, rdma::sys::arg(&nobody), sizeof nobody);
 }
 
 }  // namespace sdp

@@ -44,7 +44,7 @@ CmChain::~CmChain() {
 ConnectionManager* CmChain::open(Link& link) {
   if (link.transport.cm != nullptr) return link.transport.cm;
   const Nanos now = clock_.now();
-  if (now < link.not_before) return nullptr;
+  if (now < link.not_before || (may_open_ && !may_open_())) return nullptr;
   Opened opened = link.transport.open();
   if (!opened) {
     link.not_before = now + kRetryAfter;
@@ -55,6 +55,21 @@ ConnectionManager* CmChain::open(Link& link) {
   link.transport.cm = *opened;
   join(static_cast<std::size_t>(&link - links_.data()));
   return *opened;
+}
+
+void CmChain::forget_opened() {
+  std::vector<std::uint64_t> over;
+  for (std::size_t i = 0; i < links_.size(); ++i) {
+    Link& link = links_[i];
+    if (!link.transport.open) continue;
+    link.not_before = 0;
+    if (link.transport.cm == nullptr) continue;
+    for (const auto& [cookie, attempt] : attempts_)
+      if (attempt.at == i) over.push_back(cookie);
+    sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_DEL, link.transport.cm->fd(), 0);
+    link.transport.cm = nullptr;
+  }
+  for (const std::uint64_t cookie : over) end(cookie, Reason::elsewhere);
 }
 
 void CmChain::join(std::size_t index) {

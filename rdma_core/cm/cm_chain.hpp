@@ -33,6 +33,12 @@ class CmChain final : public ConnectionManager {
   static Result<std::unique_ptr<CmChain>> create(std::vector<Transport> transports, const Clock& clock);
   ~CmChain() override;
 
+  /// Asked before a transport is opened. False: not now; connections go past it, and it is asked again for the next.
+  void ask_before_opening(std::function<bool()> may_open) { may_open_ = std::move(may_open); }
+  /// Forgets every CM that was opened later than the chain was made: searches by them end, connections by them are known here no
+  /// more. The next connection opens their transports anew.
+  void forget_opened();
+
   /// `progress` is called at the end of each progress(), which a descriptor to watch() calls for.
   void accompany(std::function<void()> progress) { companion_ = std::move(progress); }
   void watch(int fd) noexcept;
@@ -89,6 +95,7 @@ class CmChain final : public ConnectionManager {
   Caps caps_;
   std::function<void(const Event&)> handler_;
   TranscriptOf transcript_of_;
+  std::function<bool()> may_open_;
   std::function<void()> companion_;
   std::unordered_map<std::uint64_t, Attempt> attempts_;  ///< by anchor cookie
   int epoll_fd_ = -1;

@@ -140,6 +140,10 @@ class ConnectionManager {
   /// what it made on that one is over, and the events of its connections follow.
   virtual void devices_changed(const Device* /*going*/) noexcept {}
 
+  /// No new connections from here on, and no events: what others could find this CM by is given back. Connections that are up stay,
+  /// as long as the CM does.
+  virtual void retire() noexcept {}
+
   /// In the child of a fork, first thing and with one thread: closes the child's copies of descriptors. The CM is inert afterwards
   /// and is not destroyed: the child makes a new one.
   virtual void abandon_in_child() noexcept {}

@@ -113,6 +113,7 @@ class RdmaCm final : public ConnectionManager {
   int next_timeout_ms() const noexcept override;
   void progress() override;
   void devices_changed(const Device* going) noexcept override;
+  void retire() noexcept override;
   void abandon_in_child() noexcept override;
 
  private:
@@ -806,10 +807,27 @@ void RdmaCm::progress() {
   }
 }
 
+void RdmaCm::retire() noexcept {
+  for (auto& [id, c] : conns_)
+    if (c.step == Step::requested) manner_->abandon(std::move(c.id));
+  std::erase_if(conns_,
+                [](const auto& each) { return each.second.step != Step::answered && each.second.step != Step::established; });
+  conn_by_key_.clear();
+  pending_.clear();
+  early_.clear();
+  offers_.clear();
+  dials_.clear();
+  relay_.close_all();
+  listeners_.clear();
+  known_.clear();
+  held_.clear();
+  rendezvous_ = nullptr;
+}
+
 void RdmaCm::abandon_in_child() noexcept {
   channel_->abandon_in_child();
   abandon_librdmacm_contexts();
-  rendezvous_->abandon_in_child();
+  if (rendezvous_ != nullptr) rendezvous_->abandon_in_child();
   relay_.close_all();
   for (const int fd : {bell_->fd, epoll_fd_}) {
     forget_fd(fd);

@@ -323,6 +323,37 @@ BOOST_FIXTURE_TEST_CASE(a_new_offer_takes_the_place_of_the_one_before, Fixture) 
   expect_calls({"near: withdraw 1", "far: withdraw 1", "near: offer 1 for 500 fd 7"});
 }
 
+BOOST_FIXTURE_TEST_CASE(what_was_opened_is_forgotten_and_opened_anew, Fixture) {
+  near.says_elsewhere_at_once = true;
+  BOOST_REQUIRE(chain->offer(anchor(1), 3000));
+  BOOST_REQUIRE(chain->offer(anchor(2), 3000));
+  far.tell(EventKind::request, 2, 5);
+  seen.clear();
+  calls.clear();
+  chain->forget_opened();
+  expect_events({kNobody});  // who has met somebody hears nothing
+  chain->disconnect(ConnId{far_id(5)});
+  far.make_readable();
+  pollfd wanted{chain->fd(), POLLIN, 0};
+  BOOST_TEST(poll(&wanted, 1, 0) == 0);
+  chain->progress();
+  expect_calls({"near: progress"});
+  BOOST_REQUIRE(chain->offer(anchor(3), 3000));
+  expect_calls({"near: offer 3 for 3000 fd 7", "open far", "far: offer 3 for 3000 fd 7"});
+}
+
+BOOST_FIXTURE_TEST_CASE(one_that_may_not_be_opened_is_asked_for_each_time, Fixture) {
+  near.says_elsewhere_at_once = true;
+  bool may_open = false;
+  chain->ask_before_opening([&] { return may_open; });
+  BOOST_REQUIRE(chain->offer(anchor(1), 3000));
+  expect_events({kNobody});
+  calls.clear();
+  may_open = true;
+  BOOST_REQUIRE(chain->offer(anchor(1), 3000));
+  expect_calls({"near: offer 1 for 3000 fd 7", "open far", "far: offer 1 for 3000 fd 7"});
+}
+
 BOOST_FIXTURE_TEST_CASE(limits_descriptor_and_time_are_those_of_the_open_ones, Fixture) {
   BOOST_TEST(chain->caps().max_request_private == 100u);
   BOOST_TEST(chain->caps().proves_owner);

@@ -71,8 +71,11 @@ class Process {
 };
 
 /// How the writer ends. `left`: the lane is taken down, and more is sent, first; `held`: nothing leaves any more; `unheard`: no
-/// acknowledgement comes.
-enum class End : std::uint8_t { exit, exit_held, killed, close, left, left_held, left_unheard };
+/// acknowledgement comes. `exec`: by becoming another program. `credentials`: changed, and more is sent, first.
+enum class End : std::uint8_t { exit, exit_held, killed, exec, exec_held, close, left, left_held, left_unheard, credentials };
+constexpr bool is_held(End end) {
+  return end == End::exit_held || end == End::killed || end == End::exec_held || end == End::left_held;
+}
 constexpr std::size_t kMessages = 20, kBytes = 1000, kKept = 500;
 
 /// Byte for byte to and fro until the lane carries them; then what no reader must lose without being told.
@@ -87,6 +90,20 @@ int write_and_end(int fd, End end) {
   p.held = true;
   for (std::size_t i = 0; i < kMessages; ++i)
     if (p.stream.send(fd, data, kBytes, MSG_NOSIGNAL) != kBytes) return 4;
+  if (end == End::exec || end == End::exec_held) {
+    p.held = is_held(end);
+    fcntl(fd, F_SETFD, 0);
+    const engine::ExecAttempt attempt;
+    p.stream.leave_to_program();
+    p.stream.reset_if_bytes_stay(fd);
+    execl("/bin/true", "true", nullptr);
+    return 6;
+  }
+  if (end == End::credentials) {
+    p.held = false;
+    const engine::CredentialsChange change;
+    if (p.impl().tx.load() != TxState::ended || !p.impl().is_evacuated()) return 7;
+  }
   if (end >= End::left) {
     p.stream.take_down(LaneReason::mode);
     if (p.stream.send(fd, data, kKept, MSG_NOSIGNAL) != kKept) return 5;
@@ -95,7 +112,7 @@ int write_and_end(int fd, End end) {
     p.stream.close(fd);
     ::close(fd);
   }
-  if (end != End::exit_held && end != End::killed && end != End::left_held) p.held = false;
+  if (!is_held(end)) p.held = false;
   if (end != End::killed) engine::at_exit();
   return 0;
 }
@@ -146,6 +163,12 @@ int result_of(End end) {
 BOOST_AUTO_TEST_CASE(exit_waits_until_the_reader_has_everything) {
   for (const End end : {End::exit, End::close, End::left}) BOOST_TEST(result_of(end) == 0);
 }
+
+BOOST_AUTO_TEST_CASE(exec_waits_until_the_reader_has_everything) { BOOST_TEST(result_of(End::exec) == 0); }
+
+BOOST_AUTO_TEST_CASE(exec_does_not_wait_for_ever_and_the_loss_is_told) { BOOST_TEST(result_of(End::exec_held) == 100); }
+
+BOOST_AUTO_TEST_CASE(nothing_is_under_way_when_credentials_change) { BOOST_TEST(result_of(End::credentials) == 0); }
 
 BOOST_AUTO_TEST_CASE(exit_does_not_wait_for_ever_and_the_loss_is_told) {
   for (const End end : {End::exit_held, End::left_held, End::left_unheard}) BOOST_TEST(result_of(end) == 100);

@@ -8,7 +8,8 @@
 //   the kernel's iWARP CM: the CM moves it to init, connects it, and then tells it with the move to rts.
 //
 // fork: a context is its opener's. A child's posts fail, and would even reach the parent's queues on some devices: use nothing
-// there, destroy nothing.
+// there, destroy nothing. credentials: as if in a child, in every thread whose credentials are not the very object that the
+// opener's were; setuid() gives each thread a new one, whatever its arguments. To give things back still works.
 #pragma once
 
 #include <cstdint>

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <map>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -34,8 +35,17 @@ class Module final : public VerbsModule {
   Told<cm::ConnectionManager*> cm(NodeType type) override;
   void progress(bool look) override;
   int fd() const noexcept override { return epoll_fd_; }
+  std::vector<const Device*> devices() const override { return {devices_.begin(), devices_.end()}; }
+  void retire() noexcept override {
+    is_retired_ = true;
+    for (const auto& each : cms_)
+      if (each != nullptr) each->retire();
+    close_epoll();
+  }
   void abandon_in_child() noexcept override {
     for (VerbsDevice* each : devices_) each->abandon_in_child();
+    for (const auto& each : cms_)
+      if (is_retired_ && each != nullptr) each->abandon_in_child();
     close_epoll();
     abandon_mappings_in_child();
   }
@@ -66,6 +76,7 @@ class Module final : public VerbsModule {
   int epoll_fd_;
   std::vector<VerbsDevice*> devices_;  ///< the registry's
   std::array<std::unique_ptr<cm::ConnectionManager>, 2> cms_;
+  bool is_retired_ = false;
 };
 
 std::string Module::enter_devices() {
@@ -143,13 +154,16 @@ static VerbsModule* open_module(const ModuleHost& host, DeviceRegistry& registry
   set_fd_keeper(host.keep_fd, host.forget_fd);
   cm::Secret secret{};
   if (*host.secret_file != '\0') {
-    auto read = cm::secret_from(host.secret_file);
-    if (!read) {
+    static std::map<std::string, cm::Secret> known;  // the process may not read it any more: it may have been root before
+    if (const auto it = known.find(host.secret_file); it != known.end()) {
+      secret = it->second;
+    } else if (auto read = cm::secret_from(host.secret_file)) {
+      known[host.secret_file] = secret = *read;
+    } else {
       why = say(read.error());
       RDMA_LOG(error, "%s: no lanes between hosts", why);
       return nullptr;
     }
-    secret = *read;
   }
   ibv_fork_init();  // programs fork; does nothing where the kernel copies registered pages at once
   if (device_names().empty()) {
