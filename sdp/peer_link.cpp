@@ -208,13 +208,18 @@ void PeerLinks::take(Link& link, const Message& message) {
   if (on_message) on_message(message);
 }
 
+std::size_t PeerLinks::strangers() const noexcept {
+  return static_cast<std::size_t>(
+      std::count_if(links_.begin(), links_.end(), [](const auto& each) { return each.second.keys.empty(); }));
+}
+
 void PeerLinks::accept_from(int listener) {
   for (;;) {
     sockaddr_storage from{};
     socklen_t size = sizeof from;
     const long low = sys::call(SYS_accept4, listener, sys::arg(&from), sys::arg(&size), SOCK_NONBLOCK | SOCK_CLOEXEC);
     if (low < 0) return;
-    if (links_.size() >= kMost) {
+    if (strangers() >= kStrangers) {
       sys::call(SYS_close, low);
       continue;
     }

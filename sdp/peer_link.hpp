@@ -3,8 +3,9 @@
 // (stream_recovery.cpp).
 //
 // The client's side of a lane listens; its port and a key for the lane are in the reply of the CM, which only the peer reads. Who
-// dials attaches the key and may then ask. A message without a key that is known here is answered or ignored, and costs nothing
-// more.
+// dials attaches the key and may then ask. A message with a key that is not known here is answered or ignored, and costs nothing
+// more; a caller that attaches nothing is dropped after five seconds, and few of them are let in: each takes a descriptor of the
+// program's.
 //
 // A frame, 64 bytes, big-endian:   0 magic 3, version 1 | 4 kind 1 | 5 flags 1 (1 switched, 2 closed) | 6 zero 2 | 8 key 16 |
 //   24 switch_at 8 | 32 sent 8 | 40 received 8 | 48 zero 16
@@ -67,6 +68,7 @@ class PeerLinks {
   void forget(const Key& key);
 
   int fd() const noexcept { return epoll_fd_; }  ///< readable: progress() has something to do
+  std::size_t strangers() const noexcept;        ///< while there are some, progress() is due now and then
   void progress();
   void abandon_in_child() noexcept;
 
@@ -81,7 +83,7 @@ class PeerLinks {
     std::size_t filled = 0;
     std::vector<std::byte> out;
   };
-  static constexpr std::size_t kMost = 4096;  ///< links that called; more are turned away
+  static constexpr std::size_t kStrangers = 16;  ///< callers that have attached nothing yet; more are turned away
 
   int open_socket(const rdma::cm::IpAddress& address) noexcept;
   void watch(int fd, std::uint32_t events, int operation) noexcept;

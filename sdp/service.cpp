@@ -34,6 +34,7 @@ constexpr unsigned kMeetMs = 3000;                                              
 constexpr std::int64_t kHandshakeNs = 3'000'000'000;
 constexpr int kTendMs = 20;
 constexpr int kReleaseMs = 250;
+constexpr int kStrangersMs = 1000;
 constexpr int kLeaveMs = 5;
 constexpr std::int64_t kWordsMs = 250;  // at most between two looks for words that a device's writes wake nobody for
 
@@ -197,6 +198,10 @@ void Service::run() noexcept {
     if (busy || needed || lingering) at_most(kTendMs);
     if (leaving) at_most(kLeaveMs);
     if (releasing_.load(std::memory_order_relaxed)) at_most(kReleaseMs);
+    if (links_->strangers() != 0) {
+      links_->progress();
+      at_most(kStrangersMs);
+    }
     if (!laned_.empty() && had_unordered_lane_.load(std::memory_order_relaxed)) at_most(next_words_ms());
     epoll_event events[32];
     const long n = sys::call(SYS_epoll_pwait, epoll_fd_, sys::arg(events), 32, timeout, 0, 8);

@@ -224,10 +224,7 @@ class alignas(64) StreamImpl {
   /// The peer writes no more and reads no more: what is left to do is the kernel's to say.
   bool lane_is_left() const noexcept { return peer_gone.load(std::memory_order_relaxed) || lane->said(kGone); }
   /// It failed, and what was on it is not, or no longer, to be had by recovery.
-  bool lane_is_dead() const noexcept {
-    const Recovery r = recovery.load(std::memory_order_acquire);
-    return lane->dead() && !(r == Recovery::under_way || (r == Recovery::possible && !lane->violated()));
-  }
+  bool lane_is_dead() const noexcept { return lane->dead() && !is_recovering() && !may_recover(); }
   /// leave_dead_lane() has something to do.
   bool failed_unseen() const noexcept { return lane->dead() && !is_recovering(); }
   bool lane_is_over() const noexcept { return lane_is_left() || lane_is_dead(); }
