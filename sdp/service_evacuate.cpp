@@ -61,7 +61,7 @@ bool has_threads() noexcept {
   const long tasks = sys::call(SYS_openat, AT_FDCWD, sys::arg("/proc/self/task"), O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0);
   if (tasks < 0) return true;
   unsigned found = 0;
-  alignas(dirent64) char entries[2048];
+  alignas(dirent64) char entries[2048] = {};
   for (long bytes; found < 2 && (bytes = sys::call(SYS_getdents64, tasks, sys::arg(entries), sizeof entries)) > 0;) {
     for (long at = 0; at < bytes && found < 2;) {
       const auto* entry = static_cast<const dirent64*>(static_cast<const void*>(entries + at));
