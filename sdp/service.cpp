@@ -192,10 +192,9 @@ void Service::run() noexcept {
     const bool leaving = see_to_leaving();
     int timeout = cm_->next_timeout_ms();
     const bool busy = !handshakes_.empty() || !dying_.empty();
-    const bool needed = std::any_of(laned_.begin(), laned_.end(), [](const StreamImpl* s) { return s->needs_looks(); });
     const bool lingering = !engine::flush_lingering();
     const auto at_most = [&timeout](int ms) { timeout = timeout < 0 ? ms : std::min(timeout, ms); };
-    if (busy || needed || lingering) at_most(kTendMs);
+    if (busy || needs_looks_ || lingering) at_most(kTendMs);
     if (leaving) at_most(kLeaveMs);
     if (releasing_.load(std::memory_order_relaxed)) at_most(kReleaseMs);
     if (links_->strangers() != 0) {
@@ -462,8 +461,11 @@ void Service::leave_device(rdma::Device& device) noexcept {
     if (on_it == laned_.end()) break;
     if (!detach(*on_it)) sys::call(SYS_sched_yield);
   }
-  for (Dying& d : dying_)
-    if (is_on_it(d.lane)) d.peer_gone = true;
+  {
+    const std::lock_guard guard(laned_lock_);
+    for (Dying& d : dying_)
+      if (is_on_it(d.lane)) d.peer_gone = true;
+  }
   while (std::any_of(dying_.begin(), dying_.end(), [&](const Dying& d) { return is_on_it(d.lane); })) {
     look_after_lanes();
     sys::call(SYS_sched_yield);  // for threads that look, which are not long about it
@@ -617,6 +619,7 @@ void Service::on_cm_event(const cm::Event& event) noexcept {
         stream->lock.unlock();
         tend(stream);
       }
+      const std::lock_guard guard(laned_lock_);
       for (Dying& d : dying_)
         if (d.conn == conn) d.peer_gone = true;
       return;
@@ -709,6 +712,7 @@ void Service::tend(StreamImpl* stream) noexcept {
 
 // Lanes that are over on both sides: the stream forgets its lane; memory goes back when the peer writes no more.
 void Service::look_after_lanes() noexcept {
+  needs_looks_ = false;
   for (std::size_t i = 0; i < laned_.size();) {
     StreamImpl* s = laned_[i];
     bool gone = false;
@@ -716,6 +720,7 @@ void Service::look_after_lanes() noexcept {
     (void)s->lock.lock();
     s->tend();
     wake_for_words(*s);
+    needs_looks_ = needs_looks_ || s->needs_looks();
     const Arrived last = s->lane != nullptr ? s->arrived() : Arrived{};
     if (Lane* const spent = s->take_spent_lane()) {
       end_watch(*spent, last);

@@ -146,6 +146,7 @@ class Service {
   int epoll_fd_ = -1;
   std::int64_t last_lane_up_ns_ = 0;
 
+  bool needs_looks_ = false;  ///< some stream's StreamImpl::needs_looks()
   std::unique_ptr<PeerLinks> links_;
   std::map<PeerLinks::Key, Watched> watched_;
   std::unordered_map<const Lane*, PeerLinks::Key> key_of_;
