@@ -48,7 +48,7 @@ class Composed final : public sdp::engine::Composition {
   }
   rdma::DeviceRegistry& registry() noexcept override { return registry_; }
   rdma::cm::ConnectionManager& cm() noexcept override { return built_->cm(); }
-  void ask_before_opening(std::function<bool()> may_open) override { built_->ask_before_opening(std::move(may_open)); }
+  void ask_before_opening(const std::function<bool()>& may_open) override { built_->ask_before_opening(may_open); }
   std::vector<const rdma::Device*> retire_devices() override { return built_->retire_devices(); }
   void remove_retired(const std::function<bool(const rdma::Device&)>& is_used) override { built_->remove_retired(is_used); }
   void abandon_in_child() noexcept override { built_->abandon_in_child(); }

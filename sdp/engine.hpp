@@ -31,7 +31,7 @@ class Composition {
   virtual rdma::DeviceRegistry& registry() noexcept = 0;
   virtual rdma::cm::ConnectionManager& cm() noexcept = 0;
   // Of devices that serve only who has the credentials of their opener; see rdma_core/builtin_drivers.hpp.
-  virtual void ask_before_opening(std::function<bool()>) {}
+  virtual void ask_before_opening(const std::function<bool()>&) {}
   virtual std::vector<const rdma::Device*> retire_devices() { return {}; }
   virtual void remove_retired(const std::function<bool(const rdma::Device&)>&) {}
   virtual void abandon_in_child() noexcept = 0;  ///< in a fork's child: forgets what is the parent's

@@ -90,8 +90,6 @@ void CmChain::join(std::size_t index) {
   caps_.proves_owner &= its.proves_owner;
 }
 
-void CmChain::on_transcript(TranscriptOf transcript_of) { transcript_of_ = std::move(transcript_of); }
-
 void CmChain::watch(int fd) noexcept {
   epoll_event ev{EPOLLIN, {.u64 = 0}};
   sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_ADD, fd, sys::arg(&ev));

@@ -48,7 +48,7 @@ class CmChain final : public ConnectionManager {
   /// What holds on every transport that is open so far.
   const Caps& caps() const noexcept override { return caps_; }
   void on_event(std::function<void(const Event&)> handler) override { handler_ = std::move(handler); }
-  void on_transcript(TranscriptOf transcript_of) override;
+  void on_transcript(const TranscriptOf& transcript_of) override { transcript_of_ = transcript_of; }
   Result<Unit> offer(const Anchor& anchor, unsigned ttl_ms) override;
   void withdraw(std::uint64_t anchor_cookie) noexcept override;
   Result<Unit> dial(const Anchor& anchor, unsigned timeout_ms, MakeQp make_qp) override;

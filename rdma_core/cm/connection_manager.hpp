@@ -106,7 +106,7 @@ class ConnectionManager {
   /// Asked for what an anchor has carried so far, by its cookie. Set once, before the first call below, for CMs that know no better
   /// proof of who holds its other end. What it gives for one anchor only grows.
   using TranscriptOf = std::function<Transcript(std::uint64_t anchor_cookie)>;
-  virtual void on_transcript(TranscriptOf) {}
+  virtual void on_transcript(const TranscriptOf&) {}
 
   /// Be findable by the process that holds the other end of `anchor`, for `ttl_ms`. Ends with request, or unreachable when the
   /// time is over.

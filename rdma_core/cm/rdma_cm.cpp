@@ -99,7 +99,7 @@ class RdmaCm final : public ConnectionManager {
   const char* name() const noexcept override { return manner_->name(); }
   const Caps& caps() const noexcept override { return manner_->caps(); }
   void on_event(std::function<void(const Event&)> handler) override { handler_ = std::move(handler); }
-  void on_transcript(TranscriptOf transcript_of) override { transcript_of_ = std::move(transcript_of); }
+  void on_transcript(const TranscriptOf& transcript_of) override { transcript_of_ = transcript_of; }
 
   Result<Unit> offer(const Anchor& anchor, unsigned ttl_ms) override;
   void withdraw(std::uint64_t cookie) noexcept override;
