@@ -130,6 +130,7 @@ class Service {
   void tend_watched();
   void probe(const PeerLinks::Key& key, Watched& watched, std::int64_t now, std::int64_t patience);
   void on_link_message(const PeerLinks::Message& message);
+  void on_message_when_left(Watched& watched, const PeerLinks::Message& message);
   void on_link_lost(const PeerLinks::Key& key);
   void recover_from(const rdma::Device& device);
   int next_words_ms() const noexcept;

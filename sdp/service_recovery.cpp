@@ -126,16 +126,16 @@ void Service::on_link_message(const PeerLinks::Message& m) {
     return;
   }
   Watched& w = it->second;
-  if (w.stream == nullptr) {
-    if (m.kind != Kind::ask && m.kind != Kind::tell) return;
-    w.lane->stop();
-    w.last.received = w.lane->rx_arrived();
-    if (m.kind == Kind::ask && !w.asked) (void)links_->send({Kind::tell, m.key, w.last});
-    engine::recover_lingering(w.lane, m.arrived);
-    return;
-  }
+  if (w.stream == nullptr) return on_message_when_left(w, m);
   StreamImpl& s = *w.stream;
   (void)s.lock.lock();
+  if (s.lane == w.lane && s.phase.load() == Phase::final) {  // closed, and our command to forget it is still on its way
+    w.last = s.arrived();
+    w.last.closed = !engine::lingers_behind(w.lane);
+    on_message_when_left(w, m);
+    s.lock.unlock();
+    return;
+  }
   const bool current = s.lane == w.lane && s.phase.load() == Phase::laned;
   if (current) {
     switch (m.kind) {
@@ -168,6 +168,15 @@ void Service::on_link_message(const PeerLinks::Message& m) {
   if (!current) return;
   engine::notify(handle);
   channel_->ring();
+}
+
+/// The stream needs the lane no more, or is closed: what its peer misses may still be sent.
+void Service::on_message_when_left(Watched& w, const PeerLinks::Message& m) {
+  if (m.kind != Kind::ask && m.kind != Kind::tell) return;
+  w.lane->stop();
+  w.last.received = w.lane->rx_arrived();
+  if (m.kind == Kind::ask && !w.asked) (void)links_->send({Kind::tell, m.key, w.last});
+  engine::recover_lingering(w.lane, m.arrived);
 }
 
 void Service::on_link_lost(const PeerLinks::Key& key) {
