@@ -519,18 +519,20 @@ void reset_lingering() noexcept {
 }  // namespace
 
 void at_exit() noexcept {
-  constexpr int kPatienceMs = 1000, kStepMs = 5;
+  constexpr int kStepMs = 5;
   Engine* e = engine_pointer.load(std::memory_order_acquire);
   if (e == nullptr) return;
-  if (Service* s = e->service.load(std::memory_order_acquire)) s->stop_at_exit();
   // The kernel sends on after a process has ended, we cannot: what the lanes' readers gave back gets a moment.
   // On devices whose posts are lost with the process their readers get it to acknowledge that they have everything.
   Service* const running = e->service.load(std::memory_order_acquire);
-  const auto done = [running] {
+  bool stopped = running == nullptr;
+  const auto done = [&] {
+    if (!stopped) stopped = running->stop_at_exit();
     const bool seen = running == nullptr || running->ends_are_seen();
-    return flush_lingering() && seen;
+    return flush_lingering() && stopped && seen;
   };
-  for (int waited = 0; waited < kPatienceMs && !done(); waited += kStepMs) sys::call(SYS_poll, 0, 0, kStepMs);
+  const int patience_ms = static_cast<int>(e->options.exit_timeout_s) * 1000;
+  for (int waited = 0; !done() && waited < patience_ms; waited += kStepMs) sys::call(SYS_poll, 0, 0, kStepMs);
   reset_lingering();
   if (e->capture != nullptr) e->capture->flush();
   if (!e->options.stats_file.empty()) write_stats_report(e->options);

@@ -795,19 +795,26 @@ bool Service::ends_are_seen() noexcept {
          std::all_of(dying_.begin(), dying_.end(), [&](const Dying& d) { return d.peer_gone || seen(*d.lane); });
 }
 
-void Service::stop_at_exit() noexcept {
+bool Service::stop_at_exit() noexcept {
   const std::lock_guard guard(laned_lock_);
+  bool all = true;
   for (StreamImpl* s : laned_) {
-    if (!s->lock.try_lock()) continue;
+    if (s->gone_is_said) continue;
+    if (!s->lock.try_lock()) {
+      all = all && s->lock.held_by_me();  // exit() in a handler that interrupted this thread inside: nothing can be said
+      continue;
+    }
     if (s->lane != nullptr && s->phase.load() == Phase::laned) {
       s->tend();
       if (!s->has_said_end()) s->end_tx_locked();
       s->unguard_resend();
       if (!s->resend.empty()) engine::linger(s->fd, s->resend.take(), s->end_is_settled() ? nullptr : s->lane);
       s->lane->write_word(kGone, s->rx.load() == RxState::lane && s->lane->unread() != 0 ? 1 : 0);
+      s->gone_is_said = true;
     }
     s->lock.unlock();
   }
+  return all;
 }
 
 void Service::abandon_in_child() noexcept {

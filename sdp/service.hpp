@@ -37,7 +37,7 @@ class Service {
   int bell_fd() const noexcept { return bell_fd_.load(std::memory_order_acquire); }
   rdma::CompletionChannel* channel() const noexcept { return channel_.get(); }
   rdma::Device* device() const noexcept { return device_; }
-  void stop_at_exit() noexcept;   ///< says END on every lane; the thread is left alone
+  bool stop_at_exit() noexcept;   ///< says END on every lane; the thread is left alone. False: some were in use, ask again
   bool ends_are_seen() noexcept;  ///< of lanes whose posts are lost with the process: may it end?
 
   // --- what no RDMA device outlives (service_evacuate.cpp)

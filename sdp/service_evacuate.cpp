@@ -27,10 +27,9 @@ namespace sys = rdma::sys;
 
 namespace {
 
-constexpr std::int64_t kMillisecond = 1'000'000;
-constexpr std::int64_t kLeaveNs = 1000 * kMillisecond;      // until what is not through is left as it is
-constexpr std::int64_t kCallerNs = 1500 * kMillisecond;     // the caller's patience with the service thread
-constexpr std::int64_t kRetiredNs = 10'000 * kMillisecond;  // for the last words of peers on devices that were let go
+constexpr std::int64_t kMillisecond = 1'000'000, kSecond = 1000 * kMillisecond;
+constexpr std::int64_t kCallerNs = 500 * kMillisecond;  // the caller's patience with the service thread beyond its own
+constexpr std::int64_t kRetiredNs = 10 * kSecond;       // for the last words of peers on devices that were let go
 
 std::int64_t now_ns() noexcept { return rdma::SteadyClock{}.now(); }
 
@@ -86,7 +85,7 @@ void Service::leave(Leaving why) noexcept {
     leave_.compare_exchange_strong(seen, static_cast<std::uint32_t>(Leave::asked));
   }
   nudge();
-  const std::int64_t until = now_ns() + kCallerNs;
+  const std::int64_t until = now_ns() + kSecond * options_.exit_timeout_s + kCallerNs;
   while ((seen = leave_.load()) != static_cast<std::uint32_t>(Leave::done)) {
     const std::int64_t left = until - now_ns();
     if (left <= 0) {
@@ -167,7 +166,7 @@ bool Service::see_to_leaving() noexcept {
 void Service::begin_leaving() noexcept {
   auto asked = static_cast<std::uint32_t>(Leave::asked);
   leave_.compare_exchange_strong(asked, static_cast<std::uint32_t>(Leave::under_way));
-  leave_by_ns_ = now_ns() + kLeaveNs;
+  leave_by_ns_ = now_ns() + kSecond * options_.exit_timeout_s;
   const LaneReason why = reason_of(leaves_for_.load() == Leaving::exec);
   std::vector<std::uint64_t> cookies;
   for (const auto& [cookie, h] : handshakes_)

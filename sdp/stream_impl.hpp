@@ -77,6 +77,7 @@ class alignas(64) StreamImpl {
   std::atomic<bool> peer_gone{false};  ///< the peer's process or its lane is gone; what has come is still to be read
   bool tx_shut = false;                ///< half-closed while it had a lane
   bool end_acknowledged = false;       ///< END_SEEN is said
+  bool gone_is_said = false;           ///< at exit
   bool awaits_posts = false;           ///< see last_words_arrived()
   bool watched = false;                ///< the anchor is in the service thread's epoll
   std::uint8_t doubts = 0;             ///< how often our counts differed from the kernel's

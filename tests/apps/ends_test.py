@@ -30,8 +30,8 @@ def acknowledged(c):
 
 
 def warm_up(c):
-    """Plays ball until TCP stands still, which is when a lane carries the bytes (or for two seconds, where there is none)."""
-    until = time.monotonic() + 2
+    """Plays ball until TCP stands still, which is when a lane carries the bytes. Without the library there is none."""
+    until = time.monotonic() + (60 if "LD_PRELOAD" in os.environ else 0)
     by_tcp = still = 0
     while still < 50 and time.monotonic() < until:
         c.sendall(b"b")

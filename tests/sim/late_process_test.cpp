@@ -35,11 +35,14 @@ class LateComposition final : public engine::Composition {
   std::unique_ptr<rdma::cm::LocalCm> cm_;
 };
 
-/// One process with one connection. What it posts leaves after a while, or not at all while `held`.
+/// One process with one connection. What it posts leaves after a while, or not at all while `held`. `in_vain`: its end waits for
+/// what does not come.
 class Process {
  public:
-  Process(int at, Role role) : fd(at) {
-    alarm(60);
+  Process(int at, Role role, bool in_vain) : fd(at) {
+    alarm(100);
+    setenv("SDP_LANE_TIMEOUT", "60", 1);
+    setenv("SDP_EXIT_TIMEOUT", in_vain ? "1" : "60", 1);
     fcntl(fd, F_SETFL, 0);
     setenv("SDP_UPGRADE_MESSAGES", "1", 1);
     setenv("SDP_RECV_BUFFERS_INITIAL", "64", 1);  // credits for all that is to be held
@@ -52,6 +55,17 @@ class Process {
   Process& operator=(const Process&) = delete;
 
   StreamImpl& impl() { return *impl_; }
+  /// Another thread is in a call on the stream from now on, for that long.
+  void stay_inside(std::chrono::milliseconds time) {
+    std::atomic<bool> inside{false};
+    std::thread([this, &inside, time] {
+      (void)impl_->lock.lock();
+      inside = true;
+      std::this_thread::sleep_for(time);
+      impl_->lock.unlock();
+    }).detach();
+    while (!inside) std::this_thread::yield();
+  }
   const int fd;
   Stream stream;
   std::atomic<bool> held{false};
@@ -71,16 +85,30 @@ class Process {
 };
 
 /// How the writer ends. `left`: the lane is taken down, and more is sent, first; `held`: nothing leaves any more; `unheard`: no
-/// acknowledgement comes. `exec`: by becoming another program. `credentials`: changed, and more is sent, first.
-enum class End : std::uint8_t { exit, exit_held, killed, exec, exec_held, close, left, left_held, left_unheard, credentials };
+/// acknowledgement comes. `exit_busy`: a thread is inside the stream just then. `exec`: by becoming another program. `credentials`:
+/// changed, and more is sent, first.
+enum class End : std::uint8_t {
+  exit,
+  exit_busy,
+  exit_held,
+  killed,
+  exec,
+  exec_held,
+  close,
+  left,
+  left_held,
+  left_unheard,
+  credentials
+};
 constexpr bool is_held(End end) {
   return end == End::exit_held || end == End::killed || end == End::exec_held || end == End::left_held;
 }
+constexpr bool is_in_vain(End end) { return is_held(end) || end == End::left_unheard; }
 constexpr std::size_t kMessages = 20, kBytes = 1000, kKept = 500;
 
 /// Byte for byte to and fro until the lane carries them; then what no reader must lose without being told.
 int write_and_end(int fd, End end) {
-  Process p(fd, Role::connector);
+  Process p(fd, Role::connector, is_in_vain(end));
   std::byte data[kBytes] = {};
   while (p.impl().tx.load() != TxState::lane)
     if (p.stream.send(fd, data, 1, MSG_NOSIGNAL) != 1 || p.stream.recv(fd, data, 1, 0) != 1) return 1;
@@ -113,13 +141,14 @@ int write_and_end(int fd, End end) {
     ::close(fd);
   }
   if (!is_held(end)) p.held = false;
+  if (end == End::exit_busy) p.stay_inside(std::chrono::milliseconds(50));
   if (end != End::killed) engine::at_exit();
   return 0;
 }
 
 /// The result: 0: everything and the end; 100: less, and ECONNRESET.
 int read_to_the_end(int fd, End end, std::size_t expected) {
-  Process p(fd, Role::acceptor);
+  Process p(fd, Role::acceptor, is_in_vain(end));
   std::byte data[kBytes] = {};
   while (data[0] == std::byte{0})
     if (p.stream.recv(fd, data, 1, 0) != 1 || p.stream.send(fd, data, 1, MSG_NOSIGNAL) != 1) return 1;
@@ -161,7 +190,7 @@ int result_of(End end) {
 }  // namespace
 
 BOOST_AUTO_TEST_CASE(exit_waits_until_the_reader_has_everything) {
-  for (const End end : {End::exit, End::close, End::left}) BOOST_TEST(result_of(end) == 0);
+  for (const End end : {End::exit, End::exit_busy, End::close, End::left}) BOOST_TEST(result_of(end) == 0);
 }
 
 BOOST_AUTO_TEST_CASE(exec_waits_until_the_reader_has_everything) { BOOST_TEST(result_of(End::exec) == 0); }
