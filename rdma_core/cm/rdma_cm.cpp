@@ -20,6 +20,7 @@
 #include "rdma_core/base/log.hpp"
 #include "rdma_core/base/sys.hpp"
 #include "rdma_core/cm/offer_relay.hpp"
+#include "rdma_core/cm/rdma_evidence.hpp"
 #include "rdma_core/cm/rdma_manner.hpp"
 
 namespace rdma::cm {
@@ -32,12 +33,7 @@ constexpr Nanos kKeep = 10'000 * kMillisecond;         ///< what an address has 
 constexpr int kResolveMs = 2000;
 constexpr int kBacklog = 64;
 constexpr unsigned kRequestTries = 8;
-constexpr unsigned kGuesses = 3;         ///< requests with a wrong proof that one offer bears
-constexpr std::size_t kProofBytes = 64;  ///< as many are proof enough, where the server has received fewer
-constexpr std::size_t kEarly = 16;       ///< requests that may wait for the program's own thread
-constexpr Nanos kEarlyPatience = 50 * kMillisecond;
-constexpr std::size_t kOfferBytes = 16;  ///< with fewer an offer waits
-constexpr unsigned kListenTries = 16;    ///< an RNIC's port of the kernel's choosing may be a TCP socket's
+constexpr unsigned kListenTries = 16;  ///< an RNIC's port of the kernel's choosing may be a TCP socket's
 constexpr Nanos kBackoff[] = {2 * kMillisecond,  4 * kMillisecond,  8 * kMillisecond,  16 * kMillisecond,
                               32 * kMillisecond, 64 * kMillisecond, 128 * kMillisecond};
 
@@ -122,9 +118,7 @@ class RdmaCm final : public ConnectionManager {
     offer::Offer offer;
     Nanos deadline = 0, next_try = 0;
     std::size_t tries = 0;
-    std::uint16_t least_sent = 0, least_received = 0;  ///< what the first try said
-    bool is_told = false;
-    unsigned guesses = 0;
+    OfferedEvidence evidence;
   };
   struct Dialling {
     Anchor anchor;
@@ -140,11 +134,9 @@ class RdmaCm final : public ConnectionManager {
     std::uint64_t cookie = 0;
     std::uint64_t key = 0;  ///< of `id`
     RdmaId id;
-    IpAddress client, server;  ///< the anchor's ends
-    IpAddress peer;            ///< active: what is dialled
-    offer::Dial dial;
-    std::vector<std::byte> from_client, from_server;  ///< what is proved
-    std::uint32_t dialler_end = 0;                    ///< passive: as the request said
+    IpAddress peer;             ///< active: what is dialled
+    std::uint32_t process = 0;  ///< the peer's
+    Evidence evidence;
     MakeQp make_qp;
     Device* device = nullptr;
     Qp* qp = nullptr;
@@ -164,10 +156,6 @@ class RdmaCm final : public ConnectionManager {
     Device* device = nullptr;
     Nanos until = 0;
     RdmaId id;
-  };
-  struct Early {
-    CmEvent event;
-    Nanos until = 0;
   };
   struct Pending {
     Event event;
@@ -194,12 +182,9 @@ class RdmaCm final : public ConnectionManager {
 
   offer::Code on_offer(const offer::Offer& offer, const IpAddress& server);
   void on_answer(std::uint64_t cookie, std::optional<offer::Code> code);
-  static bool may_take_up(const offer::Offer& offer, const Transcript& known);
   void consider(std::uint64_t cookie, const offer::Offer& offer);
   void take_up(std::uint64_t cookie, const offer::Offer& offer, const Transcript& known);
-  Reason check(Offered& offered, const offer::Dial& dial, const CmEvent& event, Conn& conn);
-  bool is_ahead_of_us(const Offered& offered, const offer::Dial& dial) const;
-  static Claim claim_of(const Conn& conn, std::uint32_t dialler, std::uint32_t listener, std::span<const std::byte> data);
+  Reason check(const Offered& offered, const offer::Dial& dial, const CmEvent& event, Conn& conn);
   bool is_proved_by_reply(const Conn& conn, const CmEvent& event) const;
   void on_request(const CmEvent& event, bool again = false);
   void on_cm_event(const CmEvent& event);
@@ -235,7 +220,7 @@ class RdmaCm final : public ConnectionManager {
   std::map<std::tuple<Device*, IpAddress, std::uint32_t>, std::uint64_t> paths_;  ///< one per process at the other end
   std::uint64_t last_conn_ = 0, last_path_ = 0;
   std::deque<Pending> pending_;
-  std::vector<Early> early_;  ///< requests that know more of an anchor than this side does yet
+  EarlyRequests early_;
 };
 
 void RdmaCm::tell(EventKind kind, ConnId conn, std::uint64_t cookie, Reason reason, std::span<const std::byte> data) {
@@ -257,7 +242,7 @@ void RdmaCm::tell(EventKind kind, ConnId conn, std::uint64_t cookie, Reason reas
 Path RdmaCm::path_to(const Conn& conn) {
   constexpr std::size_t kMany = 4096;
   if (paths_.size() >= kMany) paths_.clear();
-  auto& path = paths_[{conn.device, conn.peer.with_port(0), conn.dial.process}];
+  auto& path = paths_[{conn.device, conn.peer.with_port(0), conn.process}];
   if (path == 0) path = ++last_path_;
   return Path{path};
 }
@@ -319,32 +304,14 @@ void RdmaCm::on_answer(std::uint64_t cookie, std::optional<offer::Code> code) {
   if (code != offer::Code::noted) ++it->second.tries;
 }
 
-Claim RdmaCm::claim_of(const Conn& c, std::uint32_t dialler, std::uint32_t listener, std::span<const std::byte> data) {
-  return {c.dial.token, c.client, c.server, dialler, listener, data, c.from_client, c.from_server};
-}
-
-/// Reason::none: whoever dials knows all that went by the anchor before it was first offered, and perhaps more.
-Reason RdmaCm::check(Offered& o, const offer::Dial& dial, const CmEvent& event, Conn& c) {
-  const Transcript known = transcript_of_(o.anchor.cookie);
-  const std::size_t sent = dial.from_client, received = dial.from_server;
-  const bool enough = sent >= o.least_sent && received >= o.least_received && (sent + received > 0 || known.may_be_empty);
-  if (!enough || sent > known.sent.size() || received > known.received.size()) return Reason::unproven;
-  c.dial = dial;
-  c.client = IpAddress::from(o.anchor.local);
-  c.server = IpAddress::from(o.anchor.remote);
-  c.from_client.assign(known.sent.begin(), known.sent.begin() + dial.from_client);
-  c.from_server.assign(known.received.begin(), known.received.begin() + dial.from_server);
-  c.dialler_end = manner_->far_end(event, event.request.get());
+Reason RdmaCm::check(const Offered& o, const offer::Dial& dial, const CmEvent& event, Conn& c) {
+  auto evidence = o.evidence.shown_by(dial, o.anchor, transcript_of_(o.anchor.cookie));
+  if (!evidence) return Reason::unproven;
+  c.evidence = std::move(*evidence);
+  c.evidence.dialler_end = manner_->far_end(event, event.request.get());
   const auto data = event.private_data().subspan(offer::kDialBytes);
-  const auto claim = claim_of(c, c.dialler_end, o.offer.dial_port, data.first(std::min(data.size(), caps().max_request_private)));
+  const Claim claim = c.evidence.claim(o.offer.dial_port, data.first(std::min(data.size(), caps().max_request_private)));
   return is_proved(dial.proof, secret_, Says::request, claim) ? Reason::none : Reason::unproven;
-}
-
-/// For a moment this may be so of an honest dialler, too; see may_take_up().
-bool RdmaCm::is_ahead_of_us(const Offered& o, const offer::Dial& dial) const {
-  const Transcript known = transcript_of_(o.anchor.cookie);
-  const auto more_is_said = [](std::size_t said, std::size_t here) { return said > here && said <= Transcript::kMost; };
-  return more_is_said(dial.from_client, known.sent.size()) || more_is_said(dial.from_server, known.received.size());
 }
 
 void RdmaCm::on_request(const CmEvent& event, bool again) {
@@ -354,10 +321,8 @@ void RdmaCm::on_request(const CmEvent& event, bool again) {
   });
   rdma_cm_id* const id = event.request.get();
   Device* const device = device_of(id);
-  if (it != offers_.end() && !again && is_ahead_of_us(it->second, *dial) && early_.size() < kEarly) {
-    early_.push_back({event, now() + kEarlyPatience});
+  if (it != offers_.end() && !again && OfferedEvidence::is_behind(*dial, transcript_of_(it->first)) && early_.keep(event, now()))
     return;
-  }
   Conn c;
   Reason refused = Reason::refused;
   if (it != offers_.end() && device != nullptr && peer_of(id).same_host(IpAddress::from(it->second.anchor.remote)))
@@ -366,7 +331,7 @@ void RdmaCm::on_request(const CmEvent& event, bool again) {
     std::array<std::byte, offer::kRefusalBytes> why;
     offer::emit_refusal(refused, why.data());
     rdma_reject(id, why.data(), static_cast<std::uint8_t>(why.size()));
-    if (refused == Reason::unproven && ++it->second.guesses >= kGuesses) {
+    if (refused == Reason::unproven && !it->second.evidence.bear_guess()) {
       const std::uint64_t cookie = it->first;
       withdraw(cookie);
       tell(EventKind::unreachable, ConnId::none, cookie, Reason::unproven);
@@ -380,6 +345,7 @@ void RdmaCm::on_request(const CmEvent& event, bool again) {
   c.id = event.request;
   c.id->context = reinterpret_cast<void*>(c.key);
   c.peer = peer_of(id);
+  c.process = dial->process;
   c.device = device;
   c.granted.responder_resources = event.responder_resources;
   c.granted.initiator_depth = event.initiator_depth;
@@ -414,17 +380,8 @@ offer::Code RdmaCm::on_offer(const offer::Offer& o, const IpAddress& server) {
     return offer::Code::noted;
   }
   for (const auto& [id, conn] : conns_)  // told again while it is being taken up
-    if (conn.active && conn.dial.token == o.token) return offer::Code::noted;
+    if (conn.active && conn.evidence.token == o.token) return offer::Code::noted;
   return relay_.pass_on(o, there) ? offer::Code::noted : offer::Code::nobody;
-}
-
-/// An offer is taken up when the program here has read all that the client had sent by then, and when the client, of what was sent
-/// from here, has read enough to be told from somebody who guesses. What the client has read may be known here only later: it has
-/// left the kernel before the call that sent it has returned.
-bool RdmaCm::may_take_up(const offer::Offer& o, const Transcript& known) {
-  if (o.received > known.sent.size() || o.sent > known.received.size()) return false;
-  const std::size_t proved = known.received.size() + o.received, all = known.received.size() + known.sent.size();
-  return proved == 0 ? known.may_be_empty : proved >= std::min(kProofBytes, all / 2);
 }
 
 void RdmaCm::consider(std::uint64_t cookie, const offer::Offer& o) {
@@ -444,13 +401,9 @@ void RdmaCm::take_up(std::uint64_t cookie, const offer::Offer& o, const Transcri
   Conn c;
   c.active = true;
   c.cookie = cookie;
-  c.server = IpAddress::from(d.anchor.local);
-  c.client = IpAddress::from(d.anchor.remote);
-  c.peer = c.client.with_port(o.dial_port);
-  c.dial.token = o.token;
-  c.dial.process = o.process;
-  c.from_client = known.received;
-  c.from_server.assign(known.sent.begin(), known.sent.begin() + o.received);
+  c.evidence = evidence_for(o, d.anchor, known);
+  c.peer = c.evidence.client.with_port(o.dial_port);
+  c.process = o.process;
   c.make_qp = std::move(d.make_qp);
   c.deadline = now() + kHandshake;
   const auto id = ConnId{++last_conn_};
@@ -466,7 +419,7 @@ bool RdmaCm::find_way(Conn& c) {
   auto made = channel_->create_id(manner_->port_space(), c.key);
   if (!made) return false;
   c.id = *made;
-  sockaddr_storage from = c.server.with_port(0).to_sockaddr(), to = c.peer.to_sockaddr();
+  sockaddr_storage from = c.evidence.server.with_port(0).to_sockaddr(), to = c.peer.to_sockaddr();
   return rdma_resolve_addr(c.id.get(), reinterpret_cast<sockaddr*>(&from), reinterpret_cast<sockaddr*>(&to), kResolveMs) == 0;
 }
 
@@ -499,13 +452,11 @@ void RdmaCm::request(ConnId id) {
     made.proposal.resize(caps().max_request_private);  // as it arrives on a device that pads
   }
   Conn& c = conns_.at(id);
-  c.dialler_end = manner_->near_end(*c.qp, c.id.get());
-  offer::Dial dial{c.dial.token,
-                   process_,
-                   static_cast<std::uint16_t>(c.from_client.size()),
-                   static_cast<std::uint16_t>(c.from_server.size()),
-                   {}};
-  dial.proof = prove(secret_, Says::request, claim_of(c, c.dialler_end, c.peer.port, c.proposal));
+  Evidence& e = c.evidence;
+  e.dialler_end = manner_->near_end(*c.qp, c.id.get());
+  const auto shown = [](const std::vector<std::byte>& bytes) { return static_cast<std::uint16_t>(bytes.size()); };
+  const offer::Dial dial{e.token, process_, shown(e.from_client), shown(e.from_server),
+                         prove(secret_, Says::request, e.claim(c.peer.port, c.proposal))};
   std::vector<std::byte> request(offer::kDialBytes);
   dial.emit(request.data());
   request.insert(request.end(), c.proposal.begin(), c.proposal.end());
@@ -525,9 +476,9 @@ bool RdmaCm::is_proved_by_reply(const Conn& c, const CmEvent& event) const {
   offer::Proof proof;
   std::copy_n(data.begin(), proof.size(), proof.begin());
   const auto rest = data.subspan(proof.size());
-  return is_proved(
-      proof, secret_, Says::reply,
-      claim_of(c, c.dialler_end, manner_->far_end(event, c.id.get()), rest.first(std::min(rest.size(), caps().max_reply_private))));
+  const auto claim =
+      c.evidence.claim(manner_->far_end(event, c.id.get()), rest.first(std::min(rest.size(), caps().max_reply_private)));
+  return is_proved(proof, secret_, Says::reply, claim);
 }
 
 Result<Unit> RdmaCm::establish(ConnId id) {
@@ -562,7 +513,7 @@ Result<Unit> RdmaCm::accept(ConnId id, Qp& qp, std::span<const std::byte> data) 
   c.qp = &qp;
   std::vector<std::byte> reply(offer::kProofBytes + caps().max_reply_private);  // padded, as some devices do it
   std::copy(data.begin(), data.end(), reply.begin() + offer::kProofBytes);
-  const auto claim = claim_of(c, c.dialler_end, manner_->near_end(qp, c.id.get()), std::span(reply).subspan(offer::kProofBytes));
+  const auto claim = c.evidence.claim(manner_->near_end(qp, c.id.get()), std::span(reply).subspan(offer::kProofBytes));
   const offer::Proof proof = prove(secret_, Says::reply, claim);
   std::copy(proof.begin(), proof.end(), reply.begin());
   rdma_conn_param p = parameters(c);
@@ -709,7 +660,7 @@ int RdmaCm::next_timeout_ms() const noexcept {
   for (const auto& [cookie, o] : offers_) consider(std::min(o.deadline, std::max<Nanos>(o.next_try, 1)));
   for (const auto& [cookie, d] : dials_) consider(std::min(d.deadline, std::max<Nanos>(d.next_look, 1)));
   for (const auto& [id, c] : conns_) consider(c.deadline);
-  for (const Early& each : early_) consider(each.until);
+  if (const auto due = early_.next_due()) consider(*due);
   for (const auto& [address, used] : held_) consider(used + kKeep);
   for (const auto& [address, l] : listeners_) consider(l.used + kKeep);
   if (first == 0) return -1;
@@ -725,13 +676,11 @@ void RdmaCm::keep_time() {
     } else if (t >= o.next_try) {
       o.next_try = t + rendezvous_->patience_ms() * kMillisecond;  // until the answer says more
       const Transcript transcript = transcript_of_(cookie);
-      if (transcript.sent.size() + transcript.received.size() < kOfferBytes && !transcript.may_be_empty) {
+      if (!suffices_for_offer(transcript)) {
         o.next_try = t + kBackoff[std::min(o.tries++, std::size(kBackoff) - 1)];
         continue;
       }
-      o.offer.sent = static_cast<std::uint16_t>(transcript.sent.size());
-      o.offer.received = static_cast<std::uint16_t>(transcript.received.size());
-      if (!std::exchange(o.is_told, true)) std::tie(o.least_sent, o.least_received) = std::pair(o.offer.sent, o.offer.received);
+      o.evidence.say(transcript, o.offer);
       rendezvous_->send(cookie, IpAddress::from(o.anchor.local), IpAddress::from(o.anchor.remote), o.offer);
     }
   }
@@ -751,20 +700,15 @@ void RdmaCm::keep_time() {
   for (const std::uint64_t cookie : over) {
     const auto dial = dials_.find(cookie);
     const auto offered = offers_.find(cookie);
-    const bool met = (dial != dials_.end() && dial->second.offer) ||
-                     (offered != offers_.end() && (offered->second.guesses != 0 || !offered->second.is_told));
+    const bool met =
+        (dial != dials_.end() && dial->second.offer) ||
+        (offered != offers_.end() && (offered->second.evidence.is_guessed_at() || !offered->second.evidence.is_said()));
     withdraw(cookie);
     tell(EventKind::unreachable, ConnId::none, cookie, met ? Reason::unproven : Reason::no_peer);
   }
   for (const std::uint64_t cookie : held_offers)
     if (const auto it = dials_.find(cookie); it != dials_.end()) consider(cookie, offer::Offer(*it->second.offer));
-  std::vector<CmEvent> again;
-  std::erase_if(early_, [&](Early& each) {
-    if (t < each.until) return false;
-    again.push_back(std::move(each.event));
-    return true;
-  });
-  for (const CmEvent& event : again) on_request(event, true);
+  for (const CmEvent& event : early_.take_due(t)) on_request(event, true);
   std::vector<ConnId> late;
   for (const auto& [id, c] : conns_)
     if (c.deadline != 0 && t >= c.deadline) late.push_back(id);
