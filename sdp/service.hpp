@@ -1,6 +1,9 @@
 // Service: the one thread per process that steps in where the program's own calls cannot: meeting the peer and Hello, the anchors'
 // ends, lanes that outlive their stream. It sleeps in the kernel otherwise and takes no part in the transfer of bytes.
 //
+// service.cpp has the thread and what it is told, service_meeting.cpp how a stream comes by a lane, service_lanes.cpp what becomes
+// of it, service_devices.cpp the devices; service_recovery.cpp and service_evacuate.cpp how lanes are left.
+//
 // Threads: the public functions may be called by any thread; everything else runs in the service thread.
 #pragma once
 
@@ -95,6 +98,7 @@ class Service {
   void remove_retired_devices() noexcept;
   void run() noexcept;
   bool open() noexcept;
+  bool take_devices() noexcept;
   void submit(StreamImpl* stream, std::uint8_t what) noexcept;
   void take_commands() noexcept;
   void forget(StreamImpl* stream) noexcept;
