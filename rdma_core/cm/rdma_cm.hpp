@@ -16,8 +16,8 @@
 // connection, and comes from that host's address. As any user there may take a free port above 1023 of RDMA_PS_IB or UDP and read
 // the offer, both ends also show that they know the first bytes that the connection has carried (rdma_proof.hpp, which says how far
 // that goes). The server's end shows all that it has read, which must be no less than the client had sent when it offered, and what
-// the client says it has read; the client's end the same bytes (rdma_evidence.hpp says when there are enough, and who waits for whom).
-// Until then nobody has a key to anybody's memory.
+// the client says it has read; the client's end the same bytes (rdma_evidence.hpp says when there are enough, and who waits for
+// whom). Until then nobody has a key to anybody's memory.
 //
 // rdma_connect() of an RNIC may block for minutes: a thread of its own makes the call.
 #pragma once

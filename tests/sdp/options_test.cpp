@@ -61,7 +61,7 @@ BOOST_AUTO_TEST_CASE(every_right_value_is_taken) {
   const Parsed p({"SDP_POLICY=sdp", "SDP_TRANSPORT=rnic,local", "SDP_CONFIG=/etc/a.conf", "SDP_LOG=debug:/tmp/x:%p",
                   "SDP_STATS=s.%p.json", "SDP_PCAP=c.pcapng", "SDP_SPIN_US=0", "SDP_RECV_BUFFER=4K", "SDP_RECV_BUFFER_MAX=1M",
                   "SDP_RECV_BUFFERS_INITIAL=4", "SDP_RECV_BUFFERS=128", "SDP_UPGRADE_MESSAGES=0", "SDP_UPGRADE_BYTES=128k",
-                  "SDP_DEVICE_FLAVOUR=rnic", "SDP_SECRET_FILE=/etc/secret"});
+                  "SDP_LANE_TIMEOUT=1", "SDP_EXIT_TIMEOUT=0", "SDP_DEVICE_FLAVOUR=rnic", "SDP_SECRET_FILE=/etc/secret"});
   BOOST_TEST(p.message() == "");
   BOOST_TEST(p.options.secret_file.view() == "/etc/secret");
   BOOST_TEST((p.options.policy == Family::sdp));
@@ -79,6 +79,8 @@ BOOST_AUTO_TEST_CASE(every_right_value_is_taken) {
   BOOST_TEST(p.options.recv_buffers == 128);
   BOOST_TEST(p.options.upgrade_messages == 0);
   BOOST_TEST(p.options.upgrade_bytes == 131072);
+  BOOST_TEST(p.options.lane_timeout_s == 1);
+  BOOST_TEST(p.options.exit_timeout_s == 0);
   BOOST_TEST((p.options.device_flavour == rdma::NodeType::rnic));
 }
 
@@ -146,8 +148,9 @@ BOOST_AUTO_TEST_CASE(a_message_holds_nothing_that_a_terminal_obeys_and_is_short)
 BOOST_AUTO_TEST_CASE(all_variables_wrong_at_once_are_all_told) {
   const Parsed p({"SDP_POLICY=x", "SDP_TRANSPORT=x", "SDP_CONFIG=\t", "LIBSDP_CONFIG_FILE=\t", "SDP_LOG=x", "SDP_STATS=\t",
                   "SDP_PCAP=\t", "SDP_SPIN_US=x", "SDP_RECV_BUFFER=x", "SDP_RECV_BUFFER_MAX=x", "SDP_RECV_BUFFERS_INITIAL=x",
-                  "SDP_RECV_BUFFERS=x", "SDP_UPGRADE_MESSAGES=x", "SDP_UPGRADE_BYTES=x", "SDP_DEVICE_FLAVOUR=x"});
-  BOOST_TEST(p.problems.count == 15U);
+                  "SDP_RECV_BUFFERS=x", "SDP_UPGRADE_MESSAGES=x", "SDP_UPGRADE_BYTES=x", "SDP_LANE_TIMEOUT=0", "SDP_EXIT_TIMEOUT=x",
+                  "SDP_DEVICE_FLAVOUR=x"});
+  BOOST_TEST(p.problems.count == 17U);
 }
 
 BOOST_AUTO_TEST_CASE(libsdps_variables_are_accepted) {
@@ -212,7 +215,8 @@ BOOST_AUTO_TEST_CASE(the_table_tells_default_value_in_force_and_what_is_wrong) {
   describe_options(
       environment, [](const OptionRow& row, void* f) { (*static_cast<decltype(collect)*>(f))(row); },
       const_cast<void*>(static_cast<const void*>(&collect)));
-  BOOST_TEST(rows.size() == 19U);
+  for (const char* variable : {"SDP_POLICY", "SDP_SECRET_FILE", "SDP_LANE_TIMEOUT", "SDP_EXIT_TIMEOUT", "SDP_DEVICE_FLAVOUR"})
+    BOOST_TEST(rows.contains(variable), variable);
   BOOST_TEST(rows.at("SDP_SPIN_US").in_force.view() == "7");
   BOOST_TEST(defaults.at("SDP_SPIN_US") == "50");
   BOOST_TEST(rows.at("SDP_SPIN_US").set);
