@@ -31,6 +31,7 @@ nlohmann::json to_json(const ProcessStats& p) {
                            {"lane", traffic(c.lane)},
                            {"tcp", traffic(c.tcp)},
                            {"switches", {{"up", c.switches_up}, {"down", c.switches_down}}},
+                           {"failures", {{"lanes", c.lanes_failed}, {"returned", c.lanes_returned}}},
                            {"credits", {{"send", c.credits_send}, {"recv", c.credits_recv}}}});
   }
   return {{"pid", p.pid}, {"program", p.program}, {"tracked", p.tracked}, {"connections", std::move(connections)}};
@@ -51,11 +52,18 @@ std::string size(std::uint64_t n) {
 }
 
 std::string state_of(const sdp::ConnView& c) {
-  if (c.transport != 0)
-    return "credits " + std::to_string(c.credits_send) + " to send, " + std::to_string(c.credits_recv) + " granted";
-  std::string why = explain(c.reason);
-  if (const std::string what = hint(c.reason); !what.empty()) why += " (" + what + ")";
-  return why;
+  std::string text;
+  if (c.transport != 0) {
+    text = "credits " + std::to_string(c.credits_send) + " to send, " + std::to_string(c.credits_recv) + " granted";
+  } else {
+    text = explain(c.reason);
+    if (const std::string what = hint(c.reason); !what.empty()) text += " (" + what + ")";
+  }
+  if (c.lanes_failed != 0) {
+    text += "; " + std::to_string(c.lanes_failed) + (c.lanes_failed == 1 ? " lane" : " lanes") + " failed, " +
+            std::to_string(c.lanes_returned) + " came back";
+  }
+  return text;
 }
 
 void print(const std::vector<ProcessStats>& list) {

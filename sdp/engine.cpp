@@ -259,7 +259,7 @@ Stream inherit(const StreamSnapshot& was) noexcept {
   s->stats = acquire_stats(was.fd);
   s->transcript.restart(engine().options.transports.leaves_host() && was.tcp_sent == 0 && was.tcp_received == 0);
   const auto phase = static_cast<Phase>(was.phase);
-  if (phase == Phase::pursued || phase == Phase::laned) {
+  if (phase == Phase::pursued || phase == Phase::laned || phase == Phase::resting) {
     s->inherited = reinterpret_cast<StreamImpl*>(was.parents.word() & 0xffffffffffffULL);
     s->inherited_generation = static_cast<std::uint16_t>(was.parents.word() >> 48);
     s->owner = ~0U;
@@ -382,6 +382,14 @@ void recover_lingering(const Lane* lane, const Arrived& peer) noexcept {
   }
   e.lock.unlock();
   nudge();
+}
+
+void move_lingering(const Lane* lane, const Lane* left) noexcept {
+  Engine& e = engine();
+  (void)e.lock.lock();
+  for (Lingering* l = e.lingering; l != nullptr; l = l->next)
+    if (l->behind == lane) l->behind = left;
+  e.lock.unlock();
 }
 
 bool lingers_behind(const Lane* lane) noexcept {

@@ -71,6 +71,7 @@ Result<Unit> Lane::open(rdma::CompletionChannel* channel) noexcept {
 }
 
 void Lane::close() noexcept {
+  if (device_ == nullptr && peer_ == nullptr) return kept_.clear();
   if (capture_ != nullptr) capture_->remove_connection(capture_conn_);
   delete qp_;
   delete cq_;
@@ -158,6 +159,7 @@ void Lane::stop() noexcept {
 }
 
 bool Lane::read_back(std::uint64_t from, std::byte* out, std::size_t bytes) const noexcept {
+  if (device_ == nullptr) return read_kept(from, out, bytes);
   const CreditWindow& credit = conn.credit();
   const std::uint64_t pulled = block_->pulled.load(std::memory_order_acquire);
   // Messages first, then the buffer: no message follows bytes that it holds.

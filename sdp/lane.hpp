@@ -21,6 +21,7 @@
 #include "sdp/capture/capture.hpp"
 #include "sdp/connection.hpp"
 #include "sdp/iov_cursor.hpp"
+#include "sdp/kept_bytes.hpp"
 #include "sdp/send_buffer.hpp"
 #include "sdp/staging.hpp"
 
@@ -110,7 +111,7 @@ class Lane {
   void close() noexcept;
 
   rdma::Qp& qp() noexcept { return *qp_; }
-  rdma::Device& device() noexcept { return *device_; }
+  rdma::Device* device() const noexcept { return device_; }  ///< nullptr: it has left that
   LaneProposal proposal() const noexcept;
   void set_peer(const LaneProposal& proposal) noexcept;  ///< the caller has checked magic and version
   void send_hello(const wire::HelloHeader& addresses) noexcept;
@@ -170,6 +171,9 @@ class Lane {
   /// the most.
   void stop() noexcept;
   bool stopped() const noexcept { return stopped_; }
+  /// Of a stopped lane: another in its place, in `cell`, that needs no device any more. What has arrived is read from it, and
+  /// read_back() finds what the peer may not have. nullptr: no memory. This one is to be closed.
+  Lane* outlive_device(void* cell) const noexcept;
   /// The peer writes no more to our memory: it has said so, or this end is one that nothing reaches any more.
   bool is_left_alone() const noexcept { return said(kGone) || stopped_ || (unordered_ && dead()); }
   /// Position up to which the peer's payload has arrived.
@@ -269,6 +273,7 @@ class Lane {
     return wr;
   }
   bool write_peer(std::size_t offset, const std::uint64_t* words, unsigned count, bool wake) noexcept;
+  bool read_kept(std::uint64_t from, std::byte* out, std::size_t bytes) const noexcept;
   std::span<const std::byte> peer_bytes(std::uint64_t at, bool* last) noexcept;
   void let_gather() noexcept;
   void say_pulled() noexcept;
@@ -324,6 +329,8 @@ class Lane {
   std::uint64_t peer_words_addr_ = 0;
   rdma::Rkey peer_words_rkey_{};
   std::size_t buffer_bytes_ = 0;
+  KeptBytes kept_;               ///< without a device: the block, what is unread, what the peer may not have
+  std::uint64_t kept_from_ = 0;  ///< position of the first byte of the latter
 
   std::array<Buffer, kMaxBuffers> buffers_{};
   std::array<Unread, kRing> unread_{};

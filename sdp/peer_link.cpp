@@ -44,7 +44,7 @@ PeerLinks::Frame PeerLinks::emit(const Message& m) noexcept {
 bool PeerLinks::parse(const Frame& f, Message& m) noexcept {
   const auto kind = std::to_integer<std::uint8_t>(f[4]), flags = std::to_integer<std::uint8_t>(f[5]);
   if (rdma::load_be32(f.data()) != kMagic || kind < static_cast<std::uint8_t>(Kind::attach) ||
-      kind > static_cast<std::uint8_t>(Kind::seen))
+      kind > static_cast<std::uint8_t>(Kind::again))
     return false;
   m.kind = static_cast<Kind>(kind);
   std::memcpy(m.key.data(), f.data() + 8, m.key.size());
@@ -202,7 +202,7 @@ void PeerLinks::take(Link& link, const Message& message) {
     it->second = link.fd;
     link.keys.push_back(message.key);
   } else if (it == link_of_.end() || it->second != link.fd) {
-    if (message.kind == Kind::ask) queue(link, {Kind::unknown, message.key, {}});
+    if (message.kind == Kind::ask || message.kind == Kind::again) queue(link, {Kind::unknown, message.key, {}});
     return;
   }
   if (on_message) on_message(message);

@@ -35,6 +35,7 @@ class PeerLinks {
     unknown,     ///< the answer of who knows nothing of that lane
     probe,       ///< `sent` messages should have arrived by now: have they?
     seen,        ///< `received` of them have
+    again,       ///< the failed lane is left: another? From the side that has accepted: it is looking for one now
   };
   struct Message {
     Kind kind = Kind::attach;

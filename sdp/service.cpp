@@ -127,12 +127,14 @@ void Service::run() noexcept {
     look_after_lanes();
     release_buffers();
     const bool leaving = see_to_leaving();
+    const int next_return_ms = tend_returns();
     int timeout = cm_->next_timeout_ms();
     const bool busy = !handshakes_.empty() || !dying_.empty();
     const bool lingering = !engine::flush_lingering();
     const auto at_most = [&timeout](int ms) { timeout = timeout < 0 ? ms : std::min(timeout, ms); };
     if (busy || needs_looks_ || lingering) at_most(kTendMs);
     if (leaving) at_most(kLeaveMs);
+    if (next_return_ms >= 0) at_most(next_return_ms);
     if (releasing_.load(std::memory_order_relaxed)) at_most(kReleaseMs);
     if (links_->strangers() != 0) {
       links_->progress();

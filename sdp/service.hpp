@@ -19,6 +19,7 @@
 #include "rdma_core/base/shared_lock.hpp"
 #include "sdp/engine.hpp"
 #include "sdp/peer_link.hpp"
+#include "sdp/return_pace.hpp"
 #include "sdp/stream_impl.hpp"
 
 namespace sdp {
@@ -72,10 +73,22 @@ class Service {
     StreamImpl* stream = nullptr;  ///< nullptr: it has left the lane, or is closed; `last` says how far it came
     Lane* lane = nullptr;
     Arrived last;
-    bool asked = false;  ///< the peer has been told how far this side came
+    bool asked = false;   ///< the peer has been told how far this side came
+    bool wanted = false;  ///< the peer has asked for another lane already
+    std::int64_t up_ns = 0;
     std::uint32_t acked = 0;
     std::int64_t since_ns = 0;  ///< when `acked` changed, or the peer was probed
   };
+  /// A stream that has left a failed lane, by the key of that.
+  struct Resting {
+    enum class Step : std::uint8_t { idle, asked, looking };
+    StreamImpl* stream = nullptr;
+    rdma::cm::IpAddress peer;  ///< its host
+    Step step = Step::idle;
+    bool wanted = false;  ///< accepting side: the peer has asked for another lane
+    std::int64_t tried_ns = 0;
+  };
+  using RestingAt = std::map<PeerLinks::Key, Resting>::iterator;
   static constexpr std::uint8_t kPursue = 1, kClosed = 2;  ///< bits of StreamImpl::commands
   struct Client;
 
@@ -136,8 +149,23 @@ class Service {
   void on_link_message(const PeerLinks::Message& message);
   void on_message_when_left(Watched& watched, const PeerLinks::Message& message);
   void on_link_lost(const PeerLinks::Key& key);
-  void recover_from(const rdma::Device& device);
+  bool outlive(StreamImpl* stream);
+  void outlive_closed(std::size_t dying);
+  Lane* leave_behind(const Lane* lane);
   int next_words_ms() const noexcept;
+
+  // --- service_return.cpp
+  void rest(StreamImpl& stream, const Lane& spent);
+  RestingAt resting_of(const StreamImpl* stream);
+  void end_rest(RestingAt at);
+  void on_return(const StreamImpl* stream);
+  bool rest_again(StreamImpl& stream, LaneReason why);
+  void look_for_lane(const PeerLinks::Key& key, Resting& resting);
+  void on_again(RestingAt at);
+  void on_rest_lost(RestingAt at);
+  void hurry_returns();
+  int tend_returns();
+  void tend_resting();
 
   Options options_;
   engine::Compose compose_;
@@ -155,6 +183,9 @@ class Service {
   std::unique_ptr<PeerLinks> links_;
   std::map<PeerLinks::Key, Watched> watched_;
   std::unordered_map<const Lane*, PeerLinks::Key> key_of_;
+  std::map<PeerLinks::Key, Resting> resting_;
+  std::map<rdma::cm::IpAddress, ReturnPace> paces_;  ///< by the peer's host
+  std::int64_t returns_due_ns_ = 0;
   // The thread, and its successors. One that is told to leave is waited for by the next.
   enum class Thread : std::uint8_t { fresh, stale, renewing };
   std::atomic<Thread> thread_{Thread::fresh};  ///< stale: its credentials are not the program's threads' any more

@@ -23,6 +23,7 @@ struct Service::Client final : rdma::DeviceClient {
   const char* name() const noexcept override { return "sdp"; }
   void device_added(rdma::Device& device) override {
     if (service.device_ == nullptr) service.device_ = &device;
+    service.hurry_returns();
   }
   void device_removed(rdma::Device& device) noexcept override {
     if (service.device_ == &device)
@@ -87,10 +88,10 @@ bool Service::pass_on(std::uint64_t tag) noexcept {
   return false;
 }
 
-/// A device beside the primary one goes: so does all that was made on it, before this returns. What was under way is lost, and its
-/// connections fail.
+/// A device beside the primary one goes: so does all that was made on it, before this returns. What was under way on lanes that
+/// cannot be recovered is lost, and their connections fail.
 void Service::leave_device(rdma::Device& device) noexcept {
-  const auto is_on_it = [&](Lane* lane) { return lane != nullptr && &lane->device() == &device; };
+  const auto is_on_it = [&](Lane* lane) { return lane != nullptr && lane->device() == &device; };
   std::vector<std::uint64_t> cookies;
   for (const auto& [cookie, h] : handshakes_)
     if (is_on_it(h.lane)) cookies.push_back(cookie);
@@ -100,17 +101,16 @@ void Service::leave_device(rdma::Device& device) noexcept {
     cm_->withdraw(cookie);
     give_up(h, LaneReason::device_lost);
   }
-  recover_from(device);
   for (;;) {
     take_commands();  // a stream that is just being closed leaves by these
     const auto on_it = std::find_if(laned_.begin(), laned_.end(), [&](const StreamImpl* s) { return is_on_it(s->lane); });
     if (on_it == laned_.end()) break;
-    if (!detach(*on_it)) sys::call(SYS_sched_yield);
+    if (!outlive(*on_it)) sys::call(SYS_sched_yield);
   }
   {
     const std::lock_guard guard(laned_lock_);
-    for (Dying& d : dying_)
-      if (is_on_it(d.lane)) d.peer_gone = true;
+    for (std::size_t i = 0; i < dying_.size(); ++i)
+      if (is_on_it(dying_[i].lane)) outlive_closed(i);
   }
   while (std::any_of(dying_.begin(), dying_.end(), [&](const Dying& d) { return is_on_it(d.lane); })) {
     look_after_lanes();
@@ -134,17 +134,23 @@ bool Service::detach(StreamImpl* s) noexcept {
   s->state_edges.fetch_add(1);  // who waits finds that nothing is to be had from the lane, and leaves it
   s->lane->wake_sleepers();
   s->reset_by_peer = s->bytes_missing = false;
+  const Arrived last = s->arrived();
+  const std::uint64_t conn = s->conn;
   Lane* const lane = laned ? s->take_spent_lane() : nullptr;
+  if (lane != nullptr) {
+    end_watch(*lane, last);
+    if (s->phase.load() == Phase::resting) rest(*s, *lane);
+  }
   s->lock.unlock();
   if (lane == nullptr) return false;
   if (s->watched) sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_DEL, s->fd, 0);
   s->watched = false;
-  streams_by_conn_.erase(s->conn);
+  streams_by_conn_.erase(conn);
   {
     const std::lock_guard guard(laned_lock_);
     std::erase(laned_, s);
   }
-  retire(nullptr, lane, s->conn, true);
+  retire(nullptr, lane, conn, true);
   engine::notify(engine::handle_of(s));
   return true;
 }

@@ -208,7 +208,7 @@ bool Service::is_evacuated() noexcept {
 // Who has read nothing yet reads on in our memory, for which the device need not work; it goes when nobody needs that any more.
 void Service::let_devices_go() noexcept {
   const auto retired = composition_->retire_devices();
-  const auto is_retired = [&](Lane& lane) { return std::ranges::find(retired, &lane.device()) != retired.end(); };
+  const auto is_retired = [&](Lane& lane) { return std::ranges::find(retired, lane.device()) != retired.end(); };
   for (StreamImpl* s : laned_) {
     (void)s->lock.lock();
     if (s->phase.load() == Phase::laned && s->lane->unordered()) {
@@ -241,10 +241,10 @@ void Service::let_devices_go() noexcept {
 
 void Service::remove_retired_devices() noexcept {
   const auto is_on = [](const rdma::Device& device) {
-    return [&device](const auto& each) { return each.lane != nullptr && &each.lane->device() == &device; };
+    return [&device](const auto& each) { return each.lane != nullptr && each.lane->device() == &device; };
   };
   if (now_ns() > retired_until_ns_) {
-    for (Dying& d : dying_) d.peer_gone = d.peer_gone || std::ranges::find(retired_, &d.lane->device()) != retired_.end();
+    for (Dying& d : dying_) d.peer_gone = d.peer_gone || std::ranges::find(retired_, d.lane->device()) != retired_.end();
   }
   composition_->remove_retired([&](const rdma::Device& device) {
     const bool used = std::ranges::any_of(dying_, is_on(device)) ||

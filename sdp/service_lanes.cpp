@@ -30,6 +30,7 @@ void Service::forget(StreamImpl* stream) noexcept {
     if (it->second.lane != nullptr) retire(nullptr, it->second.lane, 0, true);
     it = handshakes_.erase(it);
   }
+  end_rest(resting_of(stream));
   if (stream->lane == nullptr) {
     const std::lock_guard guard(laned_lock_);
     std::erase(laned_, stream);
@@ -85,12 +86,15 @@ void Service::look_after_lanes() noexcept {
     wake_for_words(*s);
     needs_looks_ = needs_looks_ || s->needs_looks();
     const Arrived last = s->lane != nullptr ? s->arrived() : Arrived{};
+    const std::uint64_t conn = s->conn;
+    const bool peer_gone = s->peer_gone.load();
     if (Lane* const spent = s->take_spent_lane()) {
       end_watch(*spent, last);
-      retire(nullptr, spent, s->conn, s->peer_gone);
+      retire(nullptr, spent, conn, peer_gone);
       if (s->watched) sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_DEL, s->fd, 0);
       s->watched = false;
-      streams_by_conn_.erase(s->conn);
+      streams_by_conn_.erase(conn);
+      if (s->phase.load() == Phase::resting) rest(*s, *spent);
       gone = true;
     }
     s->lock.unlock();
@@ -189,8 +193,10 @@ bool Service::stop_at_exit() noexcept {
       s->tend();
       if (!s->has_said_end()) s->end_tx_locked();
       s->unguard_resend();
+      const bool reset = s->rx.load() == RxState::lane && s->lane->unread() != 0;
+      if (reset && s->lane->stopped()) KeptBytes::set_linger(s->fd, {1, 0});
       if (!s->resend.empty()) engine::linger(s->fd, s->resend.take(), s->end_is_settled() ? nullptr : s->lane);
-      s->lane->write_word(kGone, s->rx.load() == RxState::lane && s->lane->unread() != 0 ? 1 : 0);
+      s->lane->write_word(kGone, reset ? 1 : 0);
       s->gone_is_said = true;
     }
     s->lock.unlock();

@@ -84,7 +84,8 @@ void Service::begin(StreamImpl* stream, std::uint16_t generation) noexcept {
   stream->lock.unlock();
   if (current && refused != LaneReason::none) search_is_over(stream);
   if (!current || refused != LaneReason::none) return;
-  if (stream->stats != nullptr) stream->stats->set_reason(LaneReason::no_peer);  // until somebody is found
+  if (stream->stats != nullptr && !stream->lane_was_up.load())
+    stream->stats->set_reason(LaneReason::no_peer);  // until somebody is found
   h.cookie = h.anchor.cookie;
   h.active = stream->role == Role::acceptor;
   h.deadline_ns = now_ns() + kHandshakeNs + static_cast<std::int64_t>(kMeetMs) * 1'000'000;
@@ -124,7 +125,8 @@ void Service::search_is_over(StreamImpl* stream) noexcept {
 
 void Service::give_up(Handshake& h, LaneReason reason) noexcept {
   (void)h.stream->lock.lock();
-  if (h.stream->generation.load() == h.generation && h.stream->phase.load() == Phase::pursued) h.stream->take_down_locked(reason);
+  if (h.stream->generation.load() == h.generation && h.stream->phase.load() == Phase::pursued && !rest_again(*h.stream, reason))
+    h.stream->take_down_locked(reason);
   h.stream->lock.unlock();
   search_is_over(h.stream);
   if (h.may_recover) links_->forget(h.key);
@@ -157,7 +159,7 @@ cm::Transcript Service::transcript_of(std::uint64_t cookie) {
     const auto bytes = record.bytes();
     return std::vector(bytes.begin(), bytes.end());
   };
-  return {copy(stream.transcript.sent), copy(stream.transcript.received), stream.strict.load()};
+  return {copy(stream.transcript.sent), copy(stream.transcript.received), stream.asks_no_proof};
 }
 
 void Service::on_cm_event(const cm::Event& event) noexcept {
@@ -262,7 +264,7 @@ void Service::finish(Handshake& h) noexcept {
     stream->watched = true;
     epoll_event ev{EPOLLIN | EPOLLRDHUP | EPOLLET, {.u64 = reinterpret_cast<std::uint64_t>(stream)}};
     sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_ADD, stream->fd, sys::arg(&ev));
-    if (stream->stats != nullptr) stream->stats->set_transport(transport_of(h.lane->device().attr()));
+    if (stream->stats != nullptr) stream->stats->set_transport(transport_of(h.lane->device()->attr()));
     begin_watch(h);
     stream->attach(h.lane);
     last_lane_up_ns_ = now_ns();
@@ -275,6 +277,7 @@ void Service::finish(Handshake& h) noexcept {
   const Stream handle = engine::handle_of(stream);
   stream->lock.unlock();
   if (current) {
+    on_return(stream);
     RDMA_LOG(info, "fd %d: lane up", stream->fd.load());
     engine::notify(handle);
     search_is_over(stream);

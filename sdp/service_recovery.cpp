@@ -51,7 +51,7 @@ void Service::begin_watch(const Handshake& h) {
   Watched w;
   w.stream = h.stream;
   w.lane = h.lane;
-  w.since_ns = now_ns();
+  w.since_ns = w.up_ns = now_ns();
   watched_[h.key] = w;
   key_of_[h.lane] = h.key;
   if (links_->has_link(h.key)) h.stream->recovery.store(Recovery::possible);
@@ -69,7 +69,7 @@ void Service::end_watch(const Lane& lane, const Arrived& last) {
 void Service::forget_lane(const Lane& lane) {
   const auto key = key_of_.find(&lane);
   if (key == key_of_.end()) return;
-  links_->forget(key->second);
+  if (!resting_.contains(key->second)) links_->forget(key->second);
   watched_.erase(key->second);
   key_of_.erase(key);
 }
@@ -120,9 +120,13 @@ void Service::probe(const PeerLinks::Key& key, Watched& w, std::int64_t now, std
 }
 
 void Service::on_link_message(const PeerLinks::Message& m) {
+  if (const auto resting = resting_.find(m.key); resting != resting_.end()) {
+    if (m.kind == Kind::again) return on_again(resting);
+    if (m.kind == Kind::unknown) return on_rest_lost(resting);
+  }
   const auto it = watched_.find(m.key);
   if (it == watched_.end()) {  // the handshake is not over, or was not to be
-    if (m.kind == Kind::ask) (void)links_->send({Kind::unknown, m.key, {}});
+    if (m.kind == Kind::ask || m.kind == Kind::again) (void)links_->send({Kind::unknown, m.key, {}});
     return;
   }
   Watched& w = it->second;
@@ -158,6 +162,9 @@ void Service::on_link_message(const PeerLinks::Message& m) {
         (void)links_->send({Kind::seen, m.key, answer});
         break;
       }
+      case Kind::again:
+        w.wanted = true;
+        break;
       case Kind::seen:
         if (static_cast<std::int32_t>(m.arrived.sent - m.arrived.received) > 0) (void)s.begin_recovery();
         break;
@@ -180,6 +187,7 @@ void Service::on_message_when_left(Watched& w, const PeerLinks::Message& m) {
 }
 
 void Service::on_link_lost(const PeerLinks::Key& key) {
+  if (const auto resting = resting_.find(key); resting != resting_.end()) on_rest_lost(resting);
   const auto it = watched_.find(key);
   if (it == watched_.end() || it->second.stream == nullptr) return;
   StreamImpl& s = *it->second.stream;
@@ -194,24 +202,60 @@ void Service::on_link_lost(const PeerLinks::Key& key) {
   channel_->ring();
 }
 
-/// Before a device goes: its streams leave it in good order, if their peers answer at once.
-void Service::recover_from(const rdma::Device& device) {
-  constexpr std::int64_t kPatienceNs = 500'000'000;
-  const auto on_it = [&](const StreamImpl* s) { return s->lane != nullptr && &s->lane->device() == &device; };
-  for (StreamImpl* s : laned_) {
-    (void)s->lock.lock();
-    if (on_it(s)) (void)s->begin_recovery();
-    s->lock.unlock();
+/// The device goes, and nothing of it may be left on it: the stream goes on with what is left of its lane, or without one. False:
+/// not yet, a thread waits on it or is closing it.
+bool Service::outlive(StreamImpl* s) {
+  (void)s->lock.lock();
+  bool goes_on = s->phase.load() == Phase::laned && (s->is_recovering() || s->is_recovered() || s->begin_recovery());
+  if (!goes_on && s->phase.load() == Phase::laned && s->lane_is_left()) {  // what the peer has sent is here
+    s->lane->stop();
+    goes_on = true;
   }
-  const std::int64_t until = now_ns() + kPatienceNs;
-  while (std::any_of(laned_.begin(), laned_.end(), on_it) && now_ns() < until) {
-    tend_watched();
-    pollfd p{links_->fd(), POLLIN, 0};
-    sys::call(SYS_poll, sys::arg(&p), 1, 5);
-    links_->progress();
-    take_commands();
-    look_after_lanes();
+  s->state_edges.fetch_add(1);  // who waits comes and looks
+  s->lane->wake_sleepers();
+  Lane* const left = goes_on && !s->is_through() && s->waiters == 0 ? leave_behind(s->lane) : nullptr;
+  const bool waits = s->waiters != 0;
+  if (left != nullptr) {
+    retire(nullptr, s->lane, s->conn, true);
+    streams_by_conn_.erase(s->conn);
+    s->conn = 0;
+    s->lane = left;
+    s->published_lane.store(left, std::memory_order_seq_cst);
   }
+  s->lock.unlock();
+  return left != nullptr || (!waits && detach(s));
+}
+
+/// Likewise of a closed stream, whose last bytes may wait for what the peer says. laned_lock_ is held.
+void Service::outlive_closed(std::size_t i) {
+  if (waits_for_peer(*dying_[i].lane)) {
+    dying_[i].lane->stop();
+    if (Lane* const left = leave_behind(dying_[i].lane)) {
+      Dying old = dying_[i];
+      engine::move_lingering(old.lane, left);
+      dying_[i].lane = left;
+      dying_[i].conn = 0;
+      if (old.stream != nullptr) old.stream->lane = left;
+      old.stream = nullptr;
+      old.peer_gone = true;
+      dying_.push_back(old);
+      return;
+    }
+  }
+  dying_[i].peer_gone = true;
+}
+
+/// nullptr: no memory.
+Lane* Service::leave_behind(const Lane* lane) {
+  void* const cell = engine::lane_cell();
+  Lane* const left = cell != nullptr ? lane->outlive_device(cell) : nullptr;
+  if (left == nullptr && cell != nullptr) engine::free_lane_cell(cell);
+  if (const auto known = key_of_.find(lane); left != nullptr && known != key_of_.end()) {
+    watched_.at(known->second).lane = left;
+    key_of_[left] = known->second;
+    key_of_.erase(lane);
+  }
+  return left;
 }
 
 }  // namespace sdp

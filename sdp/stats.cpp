@@ -57,7 +57,8 @@ constexpr ReasonRow kReasons[] = {
      "the process changed its credentials (setuid and its kin), which no RDMA device outlives", ""},
     {LaneReason::mode, "mode", "the socket is in a mode or made a call that no lane can have (MSG_OOB, SO_RCVLOWAT, O_ASYNC…)", ""},
     {LaneReason::peer_gone, "peer_gone", "the peer closed or died", ""},
-    {LaneReason::device_lost, "device_lost", "the device failed or was removed", ""},
+    {LaneReason::device_lost, "device_lost", "the device, or the path to the peer, failed",
+     "another lane is looked for from time to time; `rdma link` shows the devices"},
     {LaneReason::protocol_error, "protocol_error", "the peer broke the protocol", "SDP_LOG=info names the rule that it broke"},
     {LaneReason::not_connected, "not_connected", "never got connected", ""},
     {LaneReason::closed, "closed", "this side closed or shut it down", ""},
@@ -216,6 +217,8 @@ void begin(ConnStats* s, int fd) noexcept {
     for (Counter* c : {&t->bytes_sent, &t->messages_sent, &t->bytes_received, &t->messages_received}) c->reset();
   s->switches_up.reset();
   s->switches_down.reset();
+  s->lanes_failed.reset();
+  s->lanes_returned.reset();
   s->credits_send.store(0, std::memory_order_relaxed);
   s->credits_recv.store(0, std::memory_order_relaxed);
   s->reason.store(LaneReason::below_threshold, std::memory_order_relaxed);
@@ -356,6 +359,8 @@ ConnView view_of(const ConnStats& s) noexcept {
   v.tcp = traffic(s.tcp);
   v.switches_up = s.switches_up.get();
   v.switches_down = s.switches_down.get();
+  v.lanes_failed = s.lanes_failed.get();
+  v.lanes_returned = s.lanes_returned.get();
   v.credits_send = s.credits_send.load(std::memory_order_relaxed);
   v.credits_recv = s.credits_recv.load(std::memory_order_relaxed);
   v.reason = s.reason.load(std::memory_order_relaxed);
@@ -365,7 +370,8 @@ ConnView view_of(const ConnStats& s) noexcept {
 }
 
 void ProcessTotals::reset() noexcept {
-  for (auto* counter : {&sockets, &lane[0], &lane[1], &lane[2], &lane[3], &tcp[0], &tcp[1], &tcp[2], &tcp[3], &up, &down})
+  for (auto* counter :
+       {&sockets, &lane[0], &lane[1], &lane[2], &lane[3], &tcp[0], &tcp[1], &tcp[2], &tcp[3], &up, &down, &failed, &returned})
     counter->store(0, std::memory_order_relaxed);
   for (auto& lanes_of : lanes) lanes_of.store(0, std::memory_order_relaxed);
   for (auto& count : reasons) count.store(0, std::memory_order_relaxed);
@@ -379,6 +385,8 @@ void ProcessTotals::copy(const ProcessTotals& from) noexcept {
   for (int i = 0; i < 4; ++i) one(lane[i], from.lane[i]), one(tcp[i], from.tcp[i]);
   one(up, from.up);
   one(down, from.down);
+  one(failed, from.failed);
+  one(returned, from.returned);
   for (std::size_t i = 0; i < kTransports; ++i) one(lanes[i], from.lanes[i]);
   for (std::size_t i = 0; i < kLaneReasons; ++i) one(reasons[i], from.reasons[i]);
 }
@@ -398,6 +406,8 @@ void ProcessTotals::add(const ConnStats& s) noexcept {
   traffic(tcp, v.tcp);
   bump(up, v.switches_up);
   bump(down, v.switches_down);
+  bump(failed, v.lanes_failed);
+  bump(returned, v.lanes_returned);
   for (std::size_t t = 0; t < kTransports; ++t) bump(lanes[t], v.had_lanes >> t & 1);
   if (v.reason != LaneReason::none && static_cast<std::size_t>(v.reason) < kLaneReasons)
     bump(reasons[static_cast<std::size_t>(v.reason)], 1);

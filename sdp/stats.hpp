@@ -92,6 +92,8 @@ struct alignas(64) ConnStats {
 
   alignas(64) Counter switches_up;  ///< directions that went from TCP to the lane
   Counter switches_down;
+  Counter lanes_failed;                        ///< path or device; what was under way came by TCP, or the connection was reset
+  Counter lanes_returned;                      ///< lanes in place of those
   std::atomic<std::uint32_t> credits_send{0};  ///< messages that we may send now
   std::atomic<std::uint32_t> credits_recv{0};  ///< receive buffers posted for the peer
   std::atomic<LaneReason> reason{LaneReason::below_threshold};
@@ -120,7 +122,7 @@ using ConnSlot = ConnStats;
 
 inline constexpr char kStatsName[] = "sdpreload-stats";              ///< of the memfd
 inline constexpr std::uint64_t kStatsMagic = 0x5354415453504453ULL;  // "SDPSTATS" in memory
-inline constexpr std::uint32_t kStatsVersion = 1;  ///< raise it with any change of StatsHeader, ConnStats or LaneReason's order
+inline constexpr std::uint32_t kStatsVersion = 2;  ///< raise it with any change of StatsHeader, ConnStats or LaneReason's order
 inline constexpr std::uint32_t kStatsSlots = 1024;
 
 struct StatsHeader {

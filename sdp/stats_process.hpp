@@ -20,6 +20,7 @@ struct ConnView {
   EndpointText local, remote;
   TrafficView lane, tcp;
   std::uint64_t switches_up = 0, switches_down = 0;
+  std::uint64_t lanes_failed = 0, lanes_returned = 0;
   std::uint32_t credits_send = 0, credits_recv = 0;
   LaneReason reason = LaneReason::none;
   std::uint8_t transport = 0;  ///< 1 + Transport, 0: none
@@ -33,6 +34,7 @@ struct ProcessTotals {
   std::atomic<std::uint64_t> lane[4]{};   ///< in the order of TrafficView
   std::atomic<std::uint64_t> tcp[4]{};
   std::atomic<std::uint64_t> up{0}, down{0};
+  std::atomic<std::uint64_t> failed{0}, returned{0};
   std::atomic<std::uint64_t> lanes[kTransports]{};  ///< connections that had a lane on it
   std::atomic<std::uint64_t> reasons[kLaneReasons]{};
 

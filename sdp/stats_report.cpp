@@ -142,6 +142,7 @@ void emit_connection(Json& out, const ConnView& c, bool open) noexcept {
   emit_traffic(out, "lane", c.lane);
   emit_traffic(out, "tcp", c.tcp);
   out.object("switches").number("up", c.switches_up).number("down", c.switches_down).end_object();
+  out.object("failures").number("lanes", c.lanes_failed).number("returned", c.lanes_returned).end_object();
   out.object("credits").number("send", c.credits_send).number("recv", c.credits_recv).end_object();
   out.end_object();
 }
@@ -166,6 +167,7 @@ void emit_totals(Json& out, const ProcessTotals& t) noexcept {
   emit_pair(out, "tcp", get(t.tcp[1]), get(t.tcp[3]));
   out.end_object();
   out.object("switches").number("up", get(t.up)).number("down", get(t.down)).end_object();
+  out.object("failures").number("lanes", get(t.failed)).number("returned", get(t.returned)).end_object();
   out.object("reasons");
   for (std::size_t r = 0; r < kLaneReasons; ++r)
     if (const std::uint64_t n = get(t.reasons[r]); n != 0) out.number(to_string(static_cast<LaneReason>(r)), n);

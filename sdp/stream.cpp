@@ -207,6 +207,7 @@ void Stream::close(int fd) const noexcept {
     // Rule 7: closing with bytes unread resets the connection; the peer reads what it has and then gets ECONNRESET.
     const bool reset = s->rx.load(std::memory_order_relaxed) == RxState::lane && lane->unread() != 0;
     lane->write_word(kGone, reset ? 1 : 0);
+    if (reset && lane->stopped()) KeptBytes::set_linger(fd, {1, 0});  // no word reaches the peer: the kernel tells it
   }
   const bool waits_for_end = lane != nullptr && s->phase.load(std::memory_order_relaxed) == Phase::laned && s->fin_has_to_wait();
   if (waits_for_end || (!s->resend.empty() && !s->flush_resend(fd))) {

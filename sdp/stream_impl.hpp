@@ -2,8 +2,9 @@
 //
 // Phases:   unjudged ──the rules say both──> plain ──worth it──> pursued ──SDP established──> laned ──taken down──> final (TCP for
 // good)
-//                    ╰──the rules say sdp──────────────────────╯ strict: no byte goes by TCP before the lane is up; without one the
-//                                                                connection fails
+//                    ╰──the rules say sdp──────────────────────╯ ↑                              ╰──failed──> resting
+//                                                                ╰──from time to time, as both ends agree───╯
+//           strict, where the rules say sdp: no byte goes by TCP before the lane is up; without one the connection fails
 //
 // Directions, each on its own (architecture: PREPARE, READY, SWITCH(P), END):
 //   tx   tcp ──PREPARE──> prepared ──READY seen, nobody in a kernel send──> lane ──END──> ended (TCP again)
@@ -40,13 +41,14 @@
 
 namespace sdp {
 
-enum class Phase : std::uint8_t { unjudged, plain, pursued, laned, final };
+enum class Phase : std::uint8_t { unjudged, plain, pursued, laned, resting, final };
 enum class TxState : std::uint8_t { tcp, prepared, lane, ending, ended };
 enum class Asked : std::uint8_t { no, now, under_way };
 enum class RxState : std::uint8_t { tcp, ready, draining, lane, abandoned, resent, ended };
 
-/// Whether a failed lane can be left without a loss: `none`: no, there is no way to ask the peer.
-enum class Recovery : std::uint8_t { none, possible, under_way, over };
+/// Whether a failed lane can be left without a loss: `none`: no, there is no way to ask the peer; `done`: it has been; `over`: it
+/// could not.
+enum class Recovery : std::uint8_t { none, possible, under_way, done, over };
 
 class alignas(64) StreamImpl {
  public:
@@ -54,7 +56,7 @@ class alignas(64) StreamImpl {
   static constexpr std::size_t kBufferAhead = 64 * 1024;  ///< bytes that a large non-blocking send may leave in the buffer
   // --- first line: what every call looks at
   std::atomic<Phase> phase{Phase::plain};
-  std::atomic<bool> strict{false};  ///< policy sdp
+  std::atomic<bool> strict{false};  ///< policy sdp; until it has lost a lane, from when on it is like any other
   std::atomic<TxState> tx{TxState::tcp};
   std::atomic<RxState> rx{RxState::tcp};
   Role role = Role::unknown;
@@ -96,6 +98,8 @@ class alignas(64) StreamImpl {
   std::atomic<int> fd{-1};  ///< one that names the connection, as the shim said last; the cookie says whether it still does
   std::uint64_t cookie = 0;
   std::atomic<bool> lane_was_up{false};          ///< strict: from then on a lost lane is TCP's, as with both
+  bool asks_no_proof = false;                    ///< a lane though nothing was exchanged that could show who is there
+  bool taken_down = false;                       ///< for a reason that lasts: there will be no other lane
   std::atomic<bool> strict_failed{false};        ///< said once
   std::atomic<std::uint32_t> phase_word{0};      ///< changes when a strict stream's search is over; futex
   std::uint64_t switch_at = 0;                   ///< P of the receiving direction
@@ -135,6 +139,7 @@ class alignas(64) StreamImpl {
 
   // --- the switch (stream_switch.cpp); the lock is held
   void attach(Lane* new_lane) noexcept;
+  void forget_lane() noexcept;           ///< what the failed one has left behind: the next finds the stream as the first did
   void try_ready(int fd) noexcept;       ///< rx tcp -> ready, if the moment allows
   void try_switch(int fd) noexcept;      ///< tx prepared -> lane, likewise
   void advance_rx(int fd) noexcept;      ///< follows the words: ready -> draining -> lane -> ended
@@ -169,6 +174,8 @@ class alignas(64) StreamImpl {
   }
   /// RST, not FIN: neither side may take the stream for complete.
   void break_off(int fd) noexcept;
+  /// Bytes of the lane are lost, and no later ones may be taken for them.
+  void leave_gap(int fd) noexcept;
   /// Of an evacuated stream: is END_SEEN through, too? Asked again and again; the first time asks the device.
   bool last_words_arrived() noexcept;
   /// Another program goes on with the connection. What lies here unread does not follow it: rather no connection than a gap.
@@ -191,6 +198,7 @@ class alignas(64) StreamImpl {
   void give_up_recovery() noexcept;  ///< the peer cannot be asked: its process is gone, or it talks nonsense
   /// After FIN nothing can be sent again: it goes when the peer has acknowledged END.
   bool fin_has_to_wait() noexcept { return is_recovering() || (may_recover() && !end_is_settled()); }
+  bool is_recovered() const noexcept { return recovery.load(std::memory_order_acquire) == Recovery::done; }
   bool is_recovering() const noexcept { return recovery.load(std::memory_order_acquire) == Recovery::under_way; }
 
   void judge(int fd) noexcept;  ///< unjudged -> what the rules say, once the connection is made
@@ -247,6 +255,7 @@ class alignas(64) StreamImpl {
   bool fin_is_out() const noexcept { return tx_shut && !fin_due; }
   bool is_sound(const Arrived& peer) const noexcept;
   bool give_back_to_tcp(std::uint64_t from) noexcept;
+  long send_kept(int fd) noexcept;
   std::int64_t kernel_send(int fd, IovCursor& from, int flags);  ///< the caller has counted itself in
   std::int64_t kernel_recv(int fd, IovCursor& to, int flags);
   std::int64_t anchor_recv_nowait(int fd, IovCursor& to, std::size_t cap, int flags) noexcept;
@@ -297,8 +306,9 @@ void release_lingering(const Lane* lane) noexcept;
 /// That lane has failed, and the peer has said how much arrived: what did not goes out before the rest.
 void recover_lingering(const Lane* lane, const Arrived& peer) noexcept;
 bool lingers_behind(const Lane* lane) noexcept;
-bool flush_lingering() noexcept;  ///< false: some cannot go out yet
-void notify(Stream) noexcept;     ///< tell the shim (no lock held)
+void move_lingering(const Lane* lane, const Lane* left) noexcept;  ///< `left` takes the place of `lane`
+bool flush_lingering() noexcept;                                   ///< false: some cannot go out yet
+void notify(Stream) noexcept;                                      ///< tell the shim (no lock held)
 }  // namespace engine
 
 }  // namespace sdp

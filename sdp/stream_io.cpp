@@ -149,6 +149,7 @@ void StreamImpl::judge(int at) noexcept {
       break;
     case Family::sdp:
       strict.store(true);
+      asks_no_proof = true;
       if (phase.compare_exchange_strong(expected, Phase::pursued)) engine::pursue(this);
       break;
   }
@@ -315,7 +316,11 @@ std::int64_t StreamImpl::anchor_recv_nowait(int at, IovCursor& to, std::size_t c
   msg.msg_iovlen = count;
   const long n = sys::call(SYS_recvmsg, at, sys::arg(&msg), MSG_DONTWAIT | (flags & (MSG_PEEK | MSG_TRUNC)));
   if (n <= 0) return n;
-  if (!(flags & MSG_PEEK)) count_tcp(false, n);
+  if (!(flags & MSG_PEEK)) {
+    if (flags & MSG_TRUNC) transcript.received.close();
+    transcript.received.add({iov, count}, static_cast<std::size_t>(n), kernel_receivers.load(std::memory_order_acquire) + 1);
+    count_tcp(false, n);
+  }
   to.skip(static_cast<std::size_t>(n));
   return n;
 }
@@ -557,7 +562,7 @@ int StreamImpl::wait(bool for_send, std::int64_t deadline, bool has_timeout, Pat
     std::atomic<std::uint32_t>* word = l->wake_word();
     const std::uint32_t seen = word->load(std::memory_order_acquire);
     l->arm(rdma::kWakeWord);
-    l->device().arm_fence();
+    if (rdma::Device* const device = l->device()) device->arm_fence();
     if (!woken()) {
       timespec left{};
       bool expired = false;

@@ -24,7 +24,10 @@ bool StreamImpl::begin_recovery() noexcept {
   } else if (now == TxState::prepared) {
     tx.store(TxState::ended, std::memory_order_release);
   }
-  if (stats != nullptr) stats->set_reason(LaneReason::device_lost);
+  if (stats != nullptr) {
+    stats->lanes_failed.add(1);
+    stats->set_reason(LaneReason::device_lost);
+  }
   end_due_ns.store(0, std::memory_order_relaxed);
   state_edges.fetch_add(1, std::memory_order_relaxed);
   lane->wake_sleepers();
@@ -33,7 +36,7 @@ bool StreamImpl::begin_recovery() noexcept {
 }
 
 void StreamImpl::lane_is_disconnected() noexcept {
-  if (phase.load(std::memory_order_relaxed) == Phase::laned && (is_recovering() || begin_recovery())) return;
+  if (phase.load(std::memory_order_relaxed) != Phase::laned || is_recovering() || begin_recovery()) return;
   peer_gone.store(true, std::memory_order_relaxed);
   state_edges.fetch_add(1, std::memory_order_relaxed);
 }
@@ -65,7 +68,7 @@ void StreamImpl::recover(const Arrived& peer) noexcept {
   if (recovery.load(std::memory_order_relaxed) != Recovery::under_way) return;
   const bool ending = tx.load(std::memory_order_relaxed) == TxState::ending;
   if (!is_sound(peer) || (ending && !give_back_to_tcp(peer.received))) return give_up_recovery();
-  recovery.store(Recovery::over, std::memory_order_release);
+  recovery.store(Recovery::done, std::memory_order_release);
   if (ending) tx.store(TxState::ended, std::memory_order_release);
   if (rx.load(std::memory_order_relaxed) == RxState::abandoned) rx.store(before_abandon, std::memory_order_relaxed);
   if (peer.switched) {
@@ -84,8 +87,25 @@ void StreamImpl::recover(const Arrived& peer) noexcept {
   engine::nudge();
 }
 
+void StreamImpl::forget_lane() noexcept {
+  state_edges.fetch_add(lane->rx_arrivals() + 1, std::memory_order_relaxed);  // Stream::rx_edges() never goes back
+  recovery.store(Recovery::none, std::memory_order_relaxed);
+  strict.store(false, std::memory_order_relaxed);
+  peer_gone.store(false, std::memory_order_relaxed);
+  anchor_event.store(false, std::memory_order_relaxed);
+  has_large_buffer.store(false, std::memory_order_relaxed);
+  tx_blocked.store(false, std::memory_order_relaxed);
+  full_at.store(0, std::memory_order_relaxed);
+  end_due_ns.store(0, std::memory_order_relaxed);
+  asked_down.store(Asked::no, std::memory_order_relaxed);
+  tx_switched = end_acknowledged = awaits_posts = gone_is_said = false;
+  doubts = words_seen = 0;
+  switch_at = tx_switched_at = resent_from = resent_to = 0;
+  conn = 0;
+}
+
 void StreamImpl::give_up_recovery() noexcept {
-  if (recovery.load(std::memory_order_relaxed) == Recovery::over) return;
+  if (const Recovery now = recovery.load(std::memory_order_relaxed); now == Recovery::over || now == Recovery::done) return;
   const bool begun = recovery.exchange(Recovery::over, std::memory_order_acq_rel) == Recovery::under_way;
   if (phase.load(std::memory_order_relaxed) != Phase::laned) return;
   peer_gone.store(true, std::memory_order_relaxed);

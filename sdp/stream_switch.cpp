@@ -5,6 +5,8 @@
 #include <sys/ioctl.h>
 #include <sys/socket.h>
 
+#include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstddef>
 #include <cstring>
@@ -63,13 +65,11 @@ bool StreamImpl::names_us(int at) const noexcept {
 void StreamImpl::attach(Lane* new_lane) noexcept {
   lane = new_lane;
   published_lane.store(new_lane, std::memory_order_release);
-  lane_was_up.store(true, std::memory_order_relaxed);
+  if (lane_was_up.exchange(true, std::memory_order_relaxed) && stats != nullptr) stats->lanes_returned.add(1);
   owner = engine::process_id();
   tx.store(TxState::prepared, std::memory_order_relaxed);
   rx.store(RxState::tcp, std::memory_order_relaxed);
   anchor_event.store(false, std::memory_order_relaxed);
-  transcript.sent.close();
-  transcript.received.close();
   phase.store(Phase::laned, std::memory_order_seq_cst);
   lane->write_word(kPrepare, 0);
   end_if_half_closed(fd);
@@ -257,13 +257,14 @@ void StreamImpl::handle_abandon(int at) noexcept {
 // other sends the rest by TCP, and nothing is lost. After a failure of the device nobody knows what has arrived.
 void StreamImpl::leave_dead_lane(int at) noexcept {
   if (!lane->dead() || lane_is_left() || is_recovering() || begin_recovery()) return;
-  if (recovery.load(std::memory_order_relaxed) == Recovery::over || (tx.load() == TxState::ended && rx.load() == RxState::ended))
-    return;
+  const Recovery now = recovery.load(std::memory_order_relaxed);
+  if (now == Recovery::over || now == Recovery::done || (tx.load() == TxState::ended && rx.load() == RxState::ended)) return;
   if (lane->violated()) return take_down_locked(LaneReason::protocol_error);
   if (lane->unordered()) return leave_failed_lane(at);
   RDMA_LOG(error, "fd %d: the lane failed (%s) with bytes under way; the connection is reset", at, lane->failure());
+  if (stats != nullptr) stats->lanes_failed.add(1);
   take_down_locked(LaneReason::device_lost);
-  reset_here(at);
+  leave_gap(at);
 }
 
 bool StreamImpl::flush_resend(int at) noexcept {
@@ -274,7 +275,7 @@ bool StreamImpl::flush_resend(int at) noexcept {
     return true;
   }
   while (!resend.empty()) {
-    const long n = resend.send_by(at);
+    const long n = send_kept(at);
     if (n == -EAGAIN || n == -EINTR) {
       guard_resend();
       return false;
@@ -284,6 +285,17 @@ bool StreamImpl::flush_resend(int at) noexcept {
   unguard_resend();
   if (std::exchange(fin_due, false)) sys::call(SYS_shutdown, at, SHUT_WR);
   return true;
+}
+
+long StreamImpl::send_kept(int at) noexcept {
+  std::array<std::byte, Transcript::kMost> first;
+  const std::size_t shown = transcript.sent.is_open() ? std::min(resend.size(), first.size()) : 0;
+  std::memcpy(first.data(), resend.data(), shown);
+  const long n = resend.send_by(at);
+  if (n <= 0 || shown == 0) return n;
+  const iovec bytes{first.data(), shown};
+  transcript.sent.add({&bytes, 1}, static_cast<std::size_t>(n), kernel_senders.load(std::memory_order_acquire) + 1);
+  return n;
 }
 
 void StreamImpl::guard_resend() noexcept {
@@ -304,6 +316,7 @@ void StreamImpl::tend() noexcept {
       asked_down.store(is_through() ? Asked::no : Asked::under_way, std::memory_order_relaxed);
     }
     (void)end_is_settled();
+    if (tx.load(std::memory_order_relaxed) == TxState::prepared) lane->drain();  // the program's calls look at TCP alone
     leave_dead_lane(fd);
     if (rx.load(std::memory_order_relaxed) == RxState::lane) look_at_anchor(fd);
     give_up_on_end(fd);
@@ -317,7 +330,9 @@ Lane* StreamImpl::take_spent_lane() noexcept {
       rx.load(std::memory_order_relaxed) != RxState::ended)
     return nullptr;
   lane->write_word(kGone, 0);
-  phase.store(Phase::final, std::memory_order_seq_cst);
+  const bool rests = recovery.load(std::memory_order_relaxed) == Recovery::done && !taken_down;
+  if (rests) forget_lane();
+  phase.store(rests ? Phase::resting : Phase::final, std::memory_order_seq_cst);
   published_lane.store(nullptr, std::memory_order_release);
   return std::exchange(lane, nullptr);
 }
@@ -325,6 +340,7 @@ Lane* StreamImpl::take_spent_lane() noexcept {
 // Rule 8: stores only, waits for nobody; also in a fork's child and before exec.
 void StreamImpl::take_down_locked(LaneReason reason) noexcept {
   if (inherited != nullptr) return take_down_inherited(reason);
+  taken_down = true;
   if (phase.load(std::memory_order_relaxed) != Phase::laned) {
     phase.store(Phase::final, std::memory_order_release);
     if (stats != nullptr) stats->set_reason(reason);

@@ -14,6 +14,8 @@
 
 namespace sdp {
 
+namespace sys = rdma::sys;
+
 bool StreamImpl::end_is_settled() noexcept {
   if (tx.load(std::memory_order_relaxed) != TxState::ending) return true;
   if (!lane->said(kEndSeen) && (is_recovering() || !lane_is_left())) return false;
@@ -70,7 +72,7 @@ void StreamImpl::give_up_on_end(int at) noexcept {
   if (stats != nullptr) stats->set_reason(LaneReason::peer_gone);
   peer_gone.store(true, std::memory_order_relaxed);
   state_edges.fetch_add(1, std::memory_order_relaxed);
-  reset_here(at);
+  leave_gap(at);
 }
 
 // Bytes that the parent has taken in and not read lie in its own memory: with some of them this does not succeed.
@@ -83,7 +85,7 @@ bool StreamImpl::ask_parent_down(StreamImpl& parent, std::uint16_t generation) n
     const bool through = parent.generation.load(std::memory_order_relaxed) != generation || parent.is_through();
     parent.lock.unlock();
     if (through) return true;
-    rdma::sys::call(SYS_poll, 0, 0, kStepMs);
+    sys::call(SYS_poll, 0, 0, kStepMs);
   }
   return false;
 }
@@ -96,8 +98,20 @@ void StreamImpl::leave_failed_lane(int at) noexcept {
   RDMA_LOG(info, "fd %d: the lane failed (%s)%s", at, lane->failure(),
            lost ? " with bytes under way; the connection is reset" : "");
   peer_gone.store(true, std::memory_order_relaxed);
+  if (lost && stats != nullptr && recovery.load(std::memory_order_relaxed) == Recovery::none) stats->lanes_failed.add(1);
   take_down_locked(LaneReason::device_lost);
-  if (lost) reset_here(at);
+  if (lost) leave_gap(at);
+}
+
+// To the peer it is a RST, and here what a RST leaves: one ECONNRESET, behind what has come by the lane; then the end.
+void StreamImpl::leave_gap(int at) noexcept {
+  reset_by_peer = true;
+  if (!names_us(at)) return;
+  break_off(at);
+  sys::call(SYS_shutdown, at, SHUT_RDWR);
+  int told = 0;
+  socklen_t size = sizeof told;
+  sys::call(SYS_getsockopt, at, SOL_SOCKET, SO_ERROR, sys::arg(&told), sys::arg(&size));
 }
 
 bool StreamImpl::last_words_arrived() noexcept {
@@ -118,7 +132,7 @@ void StreamImpl::reset_if_bytes_stay(int at) noexcept {
 
 void StreamImpl::break_off(int at) noexcept {
   const sockaddr nobody{.sa_family = AF_UNSPEC, .sa_data = {}};
-  if (names_us(at)) rdma::sys::call(SYS_connect, at, rdma::sys::arg(&nobody), sizeof nobody);
+  if (names_us(at)) sys::call(SYS_connect, at, sys::arg(&nobody), sizeof nobody);
 }
 
 }  // namespace sdp

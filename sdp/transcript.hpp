@@ -1,6 +1,7 @@
 // Transcript: the first bytes that TCP carried for a stream, each way. On devices between hosts both ends show each other that they
-// know them (rdma_core/cm/rdma_cm.hpp). What was not seen here (bytes of two threads at a time, or never in the program's memory)
-// ends the record of its direction: it holds the stream's first bytes without a gap, or fewer.
+// know them (rdma_core/cm/rdma_cm.hpp), again if a lane has failed and another is to be made: bytes that a lane carried are no part
+// of it. What was not seen here (bytes of two threads at a time, or never in the program's memory) ends the record of its
+// direction: it holds the first bytes of TCP's without a gap, or fewer.
 //
 // Threads: a thread that has moved bytes calls add() while it is still counted in, with how many are; anybody may read.
 #pragma once

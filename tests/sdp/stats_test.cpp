@@ -136,6 +136,8 @@ BOOST_AUTO_TEST_CASE(open_and_closed_connections_are_counted_once) {
     a->lane.bytes_received.add(3);
     a->lane.messages_received.add(2);
     a->switches_up.add(2);
+    a->lanes_failed.add(3);
+    a->lanes_returned.add(1);
     a->credits_send.store(9);
     ConnStats* b = acquire_stats(6);
     b->set_reason(LaneReason::no_peer);
@@ -148,6 +150,7 @@ BOOST_AUTO_TEST_CASE(open_and_closed_connections_are_counted_once) {
     EXPECT(j["bytes"]["tcp"] == json({{"sent", 100}, {"received", 11}}));
     EXPECT(j["messages"]["lane"] == json({{"sent", 7}, {"received", 2}}));
     EXPECT(j["switches"] == json({{"up", 2}, {"down", 0}}));
+    EXPECT(j["failures"] == json({{"lanes", 3}, {"returned", 1}}));
     EXPECT(j["reasons"] == json({{"no_peer", 1}}));
     EXPECT(j["connections"].size() == 2);
     EXPECT(j["connections"][0]["fd"] == 5);
@@ -166,7 +169,7 @@ BOOST_AUTO_TEST_CASE(open_and_closed_connections_are_counted_once) {
     release_stats(a);
     release_stats(b);
     const json later = report();
-    for (const char* key : {"sockets", "lanes", "bytes", "messages", "switches"}) EXPECT(later[key] == j[key]);
+    for (const char* key : {"sockets", "lanes", "bytes", "messages", "switches", "failures"}) EXPECT(later[key] == j[key]);
     EXPECT(later["reasons"] == json({{"no_peer", 1}, {"peer_gone", 1}}));
     EXPECT(later["connections"].size() == 2);
     EXPECT(later["connections"][0]["fd"] == 6);  // the newest first

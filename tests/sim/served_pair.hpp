@@ -5,6 +5,7 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 
@@ -15,23 +16,26 @@ namespace sdp::sim {
 /// What carried the bytes: a test that passes because everything fell back to TCP is none.
 struct Carried {
   std::uint64_t by_lane = 0, by_tcp = 0, switches_up = 0, switches_down = 0;
+  std::uint64_t returned = 0, by_returned = 0;  ///< lanes in place of failed ones, and the bytes of those among `by_lane`
 };
 
 /// One process: its program's stream and what its service thread knows of the lane.
 struct Served {
-  int epoll = -1;               ///< the service thread's, with the anchor in it
-  bool open = true;             ///< the program has not closed it
-  bool dead = false;            ///< the process was killed
-  bool retiring = false;        ///< the stream is through with the lane; it goes when the peer writes no more
-  bool peer_gone = false;       ///< the CM said so
-  bool disconnected = false;    ///< the CM will say so
-  bool asks = false;            ///< its lane has failed
-  std::optional<Arrived> said;  ///< to a peer that asks after the lane has failed
+  int epoll = -1;                               ///< the service thread's, with the anchor in it
+  bool open = true;                             ///< the program has not closed it
+  bool dead = false;                            ///< the process was killed
+  bool retiring = false;                        ///< the stream is through with the lane; it goes when the peer writes no more
+  bool peer_gone = false;                       ///< the CM said so
+  bool disconnected = false;                    ///< the CM will say so
+  bool asks = false;                            ///< its lane has failed
+  std::optional<Arrived> said;                  ///< to a peer that asks after the lane has failed
+  std::optional<std::uint64_t> by_lane_before;  ///< bytes received when the first lane came in place of a failed one
 };
 
 class ServedPair {
  public:
-  ServedPair(Hosts& hosts, const LaneLimits& limits, int kernel_buffer) : hosts_(hosts), pair_(hosts, limits, kernel_buffer) {
+  ServedPair(Hosts& hosts, const LaneLimits& limits, int kernel_buffer)
+      : hosts_(hosts), limits_(limits), pair_(hosts, limits, kernel_buffer) {
     for (unsigned i : {0U, 1U}) {
       served_[i].epoll = epoll_create1(EPOLL_CLOEXEC);
       pair_[i].stream->stats = acquire_stats(pair_[i].fd);
@@ -52,7 +56,12 @@ class ServedPair {
     Served& s = served_[i];
     StreamEnd& e = pair_[i];
     if (e.lane == nullptr || s.retiring || s.dead) return;
-    if (s.open && s.peer_gone) e.handle().take_down(LaneReason::peer_gone);  // the handshake has failed
+    if (s.open && s.peer_gone && e.stream->phase.load() == Phase::pursued) {  // the handshake has failed
+      if (e.stream->lane_was_up)
+        e.stream->phase = Phase::resting;
+      else
+        e.handle().take_down(LaneReason::peer_gone);
+    }
     if (!s.open || e.stream->phase.load() != Phase::pursued) {
       if (s.open && e.stream->lane != nullptr) return;
       e.lane->write_word(kGone, 0);
@@ -63,6 +72,7 @@ class ServedPair {
     epoll_ctl(s.epoll, EPOLL_CTL_ADD, e.fd, &ev);
     e.stream->stats->set_transport(Transport::local);
     if (hosts_.unordered()) e.stream->recovery = Recovery::possible;
+    if (e.stream->lane_was_up && !s.by_lane_before) s.by_lane_before = e.stream->stats->lane.bytes_received.get();
     pair_.attach(i);
   }
 
@@ -94,6 +104,23 @@ class ServedPair {
   }
   Hosts& hosts() { return hosts_; }
 
+  /// If both have left a failed lane and look for another, there is one; attach() is due on each side.
+  bool renew() {
+    for (unsigned i : {0U, 1U}) {
+      const StreamEnd& e = pair_[i];
+      if (!served_[i].open || e.lane != nullptr || e.stream->phase.load() != Phase::resting) return false;
+    }
+    check_transcripts();
+    for (unsigned i : {0U, 1U}) {
+      Served& s = served_[i];
+      s.retiring = s.peer_gone = s.disconnected = s.asks = false;
+      s.said.reset();
+      pair_[i].stream->phase = Phase::pursued;
+    }
+    pair_.make_lanes(hosts_, limits_);
+    return true;
+  }
+
   /// The path of the lane fails, as this side sees it.
   bool fail(unsigned i) {
     StreamEnd& e = pair_[i];
@@ -101,6 +128,24 @@ class ServedPair {
     rdma::QpAttributes over;
     over.state = rdma::QpState::error;
     return e.lane->qp().modify(over).ok();
+  }
+
+  /// The device of this side's lane goes: nothing of the lane may stay on it.
+  bool lose_device(unsigned i) {
+    StreamEnd& e = pair_[i];
+    if (!hosts_.unordered() || !served_[i].open || e.stream->lane == nullptr || e.lane->device() == nullptr) return false;
+    StreamImpl& s = *e.stream;
+    (void)s.lock.lock();
+    const bool goes_on = s.is_recovering() || s.is_recovered() || s.begin_recovery();
+    Lane* const left = goes_on ? s.lane->outlive_device(engine::lane_cell()) : nullptr;
+    if (left != nullptr) {
+      s.lane = left;
+      s.published_lane = left;
+      free_lane(e.lane);
+      e.lane = left;
+    }
+    s.lock.unlock();
+    return left != nullptr;
   }
 
   void close(unsigned i) {
@@ -139,6 +184,22 @@ class ServedPair {
   }
 
  private:
+  /// What both ends show each other of TCP's first bytes before they make another lane: one knows what the other does, or its
+  /// beginning.
+  void check_transcripts() {
+    for (unsigned i : {0U, 1U}) {
+      const StreamImpl& from = *pair_[i].stream;
+      const StreamImpl& to = *pair_[1 - i].stream;
+      const auto sent = from.transcript.sent.bytes(), received = to.transcript.received.bytes();
+      if (received.size() > sent.size() || !std::equal(received.begin(), received.end(), sent.begin()))
+        broken("transcripts differ: ", sent.size(), " bytes sent, ", received.size(), " received");
+      const auto is_whole = [](const Transcript::Record& record, std::uint64_t all) {
+        return !record.is_open() || record.bytes().size() == all;
+      };
+      if (!is_whole(from.transcript.sent, from.tcp_sent)) broken("side ", i, " does not know what it has sent by TCP");
+      if (!is_whole(to.transcript.received, to.tcp_received)) broken("side ", 1 - i, " does not know what TCP has brought");
+    }
+  }
   void exchange_when_closed(unsigned i) {
     Served& s = served_[i];
     Lane& lane = *pair_[i].lane;
@@ -193,9 +254,13 @@ class ServedPair {
     carried_.by_tcp += e.stream->stats->tcp.bytes_received.get();
     carried_.switches_up += e.stream->stats->switches_up.get();
     carried_.switches_down += e.stream->stats->switches_down.get();
+    carried_.returned += e.stream->stats->lanes_returned.get();
+    const Served& s = served_[e.fd == pair_[0].fd ? 0 : 1];
+    if (s.by_lane_before) carried_.by_returned += e.stream->stats->lane.bytes_received.get() - *s.by_lane_before;
   }
 
   Hosts& hosts_;
+  LaneLimits limits_;
   StreamPair pair_;
   std::array<Served, 2> served_;
   Carried carried_;

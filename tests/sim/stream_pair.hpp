@@ -97,8 +97,12 @@ class StreamPair {
       end.stream->phase = Phase::pursued;
       socklen_t len = sizeof end.stream->cookie;
       if (getsockopt(end.fd, SOL_SOCKET, SO_COOKIE, &end.stream->cookie, &len) != 0) broken("no cookie");
-      end.lane = hosts.host[i].make(limits);
+      end.stream->transcript.restart(true);
     }
+    make_lanes(hosts, limits);
+  }
+  void make_lanes(Hosts& hosts, const LaneLimits& limits) {
+    for (unsigned i : {0U, 1U}) ends_[i].lane = hosts.host[i].make(limits);
     for (unsigned i : {0U, 1U}) {
       const auto peer = static_cast<std::uint32_t>(ends_[1 - i].lane->qp().qpn());
       rdma::shm::test::qp_to_rts(ends_[i].lane->qp(), peer, hosts.device[i]->attr().node_type);

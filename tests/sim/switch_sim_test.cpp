@@ -22,6 +22,7 @@ struct Case {
   unsigned take_down_permille = 0, end_permille = 0;
   bool deaths = false;
   unsigned fail_permille = 0;
+  unsigned return_percent = 0;  ///< how soon another lane takes a failed one's place
   std::size_t largest = 0;
   unsigned arriving = 0;  ///< per cent: how often something posted on an unordered lane arrives
 };
@@ -44,6 +45,7 @@ Case case_of(std::uint64_t seed) {
   c.end_permille = chance.percent(50) ? static_cast<unsigned>(chance.pick(1, 10)) : 0;
   c.deaths = chance.percent(30);
   c.fail_permille = chance.percent(40) ? static_cast<unsigned>(chance.pick(1, 20)) : 0;
+  c.return_percent = static_cast<unsigned>(chance.pick(0, 50));
   c.largest = std::size_t{1} << chance.pick(4, 19);
   c.arriving = static_cast<unsigned>(chance.pick(1, 60));
   return c;
@@ -64,6 +66,8 @@ class Rig {
 
   void run() {
     for (std::uint64_t n = 0; n < case_.actions; ++n) {
+      if (chance_.percent(case_.return_percent) && ends_.renew())
+        for (std::uint64_t& at : case_.attach_at) at = n + chance_.pick(0, 10);
       for (unsigned i : {0U, 1U})
         if (n == case_.attach_at[i]) ends_.attach(i);
       act(static_cast<unsigned>(chance_.pick(0, 1)));
@@ -85,6 +89,30 @@ class Rig {
       const auto i = static_cast<unsigned>(chance_.pick(0, 1));
       if (chance_.percent(20)) ends_.end(i).handle().take_down(LaneReason::mode);
       settle("after both had filled their buffers");
+    }
+    finish();
+  }
+
+  /// Lanes fail, in whatever state, and each time another one takes the failed one's place.
+  void lose_and_return() {
+    for (std::uint64_t round = chance_.pick(1, 5); round != 0; --round) {
+      std::array<std::uint64_t, 2> attach_at{chance_.pick(0, 10), chance_.pick(0, 10)};
+      const std::uint64_t fails_at = chance_.pick(11, case_.actions - 1);
+      for (std::uint64_t n = 0; n < case_.actions; ++n) {
+        for (unsigned i : {0U, 1U})
+          if (n == attach_at[i]) ends_.attach(i);
+        if (n == fails_at) lose(static_cast<unsigned>(chance_.pick(0, 1)));
+        act(static_cast<unsigned>(chance_.pick(0, 1)));
+      }
+      settle("after a failure");
+      for (int patience = 100; !ends_.renew(); --patience) {
+        if (patience == 0) broken("no lane again: ", state(0), " / ", state(1));
+        ends_.hosts().release_all();
+        for (unsigned i : {0U, 1U}) {
+          ends_.serve(i);
+          if (receive(i, 1) > 0) broken("side ", i, " got a byte that nobody sent");
+        }
+      }
     }
     finish();
   }
@@ -124,16 +152,15 @@ class Rig {
     const std::uint64_t rare = chance_.pick(0, 999);
     if (rare < case_.take_down_permille) return e.handle().take_down(LaneReason::mode);
     if (rare >= 1000 - case_.end_permille) return end(i);
-    if (rare >= 500 && rare < 500 + case_.fail_permille) {
-      failed_ = ends_.fail(i) || failed_;
-      return;
-    }
+    if (rare >= 500 && rare < 500 + case_.fail_permille) return lose(i);
     if (chance_.percent(10)) return poll_agrees(i);
     if (chance_.percent(case_.sending[i]))
       send(i, chance_.size(case_.largest));
     else
       receive(i, chance_.size(case_.largest));
   }
+
+  void lose(unsigned i) { failed_ = (chance_.percent(50) ? ends_.lose_device(i) : ends_.fail(i)) || failed_; }
 
   /// SDP_SEED_TRACE: how both stand before each action of a replayed seed.
   void trace(unsigned i) {
@@ -373,11 +400,14 @@ struct Totals {
     carried.by_tcp += rig.carried().by_tcp;
     carried.switches_up += rig.carried().switches_up;
     carried.switches_down += rig.carried().switches_down;
+    carried.returned += rig.carried().returned;
+    carried.by_returned += rig.carried().by_returned;
   }
   std::string text() const {
     return std::to_string(seeds) + " seeds, " + std::to_string(with_lane) + " with bytes by lane, " + std::to_string(lossless) +
            " without a reset; bytes by lane " + std::to_string(carried.by_lane) + ", by TCP " + std::to_string(carried.by_tcp) +
-           "; switches up " + std::to_string(carried.switches_up) + ", down " + std::to_string(carried.switches_down);
+           "; switches up " + std::to_string(carried.switches_up) + ", down " + std::to_string(carried.switches_down) +
+           "; lanes returned " + std::to_string(carried.returned) + " with " + std::to_string(carried.by_returned) + " bytes";
   }
 };
 
@@ -397,6 +427,26 @@ BOOST_AUTO_TEST_CASE(the_stream_is_whole_whatever_carries_it) {
   BOOST_TEST(totals.carried.by_lane > totals.carried.by_tcp / 6, totals.text());
   BOOST_TEST(totals.carried.switches_up > totals.seeds, totals.text());
   BOOST_TEST(totals.carried.switches_down > totals.seeds / 4, totals.text());
+  BOOST_TEST(totals.carried.returned > totals.seeds / 40, totals.text());
+}
+
+BOOST_AUTO_TEST_CASE(another_lane_takes_the_place_of_a_failed_one) {
+  Totals totals;
+  std::uint64_t with_returned = 0;
+  for_each_seed("return", 150, [&](std::uint64_t seed) {
+    Case c = case_of(seed);
+    c.take_down_permille = c.end_permille = c.fail_permille = 0;
+    c.actions = std::max<std::uint64_t>(c.actions, 40);
+    Rig rig(seed, c, hosts_of(seed % 2 + 2));  // the unordered ones
+    rig.lose_and_return();
+    totals.add(rig);
+    with_returned += rig.carried().by_returned != 0;
+  });
+  BOOST_TEST_MESSAGE(totals.text());
+  if (totals.seeds < 100) return;
+  BOOST_TEST(totals.lossless == totals.seeds, totals.text());
+  BOOST_TEST(totals.carried.returned >= 2 * totals.seeds, totals.text());
+  BOOST_TEST(with_returned * 2 > totals.seeds, totals.text());
 }
 
 BOOST_AUTO_TEST_CASE(both_may_fill_their_buffers_and_nobody_is_stuck) {
