@@ -77,6 +77,8 @@ bool Service::rest_again(StreamImpl& s, LaneReason why) {
   const auto at = resting_of(&s);
   if (at == resting_.end() || why == LaneReason::exec || why == LaneReason::credentials) return false;
   s.phase.store(Phase::resting, std::memory_order_release);
+  const bool is_path = why == LaneReason::no_peer || why == LaneReason::other_host || why == LaneReason::peer_gone;
+  if (s.stats != nullptr) s.stats->set_reason(is_path ? LaneReason::device_lost : why);
   paces_[at->second.peer].fail(now_ns());
   at->second.step = Resting::Step::idle;
   returns_due_ns_ = 0;
