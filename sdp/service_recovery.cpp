@@ -214,7 +214,7 @@ bool Service::outlive(StreamImpl* s) {
   s->state_edges.fetch_add(1);  // who waits comes and looks
   s->lane->wake_sleepers();
   Lane* const left = goes_on && !s->is_through() && s->waiters == 0 ? leave_behind(s->lane) : nullptr;
-  const bool waits = s->waiters != 0;
+  const bool waits = s->changes_lane = s->waiters != 0;
   if (left != nullptr) {
     retire(nullptr, s->lane, s->conn, true);
     streams_by_conn_.erase(s->conn);

@@ -81,6 +81,7 @@ class alignas(64) StreamImpl {
   bool end_acknowledged = false;       ///< END_SEEN is said
   bool gone_is_said = false;           ///< at exit
   bool awaits_posts = false;           ///< see last_words_arrived()
+  bool changes_lane = false;           ///< another is about to take the lane's place: nobody begins to wait for this one
   bool watched = false;                ///< the anchor is in the service thread's epoll
   std::uint8_t doubts = 0;             ///< how often our counts differed from the kernel's
 

@@ -551,6 +551,12 @@ int StreamImpl::wait(bool for_send, std::int64_t deadline, bool has_timeout, Pat
     return changed(for_send) || state_edges.load(std::memory_order_acquire) != edges ||
            generation.load(std::memory_order_acquire) != gen;
   };
+  if (changes_lane) {
+    lock.unlock();
+    sys::call(SYS_poll, 0, 0, 1);
+    (void)lock.lock();
+    return patience == Patience::spin ? kNothingYet : 0;
+  }
   Lane* const l = lane;
   l->settle();
   if (!for_send) l->burst_is_over();
