@@ -112,9 +112,10 @@ class IbRendezvous final : public Rendezvous {
     on_answer_(cookie, code);
   }
   void answer(const CmEvent& event, const IpAddress& server) {
-    const auto o = offer::Offer::parse(event.private_data());
+    auto o = offer::Offer::parse(event.private_data());
     offer::Answer a;
     if (o && peer_of(event.request.get()).same_host(o->client)) {
+      o->client.scope = server.scope;
       a.token = o->token;
       a.code = on_offer_(*o, server);
     }

@@ -15,8 +15,8 @@ namespace rdma::cm {
 
 struct IpAddress {
   sa_family_t family = AF_UNSPEC;
-  std::uint16_t port = 0;  ///< host order
-  std::uint32_t scope = 0;
+  std::uint16_t port = 0;             ///< host order
+  std::uint32_t scope = 0;            ///< index of the network device, of a link-local address
   std::array<std::byte, 16> bytes{};  ///< IPv4: the first four
 
   friend auto operator<=>(const IpAddress&, const IpAddress&) = default;
@@ -69,7 +69,10 @@ struct IpAddress {
     ip.port = other;
     return ip;
   }
-  bool same_host(const IpAddress& other) const noexcept { return with_port(0) == other.with_port(0); }
+  /// Of a link-local address the scope may not be known: it is not sent, and an IB CM does not tell that of a request's sender.
+  bool same_host(const IpAddress& other) const noexcept {
+    return family == other.family && bytes == other.bytes && (scope == other.scope || scope == 0 || other.scope == 0);
+  }
   bool is_loopback() const noexcept {
     if (family == AF_INET) return bytes[0] == std::byte{127};
     return family == AF_INET6 && std::memcmp(bytes.data(), &in6addr_loopback, 16) == 0;

@@ -50,7 +50,7 @@ inline std::uint64_t hash_of(const IpAddress& client, const IpAddress& server) n
 struct Offer {
   Token token{};
   std::uint32_t process = 0;
-  IpAddress client;  ///< its scope is not sent
+  IpAddress client;  ///< the scope is not sent: it is the one of the address that the offer came to
   std::uint16_t server_port = 0;
   std::uint16_t dial_port = 0;
   std::uint64_t hash = 0;

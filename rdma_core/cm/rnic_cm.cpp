@@ -139,8 +139,9 @@ class UdpRendezvous final : public Rendezvous {
     const long n = sys::call(SYS_recvfrom, fd, sys::arg(bytes.data()), static_cast<long>(bytes.size()), MSG_DONTWAIT,
                              sys::arg(&from), sys::arg(&length));
     if (n < 0) return false;
-    const auto o = offer::Offer::parse(std::span(bytes).first(static_cast<std::size_t>(n)));
+    auto o = offer::Offer::parse(std::span(bytes).first(static_cast<std::size_t>(n)));
     if (!o || !IpAddress::from(from).same_host(o->client)) return true;
+    o->client.scope = here.scope;
     const auto answer = offer::Answer{on_offer_(*o, here), o->token}.bytes();
     sys::call(SYS_sendto, fd, sys::arg(answer.data()), static_cast<long>(answer.size()), MSG_NOSIGNAL | MSG_DONTWAIT,
               sys::arg(&from), length);

@@ -46,6 +46,7 @@ Result<SocketOwner> find_other_end(const Anchor& anchor) noexcept {
   request.body.id.idiag_dport = htons(mine.port);
   std::memcpy(request.body.id.idiag_src, theirs.bytes.data(), 16);
   std::memcpy(request.body.id.idiag_dst, mine.bytes.data(), 16);
+  request.body.id.idiag_if = mine.scope;
   request.body.id.idiag_cookie[0] = request.body.id.idiag_cookie[1] = INET_DIAG_NOCOOKIE;
   const long sent = sys::call(SYS_sendto, fd, sys::arg(&request), sizeof request, 0);
   alignas(nlmsghdr) char answer[4096];

@@ -59,11 +59,10 @@ BOOST_AUTO_TEST_CASE(every_one_of_many_dials_whose_port_is_taken_is_made_again) 
   const LocalPorts narrow(std::to_string(kFirst) + " " + std::to_string(kFirst + kPorts - 1));
   std::vector<int> taken;
   for (std::uint16_t port = kFirst; port < kFirst + kPorts; port += 4) {
-    sockaddr_in dialler{};
-    std::memcpy(&dialler, &meetings[0]->anchor(Side::a).local, sizeof dialler);
-    dialler.sin_port = htons(port);
-    taken.push_back(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
-    BOOST_REQUIRE_EQUAL(bind(taken.back(), reinterpret_cast<sockaddr*>(&dialler), sizeof dialler), 0);
+    const cm::IpAddress dialler = cm::IpAddress::from(meetings[0]->anchor(Side::a).local).with_port(port);
+    const sockaddr_storage address = dialler.to_sockaddr();
+    taken.push_back(socket(dialler.family, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    BOOST_REQUIRE_EQUAL(bind(taken.back(), reinterpret_cast<const sockaddr*>(&address), dialler.sockaddr_size()), 0);
   }
   for (detail::Meeting* m : meetings) both.offer(*m);
   for (detail::Meeting* m : meetings) both.dial(*m);

@@ -29,15 +29,19 @@ class RdmaCmPair : public VerbsPair {
 
   /// A TCP connection on the way that the devices share: side b has made it, side a has accepted.
   std::array<cm::Anchor, 2> anchors() {
-    const int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    sockaddr_in server = port(Side::a).socket_address(), client = port(Side::b).socket_address();
+    const cm::IpAddress here = port(Side::a).ip(), from = port(Side::b).ip();
+    const int listener = socket(here.family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    sockaddr_storage server = here.to_sockaddr(), client = from.to_sockaddr();
     socklen_t length = sizeof server;
-    BOOST_REQUIRE_EQUAL(bind(listener, reinterpret_cast<sockaddr*>(&server), sizeof server), 0);
+    BOOST_REQUIRE_EQUAL(bind(listener, reinterpret_cast<sockaddr*>(&server), here.sockaddr_size()), 0);
     BOOST_REQUIRE_EQUAL(listen(listener, 1), 0);
     BOOST_REQUIRE_EQUAL(getsockname(listener, reinterpret_cast<sockaddr*>(&server), &length), 0);
-    const int connected = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    BOOST_REQUIRE_EQUAL(bind(connected, reinterpret_cast<sockaddr*>(&client), sizeof client), 0);
-    BOOST_REQUIRE_EQUAL(connect(connected, reinterpret_cast<sockaddr*>(&server), sizeof server), 0);
+    // A link-local address is the other's on the way out by one's own device.
+    const cm::IpAddress at = cm::IpAddress::from(server);
+    sockaddr_storage there = at.scope == 0 ? server : with_scope(at, from.scope);
+    const int connected = socket(here.family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    BOOST_REQUIRE_EQUAL(bind(connected, reinterpret_cast<sockaddr*>(&client), from.sockaddr_size()), 0);
+    BOOST_REQUIRE_EQUAL(connect(connected, reinterpret_cast<sockaddr*>(&there), length), 0);
     const int accepted = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
     close(listener);
     const std::array<cm::Anchor, 2> ends{anchor_of(accepted), anchor_of(connected)};
@@ -57,6 +61,10 @@ class RdmaCmPair : public VerbsPair {
 
  private:
   static std::size_t index(Side side) { return side == Side::a ? 0 : 1; }
+  static sockaddr_storage with_scope(cm::IpAddress address, std::uint32_t scope) {
+    address.scope = scope;
+    return address.to_sockaddr();
+  }
   static std::vector<std::byte> some(std::size_t count, std::uint64_t seed) {
     std::vector<std::byte> bytes(count);
     for (std::size_t i = 0; i < count; ++i) bytes[i] = static_cast<std::byte>(i * 7 + seed * 31);

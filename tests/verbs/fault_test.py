@@ -20,6 +20,7 @@ import threading
 import time
 
 DEVICES = {"ib": ("rxe", ("v0", "v1"), ("10.77.0.1", "10.77.0.2"), "20"), "rnic": ("siw", ("v2", "v3"), ("10.77.1.1", "10.77.1.2"), "21")}
+ADDRESSES6 = {"ib": ("fd77::1", "fd77::2"), "rnic": ("fd77:1::1", "fd77:1::2")}
 PATIENCE = 120  # seconds: a guest's clock runs much faster than its programs
 BLOCK = 16384
 NO_CAP_IPC_LOCK = ["setpriv", "--bounding-set=-ipc_lock"]  # who has it is not limited
@@ -32,11 +33,11 @@ def block(stream, number):
 def flow(role, here, there, sends):
     """One program: reads to the end what the other sends, and sends, if it is to, until a line is on standard input."""
     if role == "accept":
-        listener = socket.create_server((here, 0))
+        listener = socket.create_server((here, 0), family=socket.AF_INET6 if ":" in here else socket.AF_INET)
         print(listener.getsockname()[1], flush=True)
         connection = listener.accept()[0]
     else:
-        host, _, port = there.partition(":")
+        host, _, port = there.rpartition(":")
         connection = socket.create_connection((host, int(port)), source_address=(here, 0))
     print("connected", flush=True)
     ends, sent, received, problem = threading.Event(), 0, 0, []
@@ -75,7 +76,7 @@ class Flow:
     def __init__(self, args, seed, limited=(False, False), limit=None):
         self.transport, self.chance = args.transport, random.Random(f"{args.transport} {seed}")
         self.sdp = args.sdp
-        near, far = DEVICES[args.transport][2]
+        near, far = ADDRESSES6[args.transport] if args.ipv6 else DEVICES[args.transport][2]
         sends = self.chance.choice([(True, True), (True, True), (True, False), (False, True)])
         self.active = [end for end in (0, 1) if sends[end]]
         env = dict(os.environ, LD_PRELOAD=args.lib, SDP_TRANSPORT=args.transport, SDP_LANE_TIMEOUT="1",
@@ -304,6 +305,7 @@ def main():
     parser.add_argument("--lib", required=True, type=os.path.abspath)
     parser.add_argument("--sdp", required=True, type=os.path.abspath)
     parser.add_argument("--transport", choices=DEVICES, required=True)
+    parser.add_argument("--ipv6", action="store_true")
     parser.add_argument("--seed", type=int, default=1, help="the first")
     parser.add_argument("--seeds", type=int, default=1, help="how many: each makes every fault once")
     parser.add_argument("faults", nargs="*", help=f"of {[*FAULTS, 'killed', 'unregistered']}; all")

@@ -2,10 +2,11 @@
 // scripts/vm.d/network makes them:
 //   VerbsIb     SDP_TEST_IB   = "DEVICE ADDRESS DEVICE ADDRESS", by default "rxe0 10.77.0.1 rxe1 10.77.0.2"
 //   VerbsRnic   SDP_TEST_RNIC = likewise, by default "siw0 10.77.1.1 siw1 10.77.1.2"
+// ADDRESS is of either family; of a link-local one with the network device: fe80::1%v0.
 #pragma once
 
-#include <arpa/inet.h>
 #include <fcntl.h>
+#include <netdb.h>
 #include <rdma/rdma_cma.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -17,28 +18,35 @@
 #include <string>
 #include <utility>
 
+#include "rdma_core/cm/ip_address.hpp"
 #include "rdma_core/drivers/verbs/verbs_device.hpp"
 #include "tests/conformance/ends.hpp"
 
 namespace rdma::conformance {
 
-/// A device and the IPv4 address on it.
+/// A device and an address on it.
 struct Port {
   std::string device;
   std::string address;
 
-  sockaddr_in socket_address(std::uint16_t port = 0) const {
-    sockaddr_in in{};
-    in.sin_family = AF_INET;
-    in.sin_port = htons(port);
-    BOOST_REQUIRE_EQUAL(inet_pton(AF_INET, address.c_str(), &in.sin_addr), 1);
-    return in;
+  cm::IpAddress ip(std::uint16_t port = 0) const {
+    addrinfo hints{}, *found = nullptr;
+    hints.ai_flags = AI_NUMERICHOST;
+    BOOST_REQUIRE_MESSAGE(getaddrinfo(address.c_str(), nullptr, &hints, &found) == 0, address << " is no address");
+    sockaddr_storage storage{};
+    std::memcpy(&storage, found->ai_addr, found->ai_addrlen);
+    freeaddrinfo(found);
+    return cm::IpAddress::from(storage).with_port(port);
   }
   Gid gid() const {
     Gid gid{};
-    gid[10] = gid[11] = std::byte{0xFF};
-    const sockaddr_in in = socket_address();
-    std::memcpy(gid.data() + 12, &in.sin_addr, 4);
+    const cm::IpAddress here = ip();
+    if (here.family == AF_INET6) {
+      std::memcpy(gid.data(), here.bytes.data(), gid.size());
+    } else {
+      gid[10] = gid[11] = std::byte{0xFF};
+      std::memcpy(gid.data() + 12, here.bytes.data(), 4);
+    }
     return gid;
   }
 };
@@ -133,15 +141,17 @@ class VerbsRnic : public VerbsPair {
   }
   void connect(const MakeQp& make) {
     rdma_cm_id* const listener = new_id();
-    sockaddr_in near = port(Side::a).socket_address(), far = port(Side::b).socket_address();
-    BOOST_REQUIRE_EQUAL(rdma_bind_addr(listener, reinterpret_cast<sockaddr*>(&far)), 0);
+    const cm::IpAddress near = port(Side::a).ip(), far = port(Side::b).ip();
+    sockaddr_storage at_far = far.to_sockaddr();
+    BOOST_REQUIRE_EQUAL(rdma_bind_addr(listener, reinterpret_cast<sockaddr*>(&at_far)), 0);
     BOOST_REQUIRE_EQUAL(rdma_listen(listener, 1), 0);
-    far.sin_port = rdma_get_src_port(listener);
+    cm::IpAddress target = far.with_port(ntohs(rdma_get_src_port(listener)));
+    target.scope = near.scope;
 
     Qp& active = prepared(make, Side::a);
     rdma_conn_param parameters = with(active);
     // The kernel chooses a local port without a look at those of TCP, where old connections may still have it.
-    for (int tries = 0; !dialled(near, far, parameters); ++tries) BOOST_REQUIRE_LT(tries, 16);
+    for (int tries = 0; !dialled(near, target, parameters); ++tries) BOOST_REQUIRE_LT(tries, 16);
 
     rdma_cm_id* const accepted = expect(RDMA_CM_EVENT_CONNECT_REQUEST);
     ids_.push_back(accepted);
@@ -178,9 +188,10 @@ class VerbsRnic : public VerbsPair {
     ids_.push_back(id);
     return id;
   }
-  bool dialled(sockaddr_in near, sockaddr_in far, rdma_conn_param& parameters) {
+  bool dialled(const cm::IpAddress& near, const cm::IpAddress& far, rdma_conn_param& parameters) {
     rdma_cm_id* const dialler = new_id();
-    BOOST_REQUIRE_EQUAL(rdma_resolve_addr(dialler, reinterpret_cast<sockaddr*>(&near), reinterpret_cast<sockaddr*>(&far), 5000), 0);
+    sockaddr_storage from = near.to_sockaddr(), to = far.to_sockaddr();
+    BOOST_REQUIRE_EQUAL(rdma_resolve_addr(dialler, reinterpret_cast<sockaddr*>(&from), reinterpret_cast<sockaddr*>(&to), 5000), 0);
     expect(RDMA_CM_EVENT_ADDR_RESOLVED);
     BOOST_REQUIRE_EQUAL(rdma_resolve_route(dialler, 5000), 0);
     expect(RDMA_CM_EVENT_ROUTE_RESOLVED);
