@@ -23,6 +23,7 @@ namespace {
 
 constexpr std::uint32_t kMagic = 0x53444B01;         // "SDK", version
 constexpr std::int64_t kPatienceNs = 5'000'000'000;  ///< for a caller that attaches nothing
+constexpr std::size_t kMostUnsent = 1 << 20;         ///< bytes for a peer that does not read
 constexpr std::uint8_t kSwitched = 1, kClosed = 2;
 
 std::int64_t now_ns() noexcept { return rdma::SteadyClock{}.now(); }
@@ -159,6 +160,10 @@ void PeerLinks::forget(const Key& key) {
 
 /// A link that fails here is found by the next progress().
 void PeerLinks::queue(Link& link, const Message& message) {
+  if (link.out.size() >= kMostUnsent) {
+    sys::call(SYS_shutdown, link.fd, SHUT_RDWR);
+    return;
+  }
   const Frame frame = emit(message);
   link.out.insert(link.out.end(), frame.begin(), frame.end());
   if (link.connected) (void)flush(link);

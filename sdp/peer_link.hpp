@@ -5,7 +5,7 @@
 // The client's side of a lane listens; its port and a key for the lane are in the reply of the CM, which only the peer reads. Who
 // dials attaches the key and may then ask. A message with a key that is not known here is answered or ignored, and costs nothing
 // more; a caller that attaches nothing is dropped after five seconds, and few of them are let in: each takes a descriptor of the
-// program's.
+// program's. A peer that asks and does not read the answers loses the link.
 //
 // A frame, 64 bytes, big-endian:   0 magic 3, version 1 | 4 kind 1 | 5 flags 1 (1 switched, 2 closed) | 6 zero 2 | 8 key 16 |
 //   24 switch_at 8 | 32 sent 8 | 40 received 8 | 48 zero 16

@@ -44,8 +44,8 @@ struct Side {
 struct Two {
   Side listens, dials;
   template <class Done>
-  bool until(Done done) {
-    for (int round = 0; round < 2000 && !done(); ++round) {
+  bool until(Done done, int rounds = 2000) {
+    for (int round = 0; round < rounds && !done(); ++round) {
       std::array<pollfd, 2> fds{{{listens.links.fd(), POLLIN, 0}, {dials.links.fd(), POLLIN, 0}}};
       poll(fds.data(), fds.size(), 5);
       listens.links.progress();
@@ -153,6 +153,35 @@ BOOST_AUTO_TEST_CASE(strangers_are_dropped_and_few_are_let_in) {
   BOOST_TEST(two.until([&] { return two.listens.heard_of(Kind::ask); }));
   for (const int fd : many) close(fd);
   close(thief);
+}
+
+BOOST_AUTO_TEST_CASE(a_peer_that_asks_and_never_reads_loses_the_link) {
+  Two two;
+  const Key key = PeerLinks::new_key();
+  const std::uint16_t port = two.listens.links.port_at(loopback());
+  two.listens.links.announce(key);
+  const int mad = stranger(port);
+  std::vector<std::byte> asked;
+  for (int i = 0; i < 1024; ++i) {
+    const auto frame = PeerLinks::emit({i == 0 ? Kind::attach : Kind::ask, i == 0 ? key : PeerLinks::new_key(), {}});
+    asked.insert(asked.end(), frame.begin(), frame.end());
+  }
+  constexpr std::size_t kMost = std::size_t{64} << 20;
+  std::size_t sent = 0;
+  BOOST_TEST(two.until(
+      [&] {
+        ssize_t n = 0;
+        while (sent < kMost && n >= 0) {
+          const std::size_t at = sent % asked.size();
+          n = send(mad, asked.data() + at, asked.size() - at, MSG_NOSIGNAL | MSG_DONTWAIT);
+          if (n > 0) sent += static_cast<std::size_t>(n);
+        }
+        return sent >= kMost || errno != EAGAIN;
+      },
+      50'000));
+  BOOST_TEST(sent < kMost);
+  BOOST_TEST(two.until([&] { return two.listens.lost.contains(key); }));
+  close(mad);
 }
 
 }  // namespace sdp
