@@ -4,7 +4,8 @@ A case is run over plain TCP and over SDP, and the outcomes must be equal. Who c
 report (SDP_STATS), and by the kernel, whose counters of the private namespace's `lo` and of TCP segments see every byte that
 did not go by a lane. Nothing else runs in that namespace, so a byte more there is a byte of ours.
 
-In the guest of scripts/vm the same cases run over its RDMA devices, on the network that scripts/vm.d/network makes.
+In the guest of scripts/vm the same cases run over its RDMA devices, on the network that scripts/vm.d/network makes; and between two
+hosts (hosts.py), the servers on one and the clients on the other.
 """
 import ctypes
 import glob
@@ -32,11 +33,18 @@ class Failure(Exception):
     """The test failed; says what was wrong."""
 
 
+def find_program(program):
+    return shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+
+
+find = [find_program]  # how; where the programs run on other hosts, those look
+
+
 def need(*programs):
     """The full paths of programs; skips the case if one is not installed."""
     paths = []
     for program in programs:
-        path = shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+        path = find[0](program)
         if not path:
             raise Skip(f"{program} is not installed")
         paths.append(path)
@@ -56,7 +64,66 @@ def enter_private_network():
     subprocess.run([need("ip"), "address", "add", "192.0.2.1/32", "dev", "lo"], check=True)
 
 
-class Loopback:
+class OnThisHost:
+    """A place whose servers and clients all run here."""
+
+    is_root = os.getuid() == 0
+    patience = 1  # of its deadlines
+
+    @staticmethod
+    def library(built, folder):
+        """Where other users reach it too, wherever the build lies."""
+        for module in glob.glob(os.path.join(os.path.dirname(built), "libsdpverbs.so")):
+            shutil.copy(module, folder)
+        return shutil.copy(built, folder)
+
+    @staticmethod
+    def start(argv, user=None, **options):
+        return subprocess.Popen(argv, user=user, group=user, extra_groups=[] if user else None, start_new_session=True, **options)
+
+    @staticmethod
+    def call(_role, argv, user=None, **options):
+        return subprocess.run(argv, user=user, group=user, extra_groups=[] if user else None, start_new_session=True, check=False,
+                              capture_output=True, **options)
+
+    @staticmethod
+    def signal_group(process, number):
+        os.killpg(process.pid, number)
+
+    @staticmethod
+    def lives(process):
+        """Whether a process of its group is there that has not ended: one that forks may be outlived by its children for a while."""
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return False
+        for path in glob.glob("/proc/[0-9]*/stat"):
+            try:
+                with open(path, encoding="utf-8", errors="replace") as stat:
+                    state, _, its_group = stat.read().rsplit(")", 1)[1].split()[:3]
+            except OSError:
+                continue  # ended meanwhile
+            if int(its_group) == process.pid and state != "Z":
+                return True
+        return False
+
+    @staticmethod
+    def listening(port):
+        return listening(port)
+
+    def meter(self):
+        return Meter(self)
+
+    @staticmethod
+    def collect(run):
+        """Brings the reports of a run's processes into its folder."""
+
+    @staticmethod
+    def clean_up(run):
+        """Removes what is left of the run elsewhere."""
+
+
+class Loopback(OnThisHost):
     """One host: lanes on the software device, both ends at 127.0.0.1."""
 
     transport, address, settings = "local", "127.0.0.1", {}
@@ -82,7 +149,7 @@ class Loopback:
         return {"lo_bytes": int(line.split(":")[1].split()[8])}
 
 
-class Wire:
+class Wire(OnThisHost):
     """A wire with an RDMA device at either end. How much TCP carries before a lane is up depends on the machine there; with the policy
     `sdp` it is nothing. Soft-iWARP's own connections are the kernel's TCP too: the program's are told by their ports, and their packets
     are counted where they pass."""
@@ -175,15 +242,13 @@ class Run:
         self.name = name
         self.place = place
         self.address = place.address
+        self.host = f"[{place.address}]" if ":" in place.address else place.address  # with a port behind it
+        self.family = "-6" if ":" in place.address else "-4"
         self.preloaded = preloaded  # set of roles
         self.quick = quick          # the outcome counts, not the amount
         self.dir = tempfile.mkdtemp(prefix="sdp-app-")
         os.chmod(self.dir, 0o755)
-        self.library = None
-        if library:  # where other users reach it too, wherever the build lies
-            self.library = shutil.copy(library, self.dir)
-            for module in glob.glob(os.path.join(os.path.dirname(library), "libsdpverbs.so")):
-                shutil.copy(module, self.dir)
+        self.library = place.library(library, self.dir) if library else None
         self.stats_dir = os.path.join(self.dir, "stats")
         os.mkdir(self.stats_dir)
         os.chmod(self.stats_dir, 0o777)  # workers that gave up root write there too
@@ -226,28 +291,33 @@ class Run:
     def server(self, argv, port, role="server", stop=signal.SIGTERM, user=None, env=None, ready=None):
         """Starts a server and waits until it listens. Stopped at the end of the run, with the given signal."""
         log = open(self.path(f"{role}-{len(self._running)}.log"), "wb")
-        process = subprocess.Popen(argv, env=self.env(role, env), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.dir,
-                                   user=user, extra_groups=[] if user else None, start_new_session=True)
+        process = self.place.start(argv, user, env=self.env(role, env), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.dir)
         log.close()
         self._running.append((process, stop))
 
         def up():
             if process.poll() is not None:
                 raise Failure(f"{argv[0]} ended at once with status {process.returncode}\n{self.logs()}")
-            return ready() if ready else listening(port)
-        wait_for(up, 20, f"{os.path.basename(argv[0])} to listen on {port}")
+            return ready() if ready else self.place.listening(port)
+        wait_for(up, 20 * self.place.patience, f"{os.path.basename(argv[0])} to listen on {port}")
         return process
 
     def client(self, argv, role="client", timeout=40, check=True, env=None, text=True, stdin=None):
         """Runs a client to its end; the outcome has .stdout and .returncode."""
         try:
-            done = subprocess.run(argv, env=self.env(role, env), input=stdin, capture_output=True, text=text, cwd=self.dir,
-                                  timeout=timeout, check=False, start_new_session=True)
+            done = self.place.call(role, argv, env=self.env(role, env), input=stdin, text=text, cwd=self.dir,
+                                   timeout=timeout * self.place.patience)
         except subprocess.TimeoutExpired as expired:
             raise Failure(f"{' '.join(map(str, argv))}: did not end in {timeout} s\n{expired.stdout}\n{self.logs()}") from None
         if check and done.returncode != 0:
             raise Failure(f"{' '.join(map(str, argv))}: status {done.returncode}\n{done.stdout}\n{done.stderr}\n{self.logs()}")
         return done
+
+    def prepare(self, argv, user=None):
+        """Runs a command where the server will be, as that user and without the library."""
+        done = self.place.call("server", argv, user, env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}, text=True, cwd=self.dir)
+        if done.returncode != 0:
+            raise Failure(f"{' '.join(argv)}: status {done.returncode}\n{done.stdout}\n{done.stderr}")
 
     def python(self, script, *args, **options):
         """Runs a client of tests/apps/programs/clients under Debian's Python."""
@@ -260,36 +330,19 @@ class Run:
             if process.poll() is None:
                 process.send_signal(stop)
                 try:
-                    process.wait(10)
+                    process.wait(10 * self.place.patience)
                 except subprocess.TimeoutExpired:
                     stuck.append(f"{process.args[0]} did not end within 10 s of {stop.name}")
                     process.kill()
             process.wait()
             try:
-                wait_for(lambda: not self._lives(process.pid), 10, f"what {process.args[0]} left to end")
+                wait_for(lambda: not self.place.lives(process), 10 * self.place.patience, f"what {process.args[0]} left to end")
             except Failure as failure:
                 stuck.append(str(failure))
-                os.killpg(process.pid, signal.SIGKILL)
+                self.place.signal_group(process, signal.SIGKILL)
         self._running = []
         if stuck:
             raise Failure("; ".join(stuck))
-
-    @staticmethod
-    def _lives(group):
-        """Whether a process of the group is there that has not ended: one that forks may be outlived by its children for a while."""
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return False
-        for path in glob.glob("/proc/[0-9]*/stat"):
-            try:
-                with open(path, encoding="utf-8", errors="replace") as stat:
-                    state, _, its_group = stat.read().rsplit(")", 1)[1].split()[:3]
-            except OSError:
-                continue  # ended meanwhile
-            if int(its_group) == group and state != "Z":
-                return True
-        return False
 
     def logs(self):
         text = ""
@@ -302,6 +355,7 @@ class Run:
 
     def stats(self):
         """The reports of every process of this run, each with its role."""
+        self.place.collect(self)
         reports = []
         for path in sorted(glob.glob(os.path.join(self.stats_dir, "*.json"))):
             try:
@@ -312,6 +366,7 @@ class Run:
         return reports
 
     def cleanup(self):
+        self.place.clean_up(self)
         shutil.rmtree(self.dir, ignore_errors=True)
 
 
@@ -335,7 +390,7 @@ def prove_lanes(reports, kernel, share, transport="local", unread=0):
     """Lanes carried at least `share` of the stream, and the kernel's own counters agree. Returns the figures for the record."""
     total = summarise(reports)
     stream = total["lane_sent"] + total["tcp_sent"]
-    figures = f"ours {json.dumps(total)}, kernel {json.dumps(kernel)}"
+    figures = f"ours {json.dumps(total)}, kernel {json.dumps(kernel) if kernel else 'not asked'}"
     for role in ("server", "client"):
         mine = summarise([r for r in reports if r["role"] == role])
         if mine["lanes"] == 0 or mine["lane_sent"] + mine["lane_received"] == 0:
@@ -347,6 +402,8 @@ def prove_lanes(reports, kernel, share, transport="local", unread=0):
     # A reader may end with bytes unread, but nobody reads what was not sent.
     if not 0.9 * total["lane_sent"] - unread <= total["lane_received"] <= total["lane_sent"]:
         raise Failure(f"lane bytes sent and received do not agree: {figures}")
+    if not kernel:
+        return figures
     # What TCP may have: its own share with headers and acknowledgements, and each connection's set-up and end.
     bytes_allowed = 2 * total["tcp_sent"] + 150 * total["tcp_messages"] + 4000 * (kernel["opens"] + 1) + 0.05 * total["lane_sent"]
     segments_allowed = 50 * (kernel["opens"] + 1) + 0.1 * total["lane_messages"] + 3 * total["tcp_messages"] + total["tcp_sent"] / 100

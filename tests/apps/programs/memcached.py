@@ -1,13 +1,11 @@
 """memcached with four threads; the client stores repeatable values, reads them back and compares."""
-import os
-
 from harness import need
 from . import Case
 
 
 def run(r):
     port = r.port()
-    user = ["-u", "nobody"] if os.getuid() == 0 else []
+    user = ["-u", "nobody"] if r.place.is_root else []
     r.server([need("memcached"), "-l", r.address, "-p", str(port), "-U", "0", "-t", "4", "-m", "256", "-c", "100", *user], port)
     return r.python("memcached_client.py", r.address, port, 1 if r.quick else 4).stdout
 

@@ -18,7 +18,7 @@ http {{
   access_log off;
   client_body_temp_path {dir}/t1; proxy_temp_path {dir}/t2; fastcgi_temp_path {dir}/t3; uwsgi_temp_path {dir}/t4; scgi_temp_path {dir}/t5;
   sendfile {sendfile};
-  server {{ listen {address}:{port}; root {dir}/www; keepalive_timeout {keepalive}; keepalive_requests 1000000; }}
+  server {{ listen {host}:{port}; root {dir}/www; keepalive_timeout {keepalive}; keepalive_requests 1000000; }}
 }}
 """
 
@@ -28,10 +28,10 @@ def start(r, size, keepalive, sendfile="on"):
     os.mkdir(r.path("www"))
     r.random_file("www/data", size)
     with open(r.path("nginx.conf"), "w", encoding="ascii") as config:
-        config.write(CONFIG.format(dir=r.dir, address=r.address, port=port, keepalive=keepalive, sendfile=sendfile,
-                                   user="user www-data;" if os.getuid() == 0 else ""))
+        config.write(CONFIG.format(dir=r.dir, host=r.host, port=port, keepalive=keepalive, sendfile=sendfile,
+                                   user="user www-data;" if r.place.is_root else ""))
     r.server([need("nginx"), "-c", r.path("nginx.conf"), "-p", r.dir, "-e", r.path("error.log")], port, stop=signal.SIGQUIT)
-    return f"http://{r.address}:{port}/data"
+    return f"http://{r.host}:{port}/data"
 
 
 def download(sendfile):

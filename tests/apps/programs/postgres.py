@@ -1,37 +1,26 @@
 """PostgreSQL, which forks a backend for each connection, with pgbench. A fixed seed makes the tables comparable."""
-import glob
-import os
-import pwd
 import re
 import signal
-import subprocess
 
 from harness import Failure, Skip, need
 from . import Case
 
 
-def binaries():
-    folders = sorted(glob.glob("/usr/lib/postgresql/*/bin/initdb"))
+def binaries(r):
+    folders = r.place.call("server", ["sh", "-c", "ls -d /usr/lib/postgresql/*/bin"], text=True, cwd="/").stdout.split()
     if not folders:
         raise Skip("PostgreSQL is not installed")
-    return os.path.dirname(folders[-1])
+    return folders[-1]
 
 
 def run(r):
-    bin_dir = binaries()
-    if os.getuid() != 0:
+    bin_dir = binaries(r)
+    if not r.place.is_root:
         raise Skip("becoming the user postgres needs root")
-    user = pwd.getpwnam("postgres")
     data, port = r.path("data"), r.port()
-    os.mkdir(data)
-    os.chown(data, user.pw_uid, user.pw_gid)
-    made = subprocess.run([bin_dir + "/initdb", "-D", data, "-A", "trust", "-N", "-U", "postgres", "--no-locale", "-E", "UTF8"],
-                          user="postgres", group="postgres", extra_groups=[], env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"}, cwd="/",
-                          capture_output=True, text=True, check=False)
-    if made.returncode:
-        raise Failure(f"initdb: {made.stderr}")
-    with open(data + "/pg_hba.conf", "a", encoding="ascii") as access:
-        access.write("host all all samenet trust\n")
+    r.prepare(["install", "-d", "-o", "postgres", "-g", "postgres", data])
+    r.prepare([bin_dir + "/initdb", "-D", data, "-A", "trust", "-N", "-U", "postgres", "--no-locale", "-E", "UTF8"], user="postgres")
+    r.prepare(["sh", "-c", f"echo host all all samenet trust >>{data}/pg_hba.conf"])
     r.server([bin_dir + "/postgres", "-D", data, "-p", str(port), "-h", r.address, "-k", "", "-c", "fsync=off",
               "-c", "synchronous_commit=off", "-c", "shared_buffers=32MB"], port, user="postgres", stop=signal.SIGINT,
              ready=lambda: "ready to accept connections" in r.logs())  # it listens before it is

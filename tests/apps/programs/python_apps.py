@@ -11,7 +11,7 @@ def http_server(r):
     os.mkdir(r.path("www"))
     r.random_file("www/data", r.amount(150 << 20))
     r.server([PYTHON, "-m", "http.server", "--bind", r.address, "--directory", r.path("www"), str(port)], port, stop=signal.SIGINT)
-    return r.python("http_get.py", f"http://{r.address}:{port}/data").stdout
+    return r.python("http_get.py", f"http://{r.host}:{port}/data").stdout
 
 
 def asyncio_echo(r):
