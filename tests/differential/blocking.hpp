@@ -22,10 +22,17 @@ inline void on_signal(int number, int flags) {
   sigaction(number, &action, nullptr);
   signals = 0;
 }
-inline void alarm_in(int ms) {
-  const itimerval once{{0, 0}, {0, ms * 1000}};
-  setitimer(ITIMER_REAL, &once, nullptr);
-}
+/// SIGALRM after a while, and again each second as long as it lives: the first may come before the call that it is to interrupt.
+class Alarm {
+ public:
+  explicit Alarm(int ms) { set({.it_interval = {1, 0}, .it_value = {0, ms * 1000}}); }
+  ~Alarm() { set({}); }
+  Alarm(const Alarm&) = delete;
+  Alarm& operator=(const Alarm&) = delete;
+
+ private:
+  static void set(const itimerval& when) { setitimer(ITIMER_REAL, &when, nullptr); }
+};
 inline void timeout(int fd, int option, int ms) {
   const timeval tv{ms / 1000, static_cast<suseconds_t>(ms % 1000) * 1000};
   told("setsockopt", setsockopt(fd, SOL_SOCKET, option, &tv, sizeof tv));

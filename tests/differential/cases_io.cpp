@@ -137,8 +137,10 @@ CASE(waitall) {
   told("waitall dontwait", c.recv(100, MSG_WAITALL | MSG_DONTWAIT));
   on_signal(SIGALRM, 0);
   peer.call(Do::send, 0, 20);
-  alarm_in(100);
-  told("interrupted", c.recv(100, MSG_WAITALL));
+  {
+    const Alarm alarm(100);
+    told("interrupted", c.recv(100, MSG_WAITALL));
+  }
   peer.later(0, Do::send, 0, 40);
   peer.later(100, Do::shutdown, 0, SHUT_WR);
   told("to the end", c.recv(100, MSG_WAITALL));

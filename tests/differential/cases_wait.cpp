@@ -66,13 +66,13 @@ CASE(poll_sleeps_until_it_comes) {
     const Stopwatch watch;
     peer.later(delay, Do::send, 0, 3);
     polled("poll", c.fd, POLLIN, 3000);
-    say("in time: %d", watch.between(delay - 1, delay + 1000));
+    say("in time: %d", watch.waited(delay - 1));
     told("peer", peer.answer().result);
     told("recv", c.recv(10));
   }
   const Stopwatch watch;
   polled("in vain", c.fd, POLLIN, 120);
-  say("in time: %d", watch.between(115, 700));
+  say("in time: %d", watch.waited(115));
 }
 CASE(poll_writable_again) {
   Peer peer;
@@ -187,7 +187,7 @@ CASE(select_all_three) {
   timeval left{0, 150'000};
   const Stopwatch watch;
   told("in vain", select(c.fd + 1, &in, nullptr, nullptr, &left));
-  say("in time: %d, left %d", watch.between(140, 700), left.tv_sec != 0 || left.tv_usec != 0);
+  say("in time: %d, left %d", watch.waited(140), left.tv_sec != 0 || left.tv_usec != 0);
   peer.later(80, Do::send, 0, 5);
   FD_SET(c.fd, &in);
   left = {3, 0};

@@ -23,7 +23,7 @@ std::string error_name(int error);
 class Stopwatch {
  public:
   Stopwatch();
-  bool between(int least_ms, int most_ms) const;
+  bool waited(int least_ms) const;  ///< that long at least, and not for ever
   int ms() const;
 
  private:
