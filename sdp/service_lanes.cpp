@@ -194,7 +194,10 @@ bool Service::stop_at_exit() noexcept {
       if (!s->has_said_end()) s->end_tx_locked();
       s->unguard_resend();
       const bool reset = s->rx.load() == RxState::lane && s->lane->unread() != 0;
-      if (reset && s->lane->stopped()) KeptBytes::set_linger(s->fd, {1, 0});
+      if (reset && s->lane->stopped()) {
+        s->resend.clear();
+        KeptBytes::set_linger(s->fd, {1, 0});
+      }
       if (!s->resend.empty()) engine::linger(s->fd, s->resend.take(), s->end_is_settled() ? nullptr : s->lane);
       s->lane->write_word(kGone, reset ? 1 : 0);
       s->gone_is_said = true;

@@ -186,6 +186,34 @@ int Stream::shutdown(int fd, int how) const noexcept {
   return result;
 }
 
+Phase StreamImpl::close(int at) noexcept {
+  inherited = nullptr;  // a child that only inherits changes nothing
+  const bool laned = lane != nullptr && phase.load(std::memory_order_relaxed) == Phase::laned;
+  if (laned) {
+    if (abandoned()) handle_abandon(at);
+    if (!has_said_end()) end_sending(*this);
+    lane->drain();
+    if (lane->unordered()) acknowledge_end();
+    // Rule 7: closing with bytes unread resets the connection; the peer reads what it has and then gets ECONNRESET.
+    const bool reset = rx.load(std::memory_order_relaxed) == RxState::lane && lane->unread() != 0;
+    lane->write_word(kGone, reset ? 1 : 0);
+    if (reset && lane->stopped()) {  // no word reaches the peer: the kernel tells it, and drops what is unsent as it always does
+      resend.clear();
+      unguard_resend();
+      KeptBytes::set_linger(at, {1, 0});
+    }
+  }
+  if ((laned && fin_has_to_wait()) || (!resend.empty() && !flush_resend(at))) {
+    const bool waits = tx.load(std::memory_order_relaxed) == TxState::ending;
+    unguard_resend();
+    engine::linger(at, resend.take(), waits ? lane : nullptr);
+  }
+  generation.fetch_add(1, std::memory_order_acq_rel);
+  const Phase was = phase.exchange(Phase::final, std::memory_order_acq_rel);
+  if (lane != nullptr) lane->wake_sleepers();
+  return was;
+}
+
 void Stream::close(int fd) const noexcept {
   StreamImpl* s = impl();
   if (!s->lock.enter()) {  // a handler closes what its own thread is using: the service thread ends the lane
@@ -197,27 +225,7 @@ void Stream::close(int fd) const noexcept {
     s->lock.unlock();
     return;
   }
-  Lane* lane = s->lane;
-  s->inherited = nullptr;  // a child that only inherits changes nothing
-  if (lane != nullptr && s->phase.load(std::memory_order_relaxed) == Phase::laned) {
-    if (s->abandoned()) s->handle_abandon(fd);
-    if (!s->has_said_end()) end_sending(*s);
-    lane->drain();
-    if (lane->unordered()) s->acknowledge_end();
-    // Rule 7: closing with bytes unread resets the connection; the peer reads what it has and then gets ECONNRESET.
-    const bool reset = s->rx.load(std::memory_order_relaxed) == RxState::lane && lane->unread() != 0;
-    lane->write_word(kGone, reset ? 1 : 0);
-    if (reset && lane->stopped()) KeptBytes::set_linger(fd, {1, 0});  // no word reaches the peer: the kernel tells it
-  }
-  const bool waits_for_end = lane != nullptr && s->phase.load(std::memory_order_relaxed) == Phase::laned && s->fin_has_to_wait();
-  if (waits_for_end || (!s->resend.empty() && !s->flush_resend(fd))) {
-    const bool waits = s->tx.load(std::memory_order_relaxed) == TxState::ending;
-    s->unguard_resend();
-    engine::linger(fd, s->resend.take(), waits ? lane : nullptr);
-  }
-  s->generation.fetch_add(1, std::memory_order_acq_rel);
-  const Phase was = s->phase.exchange(Phase::final, std::memory_order_acq_rel);
-  if (lane != nullptr) lane->wake_sleepers();
+  const Phase was = s->close(fd);
   s->lock.unlock();
   // Most connections are over before they are worth a lane: the service thread has never heard of them and is not woken.
   if ((was == Phase::plain || was == Phase::unjudged) && engine::free_at_once(s)) return;

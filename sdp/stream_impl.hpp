@@ -140,6 +140,7 @@ class alignas(64) StreamImpl {
 
   // --- the switch (stream_switch.cpp); the lock is held
   void attach(Lane* new_lane) noexcept;
+  Phase close(int fd) noexcept;          ///< the program's; returns the phase before it. The handle is stale afterwards
   void forget_lane() noexcept;           ///< what the failed one has left behind: the next finds the stream as the first did
   void try_ready(int fd) noexcept;       ///< rx tcp -> ready, if the moment allows
   void try_switch(int fd) noexcept;      ///< tx prepared -> lane, likewise

@@ -108,9 +108,9 @@ void StreamImpl::give_up_recovery() noexcept {
   if (const Recovery now = recovery.load(std::memory_order_relaxed); now == Recovery::over || now == Recovery::done) return;
   const bool begun = recovery.exchange(Recovery::over, std::memory_order_acq_rel) == Recovery::under_way;
   if (phase.load(std::memory_order_relaxed) != Phase::laned) return;
+  if (begun) leave_failed_lane(fd);  // while it is not taken for settled that the peer has everything
   peer_gone.store(true, std::memory_order_relaxed);
   state_edges.fetch_add(1, std::memory_order_relaxed);
-  if (begun) leave_failed_lane(fd);
   lane->wake_sleepers();
 }
 

@@ -1,12 +1,16 @@
 // Processes whose lanes arrive later than TCP, with the real service thread and CM: what send() took before an exit is read, or its
 // loss is told.
+#include <linux/tcp.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <sys/wait.h>
 
 #include <atomic>
+#include <cstring>
 #include <thread>
 
 #include "rdma_core/cm/local_cm.hpp"
+#include "sdp/peer_link.hpp"
 #include "tests/sim/stream_pair.hpp"
 
 namespace sdp::sim {
@@ -85,7 +89,8 @@ class Process {
 };
 
 /// How the writer ends. `left`: the lane is taken down, and more is sent, first; `held`: nothing leaves any more; `unheard`: no
-/// acknowledgement comes. `exit_busy`: a thread is inside the stream just then. `exec`: by becoming another program. `credentials`:
+/// acknowledgement comes. `close_asked`: the reader's lane has failed, and its question is there before the service thread has
+/// heard of the close. `exit_busy`: a thread is inside the stream just then. `exec`: by becoming another program. `credentials`:
 /// changed, and more is sent, first.
 enum class End : std::uint8_t {
   exit,
@@ -95,6 +100,7 @@ enum class End : std::uint8_t {
   exec,
   exec_held,
   close,
+  close_asked,
   left,
   left_held,
   left_unheard,
@@ -104,6 +110,26 @@ constexpr bool is_held(End end) {
   return end == End::exit_held || end == End::killed || end == End::exec_held || end == End::left_held;
 }
 constexpr bool is_in_vain(End end) { return is_held(end) || end == End::left_unheard; }
+/// Said by the writer to the reader; inherited by both.
+int g_go[2] = {-1, -1};
+
+/// Bytes that have come to this process by TCP connections other than the program's.
+std::uint64_t come_by_links(int program) {
+  std::uint64_t sum = 0;
+  for (int fd = 3; fd < 2048; ++fd) {
+    tcp_info info{};
+    socklen_t len = sizeof info;
+    if (fd != program && getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &len) == 0) sum += info.tcpi_bytes_received;
+  }
+  return sum;
+}
+/// The service thread has slept on this lock ever since; it has looked for commands before.
+bool is_waited_for(const rdma::SharedLock& lock) {
+  std::uint64_t word = 0;
+  std::memcpy(&word, &lock, sizeof word);
+  return (word & rdma::SharedLock::kWaiters) != 0;
+}
+
 constexpr std::size_t kMessages = 20, kBytes = 1000, kKept = 500;
 
 /// Byte for byte to and fro until the lane carries them; then what no reader must lose without being told.
@@ -132,6 +158,22 @@ int write_and_end(int fd, End end) {
     const engine::CredentialsChange change;
     if (p.impl().tx.load() != TxState::ended || !p.impl().is_evacuated()) return 7;
   }
+  if (end == End::close_asked) {
+    const std::uint64_t before = come_by_links(fd);
+    (void)p.impl().lock.lock();
+    if (write(g_go[1], "", 1) != 1) return 8;
+    while (come_by_links(fd) < before + PeerLinks::kFrameBytes) std::this_thread::yield();
+    while (!is_waited_for(p.impl().lock)) {
+      engine::nudge();
+      std::this_thread::yield();
+    }
+    (void)p.impl().close(fd);
+    p.impl().lock.unlock();
+    engine::closed(&p.impl(), fd);
+    ::close(fd);
+    engine::at_exit();
+    return 0;
+  }
   if (end >= End::left) {
     p.stream.take_down(LaneReason::mode);
     if (p.stream.send(fd, data, kKept, MSG_NOSIGNAL) != kKept) return 5;
@@ -154,6 +196,15 @@ int read_to_the_end(int fd, End end, std::size_t expected) {
     if (p.stream.recv(fd, data, 1, 0) != 1 || p.stream.send(fd, data, 1, MSG_NOSIGNAL) != 1) return 1;
   if (p.impl().rx.load() != RxState::lane) return 2;
   while (g_late.load()->held() != 0) std::this_thread::yield();  // the last answer is to leave
+  if (end == End::close_asked) {
+    char go = 0;
+    if (read(g_go[0], &go, 1) != 1) return 8;
+    rdma::QpAttributes over;
+    over.state = rdma::QpState::error;
+    (void)p.impl().lock.lock();
+    (void)p.impl().lane->qp().modify(over);
+    p.impl().lock.unlock();
+  }
   if (end == End::left_unheard) {
     p.held = true;
     pollfd over{fd, POLLRDHUP, 0};
@@ -191,6 +242,12 @@ int result_of(End end) {
 
 BOOST_AUTO_TEST_CASE(exit_waits_until_the_reader_has_everything) {
   for (const End end : {End::exit, End::exit_busy, End::close, End::left}) BOOST_TEST(result_of(end) == 0);
+}
+
+BOOST_AUTO_TEST_CASE(a_peer_that_asks_about_a_lane_is_answered_though_its_stream_is_just_being_closed) {
+  BOOST_REQUIRE(pipe(g_go) == 0);
+  BOOST_TEST(result_of(End::close_asked) == 0);
+  for (const int fd : g_go) close(fd);
 }
 
 BOOST_AUTO_TEST_CASE(exec_waits_until_the_reader_has_everything) { BOOST_TEST(result_of(End::exec) == 0); }
