@@ -81,8 +81,9 @@ class CompletionChannel {
   virtual void ring() noexcept = 0;
   /// Takes what the device has announced and passes it on: changes the wake words of the Cqs concerned and wakes their sleepers.
   /// Whoever watches fd() calls it when there was an edge, always in one thread, which is also the one that destroys the Cqs; fd()
-  /// may not be readable afterwards. The software device's peers change the words themselves: nothing to do there.
-  virtual void progress() noexcept {}
+  /// may not be readable afterwards. The software device's peers change the words themselves: nothing to do there. False: none of
+  /// the Cqs was armed for kWakeChannel, so that nobody but the caller has to know of the edge.
+  virtual bool progress() noexcept { return true; }
   /// In the child of a fork: closes its copies of the descriptors. Nothing else may be called then.
   virtual void abandon_in_child() noexcept {}
 };

@@ -7,11 +7,13 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdint>
 #include <cstring>
 #include <mutex>
 #include <new>
 #include <utility>
 
+#include "rdma_core/base/clock.hpp"
 #include "rdma_core/base/log.hpp"
 #include "rdma_core/base/sys.hpp"
 
@@ -141,20 +143,40 @@ void Service::run() noexcept {
       at_most(kStrangersMs);
     }
     if (!laned_.empty() && had_unordered_lane_.load(std::memory_order_relaxed)) at_most(next_words_ms());
+    await_work(timeout);
+    cm_->progress();
+  }
+}
+
+// What a device announces is passed on at once and is no work by itself: a message for which a thread sleeps must not cost a round
+// of everything.
+void Service::await_work(int timeout_ms) noexcept {
+  const bool wants_announcements = !handshakes_.empty() || !dying_.empty() || needs_looks_;
+  const rdma::SteadyClock clock;
+  const std::int64_t until = timeout_ms >= 0 ? clock.now() + std::int64_t{timeout_ms} * 1'000'000 : INT64_MAX;
+  for (;;) {
     epoll_event events[32];
-    const long n = sys::call(SYS_epoll_pwait, epoll_fd_, sys::arg(events), 32, timeout, 0, 8);
+    const long n = sys::call(SYS_epoll_pwait, epoll_fd_, sys::arg(events), 32, timeout_ms, 0, 8);
+    bool work = n <= 0 || wants_announcements;
     for (long i = 0; i < n; ++i) {
       const std::uint64_t tag = events[i].data.u64;
+      if (pass_on(tag)) continue;
+      work = true;
       if (tag == kWakeTag) {
         std::uint64_t count = 0;
         sys::call(SYS_read, wake_fd_.load(), sys::arg(&count), sizeof count);
       } else if (tag == kLinksTag) {
         links_->progress();
-      } else if (tag != kCmTag && tag != kBellTag && !pass_on(tag)) {
+      } else if (tag != kCmTag && tag != kBellTag) {
         on_anchor(reinterpret_cast<StreamImpl*>(tag));
       }
     }
-    cm_->progress();
+    if (work) return;
+    if (timeout_ms >= 0) {
+      const std::int64_t left = until - clock.now();
+      if (left <= 0) return;
+      timeout_ms = static_cast<int>((left + 999'999) / 1'000'000);
+    }
   }
 }
 

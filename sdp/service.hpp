@@ -110,6 +110,7 @@ class Service {
   void let_devices_go() noexcept;
   void remove_retired_devices() noexcept;
   void run() noexcept;
+  void await_work(int timeout_ms) noexcept;  ///< negative: for ever
   bool open() noexcept;
   bool take_devices() noexcept;
   void submit(StreamImpl* stream, std::uint8_t what) noexcept;

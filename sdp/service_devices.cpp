@@ -81,8 +81,7 @@ rdma::CompletionChannel* Service::channel_of(rdma::Device& device) noexcept {
 bool Service::pass_on(std::uint64_t tag) noexcept {
   for (const auto& [device, channel] : channels_) {
     if (reinterpret_cast<std::uint64_t>(channel.get()) != tag) continue;
-    channel->progress();
-    channel_->ring();
+    if (channel->progress()) channel_->ring();
     return true;
   }
   return false;

@@ -187,13 +187,15 @@ void VerbsChannel::ring() noexcept {
   sys::call(SYS_write, bell_fd_, sys::arg(&one), sizeof one);
 }
 
-void VerbsChannel::progress() noexcept {
+bool VerbsChannel::progress() noexcept {
   ibv_cq* cq = nullptr;
   void* context = nullptr;
+  std::uint8_t wakes = 0;
   while (ibv_get_cq_event(channel_, &cq, &context) == 0) {
     ibv_ack_cq_events(cq, 1);
-    static_cast<VerbsCq*>(context)->announced();
+    wakes |= static_cast<VerbsCq*>(context)->announced();
   }
+  return (wakes & kWakeChannel) != 0;
 }
 
 // ---- queues
@@ -214,8 +216,10 @@ void VerbsCq::wake_sleepers() noexcept {
 }
 
 // An announcement of an earlier arming counts as this one's, as a spare one does no harm: who is woken looks and arms again.
-void VerbsCq::announced() noexcept {
-  if (armed_.exchange(0, std::memory_order_acq_rel) & kWakeWord) wake_sleepers();
+std::uint8_t VerbsCq::announced() noexcept {
+  const std::uint8_t wakes = armed_.exchange(0, std::memory_order_acq_rel);
+  if (wakes & kWakeWord) wake_sleepers();
+  return wakes;
 }
 
 Result<std::unique_ptr<Qp>> VerbsPd::create_qp(const QpInit& init) {

@@ -52,7 +52,7 @@ class VerbsChannel final : public CompletionChannel {
   int fd() const noexcept override { return epoll_fd_; }
   void ring() noexcept override;
 
-  void progress() noexcept override;
+  bool progress() noexcept override;
   void abandon_in_child() noexcept override;
 
   ibv_comp_channel* channel() const noexcept { return channel_; }
@@ -79,7 +79,7 @@ class VerbsCq final : public Cq {
   void wake_sleepers() noexcept override;
 
   ibv_cq* cq() const noexcept { return cq_; }
-  void announced() noexcept;  ///< by the channel
+  std::uint8_t announced() noexcept;  ///< by the channel; returns what it was armed for
   void attach(VerbsQp& qp) { qps_.push_back(&qp); }
   /// Nothing of the Qp's comes out any more. It is destroyed already as far as the device is concerned.
   void detach(VerbsQp& qp);
