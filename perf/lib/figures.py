@@ -62,7 +62,7 @@ def describe_machine(args, programs):
         "commit": first_line(["git", "describe", "--always", "--dirty", "--abbrev=10"]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "rounds": args.rounds, "seconds": args.seconds,
-        "settings": {k: v for k, v in sorted(os.environ.items()) if k.startswith("SDP_")} or "defaults",
+        "settings": {k: v for k, v in sorted(os.environ.items()) if k.startswith("SDP_") and not k.startswith("SDP_VM_")} or "defaults",
         "programs": {program: first_line(command) for program, command in programs.items() if shutil.which(command[0])},
     }
 
