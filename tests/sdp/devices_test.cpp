@@ -141,7 +141,7 @@ BOOST_AUTO_TEST_CASE(lanes_run_on_a_second_device_until_it_goes_and_then_their_c
       talk(*pair);
       return (*pair)[0].lane_bytes() > 1000 && (*pair)[1].lane_bytes() > 1000;
     }));
-  for (const End& end : ends) BOOST_TEST(&end.impl().lane->device() == second_device);
+  for (const End& end : ends) BOOST_TEST(end.impl().lane->device() == second_device);
 
   std::int64_t woken = 0;
   std::thread sleeper([&] {
