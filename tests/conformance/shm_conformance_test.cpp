@@ -14,3 +14,4 @@ using CmFixtures = std::tuple<ShmIb, ShmRnic, Chained<ShmIb>>;
 
 #include "tests/conformance/cm_conformance.hpp"
 #include "tests/conformance/device_conformance.hpp"
+#include "tests/conformance/shared_cq_conformance.hpp"

@@ -48,3 +48,4 @@ using CmFixtures = std::tuple<SimCmIb, SimCmLossy, SimCmRnic, Chained<SimCmIb>>;
 
 #include "tests/conformance/cm_conformance.hpp"
 #include "tests/conformance/device_conformance.hpp"
+#include "tests/conformance/shared_cq_conformance.hpp"

@@ -357,23 +357,6 @@ BOOST_AUTO_TEST_CASE(a_completion_that_nobody_polls_is_found) {
   BOOST_TEST(pair.fabric.check() == "");
 }
 
-BOOST_AUTO_TEST_CASE(an_overrun_queue_is_found) {
-  Pair pair({.seed = 1}, 0);
-  auto small = *pair.a.device->create_cq(2, nullptr);
-  QpInit init;
-  init.send_cq = init.recv_cq = small.get();
-  init.send_depth = init.recv_depth = 8;
-  auto qp = *pair.a.pd->create_qp(init);
-  for (std::uint32_t i = 0; i < 3; ++i) {
-    const RecvWr wr{i, pair.a.slot(i), 64, pair.a.memory->lkey};
-    BOOST_REQUIRE_EQUAL(qp->post_recv({&wr, 1}), Post::ok);
-  }
-  BOOST_REQUIRE(qp->modify(move_to(QpState::error)));
-  pair.drain(*small);
-  BOOST_TEST(pair.complains_of("overrun"));
-  qp.reset();
-}
-
 BOOST_AUTO_TEST_CASE(a_livelock_is_found) {
   SimFabric fabric;
   std::function<void()> again = [&] { fabric.after(10, again); };

@@ -83,6 +83,7 @@ struct CqCore {
   SimCq* cq = nullptr;
   Side side = Side::a;
   std::uint32_t depth = 0;
+  std::uint32_t promised = 0;  ///< of them, to Qps
   ChannelCore* channel = nullptr;
   std::deque<Cqe> entries;
   std::uint8_t armed = 0;
@@ -411,6 +412,8 @@ class SimQp final : public Qp {
     state_.drop_all(core_);
     for (CqCore* cq : {core_.send_cq, core_.recv_cq})
       std::erase_if(cq->entries, [&](const Cqe& e) { return static_cast<std::uint32_t>(e.wc.qpn) == core_.qpn; });
+    core_.send_cq->promised -= core_.send_depth;
+    core_.recv_cq->promised -= core_.recv_depth;
     --state_.at(core_.side).counters.live_qps;
     state_.qps.erase(core_.qpn);
   }
@@ -459,15 +462,23 @@ class SimPd final : public Pd {
     if (init.send_depth == 0 || init.send_depth > o.max_send_wr || init.recv_depth == 0 || init.recv_depth > o.max_recv_wr)
       return fail(EINVAL, "sim: qp depth");
     if (init.max_inline > o.max_inline) return fail(EINVAL, "sim: max_inline");
+    CqCore &sends = static_cast<SimCq*>(init.send_cq)->core(), &receives = static_cast<SimCq*>(init.recv_cq)->core();
+    const std::uint32_t recv_depth = std::bit_ceil(init.recv_depth);
+    const bool one = &sends == &receives;
+    if (sends.depth - sends.promised < init.send_depth + (one ? recv_depth : 0) ||
+        (!one && receives.depth - receives.promised < recv_depth))
+      return fail(EINVAL, "sim: cq depth");
+    sends.promised += init.send_depth;
+    receives.promised += recv_depth;
     auto core = std::make_unique<QpCore>();
     core->qpn = state_.next_qpn;
     state_.next_qpn += static_cast<std::uint32_t>(state_.pick(1, 9));
     core->side = side_;
     core->pd = number_;
-    core->send_cq = &static_cast<SimCq*>(init.send_cq)->core();
-    core->recv_cq = &static_cast<SimCq*>(init.recv_cq)->core();
+    core->send_cq = &sends;
+    core->recv_cq = &receives;
     core->send_depth = init.send_depth;
-    core->recv_depth = std::bit_ceil(init.recv_depth);
+    core->recv_depth = recv_depth;
     core->max_inline = init.max_inline;
     core->max_reads = o.max_read_outstanding;
     QpCore& ref = *core;

@@ -8,6 +8,7 @@ using DeviceFixtures = std::tuple<VerbsIb, VerbsRnic>;
 }  // namespace rdma::conformance
 
 #include "tests/conformance/device_conformance.hpp"
+#include "tests/conformance/shared_cq_conformance.hpp"
 
 namespace rdma::conformance {
 

@@ -140,6 +140,7 @@ class VerbsRnic : public VerbsPair {
     rdma_destroy_event_channel(channel_);
   }
   void connect(const MakeQp& make) {
+    fcntl(channel_->fd, F_SETFL, fcntl(channel_->fd, F_GETFL) & ~O_NONBLOCK);
     rdma_cm_id* const listener = new_id();
     const cm::IpAddress near = port(Side::a).ip(), far = port(Side::b).ip();
     sockaddr_storage at_far = far.to_sockaddr();

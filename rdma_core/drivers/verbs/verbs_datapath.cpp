@@ -1,18 +1,16 @@
-// Per message code, and nothing else: post_send, post_recv, poll, maybe_ready, arm. No allocation but when a Qp leaves a shared Cq;
-// the system calls are the device's doorbell where it has no other, and arm().
+// Per message code, and nothing else: post_send, post_recv, poll, maybe_ready, arm. No allocation; the system calls are the
+// device's doorbell where it has no other, arm(), and a yield to who is in the way.
 #include <errno.h>
 #include <infiniband/verbs.h>
 
 #include <algorithm>
 
 #include "rdma_core/base/clock.hpp"
+#include "rdma_core/base/sys.hpp"
 #include "rdma_core/drivers/verbs/verbs_qp.hpp"
 
 namespace rdma::verbs {
 namespace {
-
-/// A completion's wr_id: the request's number and which queue it was in. Of a failed one the device says little else.
-constexpr std::uint64_t kReceive = std::uint64_t{1} << 63;
 
 WcStatus to_status(ibv_wc_status status, bool receive) noexcept {
   switch (status) {
@@ -64,6 +62,7 @@ unsigned send_flags(const SendWr& wr) noexcept {
 
 constexpr unsigned kMaxSge = 8;  ///< DeviceAttr::max_sge at the most
 constexpr unsigned kRecvBatch = 16;
+constexpr int kLookAhead = 16;
 
 }  // namespace
 
@@ -75,7 +74,7 @@ Post VerbsQp::post_send(const SendWr& wr) noexcept {
   for (unsigned i = 0; i < wr.sge_count; ++i)
     sges[i] = {reinterpret_cast<std::uintptr_t>(wr.sges[i].addr), wr.sges[i].length, static_cast<std::uint32_t>(wr.sges[i].lkey)};
   ibv_send_wr request{};
-  request.wr_id = sends_posted_;
+  request.wr_id = (wr.flags & kSignalled) != 0 ? sends_posted_ : sends_posted_ | kUnwanted;
   request.sg_list = sges;
   request.num_sge = wr.sge_count;
   request.opcode = to_verbs(wr.opcode);
@@ -85,7 +84,7 @@ Post VerbsQp::post_send(const SendWr& wr) noexcept {
   request.wr.rdma.remote_addr = wr.remote_addr;
   request.wr.rdma.rkey = static_cast<std::uint32_t>(wr.rkey);
   ibv_send_wr* bad = nullptr;
-  sends_[sends_posted_ & (sends_.size() - 1)] = {wr.wr_id, static_cast<WcOpcode>(wr.opcode), (wr.flags & kSignalled) != 0};
+  sends_[sends_posted_ & (sends_.size() - 1)] = {wr.wr_id, static_cast<WcOpcode>(wr.opcode)};
   const int failed = ibv_post_send(qp_, &request, &bad);
   if (failed == ENOMEM) return Post::queue_full;
   if (failed != 0) return Post::qp_error;
@@ -138,85 +137,106 @@ bool VerbsQp::complete(bool receive, std::uint64_t number, bool success, std::ui
     const Request& request = sends_[number & (sends_.size() - 1)];
     wr_id = request.wr_id;
     opcode = request.opcode;
-    if (success && !request.wanted) return false;
   }
   if (!success) state_ = QpState::error;
   return true;
 }
 
-/// One thread at a time looks into the device's queue. The other one is about to take what is there: it need not wait long.
-class VerbsCq::Looking {
- public:
-  explicit Looking(std::atomic_flag& busy) noexcept : busy_(busy) {
-    while (busy_.test_and_set(std::memory_order_acquire)) cpu_relax();
+SharedQueue::Guard::Guard(const SharedQueue& queue) noexcept : busy_(queue.busy_) {
+  constexpr unsigned kLooks = 256;  // far longer than anybody keeps it who has a processor
+  for (unsigned looks = 0; busy_.test_and_set(std::memory_order_acquire);) {
+    while (busy_.test(std::memory_order_relaxed)) {
+      cpu_relax();
+      if (++looks % kLooks == 0) sys::call(SYS_sched_yield);
+    }
   }
-  ~Looking() { busy_.clear(std::memory_order_release); }
-  Looking(const Looking&) = delete;
-  Looking& operator=(const Looking&) = delete;
+}
 
- private:
-  std::atomic_flag& busy_;
-};
+void SharedQueue::collect() const noexcept {
+  ibv_wc wcs[kLookAhead];
+  for (int got = kLookAhead; got == kLookAhead;) {
+    got = ibv_poll_cq(cq_, kLookAhead, wcs);
+    for (int i = 0; i < got; ++i) {
+      const ibv_wc& wc = wcs[i];
+      if (wc.status == IBV_WC_SUCCESS && (wc.wr_id & kUnwanted) != 0) continue;
+      const auto owner = std::ranges::lower_bound(owners_, wc.qp_num, {}, &Owner::qpn);
+      if (owner == owners_.end() || owner->qpn != wc.qp_num) continue;  // of a Qp that is gone
+      VerbsCq* const cq = (wc.wr_id & kReceive) != 0 ? owner->receives : owner->sends;
+      if (cq == nullptr) continue;
+      Told told;
+      told.wr_id = wc.wr_id;
+      told.byte_len = wc.byte_len;
+      told.qpn = wc.qp_num & 0xffffff;
+      told.status = static_cast<std::uint8_t>(wc.status);
+      cq->put(told);
+    }
+  }
+}
 
-bool VerbsCq::translate(const ibv_wc& from, Wc& to) const noexcept {
+void SharedQueue::request() noexcept {
+  std::uint64_t seen = request_.load();
+  if ((seen & kAsked) != 0) return;
+  std::uint64_t asking = seen | kAsking;
+  const bool mine = seen != asking && request_.compare_exchange_strong(seen, asking);
+  ibv_req_notify_cq(cq_, 0);
+  // Another's request may not have begun yet: only who began one says that it was made.
+  if (mine) request_.compare_exchange_strong(asking, asking ^ kAsking ^ kAsked);
+}
+
+void VerbsCq::put(const Told& told) noexcept {
+  ring_[tail_++ & (ring_.size() - 1)] = told;
+  if (armed_.load() != 0) due_.fetch_or(armed_.exchange(0));
+}
+
+unsigned VerbsCq::take(std::span<Told> out) const noexcept {
+  const SharedQueue::Guard guard(*queue_);
+  if (tail_ - head_ < out.size()) queue_->collect();
+  unsigned n = 0;
+  while (n < out.size() && head_ != tail_) out[n++] = ring_[head_++ & (ring_.size() - 1)];
+  return n;
+}
+
+bool VerbsCq::translate(const Told& from, Wc& to) const noexcept {
   const bool receive = (from.wr_id & kReceive) != 0;
+  const auto status = static_cast<ibv_wc_status>(from.status);
   for (VerbsQp* qp : qps_) {
-    if (static_cast<std::uint32_t>(qp->qpn()) != from.qp_num) continue;
-    to.status = to_status(from.status, receive);
-    if (!qp->complete(receive, from.wr_id & ~kReceive, from.status == IBV_WC_SUCCESS, to.wr_id, to.opcode)) return false;
-    to.byte_len = from.status == IBV_WC_SUCCESS ? from.byte_len : 0;
+    if (static_cast<std::uint32_t>(qp->qpn()) != from.qpn) continue;
+    to.status = to_status(status, receive);
+    if (!qp->complete(receive, from.wr_id & kNumber, status == IBV_WC_SUCCESS, to.wr_id, to.opcode)) return false;
+    to.byte_len = status == IBV_WC_SUCCESS ? from.byte_len : 0;
     to.qpn = qp->qpn();
     return true;
   }
-  return false;  // of a Qp that is gone
+  return false;
 }
 
-unsigned VerbsCq::take(Wc* out, unsigned room) const noexcept {
+unsigned VerbsCq::poll(std::span<Wc> out) noexcept {
   unsigned n = 0;
-  while (n < room) {
-    ibv_wc wcs[kLookAhead];
-    const int got = ibv_poll_cq(cq_, static_cast<int>(std::min(room - n, kLookAhead)), wcs);
-    if (got <= 0) break;
-    for (int i = 0; i < got; ++i)
-      if (translate(wcs[i], out[n])) ++n;
+  for (unsigned wanted = 1, got = 1; got == wanted && n < out.size();) {
+    Told told[kLookAhead];
+    wanted = std::min(static_cast<unsigned>(out.size()) - n, unsigned{kLookAhead});
+    got = take({told, wanted});
+    for (unsigned i = 0; i < got; ++i)
+      if (translate(told[i], out[n])) ++n;
   }
   return n;
 }
 
-unsigned VerbsCq::poll(std::span<Wc> out) noexcept {
-  const Looking looking(busy_);
-  const auto room = static_cast<unsigned>(out.size());
-  unsigned n = 0;
-  while (n < room && kept_head_ < kept_.size()) out[n++] = kept_[kept_head_++];
-  while (n < room && ahead_head_ != ahead_tail_) out[n++] = ahead_[ahead_head_++];
-  return n + take(out.data() + n, room - n);
-}
-
 bool VerbsCq::maybe_ready() const noexcept {
-  const Looking looking(busy_);
-  if (kept_head_ < kept_.size() || ahead_head_ != ahead_tail_) return true;
-  ahead_head_ = 0;
-  ahead_tail_ = take(ahead_, kLookAhead);
-  return ahead_tail_ != 0;
+  const SharedQueue::Guard guard(*queue_);
+  if (head_ == tail_) queue_->collect();
+  return head_ != tail_;
 }
 
 void VerbsCq::arm(std::uint8_t wake) noexcept {
   if (wake == 0 || channel_ == nullptr) return;
-  armed_.fetch_or(wake, std::memory_order_acq_rel);
-  ibv_req_notify_cq(cq_, 0);
+  armed_.fetch_or(wake);
+  queue_->request();
 }
 
-void VerbsCq::detach(VerbsQp& qp) {
-  const Looking looking(busy_);
-  std::vector<Wc> left(kept_.begin() + static_cast<std::ptrdiff_t>(kept_head_), kept_.end());
-  left.insert(left.end(), ahead_ + ahead_head_, ahead_ + ahead_tail_);
-  Wc wc;
-  while (take(&wc, 1) != 0) left.push_back(wc);
-  std::erase_if(left, [&](const Wc& each) { return each.qpn == qp.qpn(); });
-  std::erase(qps_, &qp);
-  kept_ = std::move(left);
-  kept_head_ = 0;
-  ahead_head_ = ahead_tail_ = 0;
+void VerbsCq::disarm() noexcept {
+  armed_.store(0);
+  due_.store(0);
 }
 
 }  // namespace rdma::verbs

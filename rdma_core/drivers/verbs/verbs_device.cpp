@@ -42,6 +42,7 @@ class DeviceList {
 constexpr std::uint8_t kPort = 1;
 constexpr std::uint32_t kDeepest = 1024;  ///< of a queue: more than any lane asks for, and every device has it
 constexpr std::uint32_t kWantedInline = 512;
+constexpr std::uint32_t kShallowest = 64;       ///< completion queue
 constexpr std::uint32_t kSoftIwarp = 0x626d74;  ///< its vendor
 
 /// What a Qp really gets: some devices refuse a wish that is too large, others grant less than their attributes say.
@@ -176,6 +177,7 @@ Result<Unit> VerbsDevice::look_around() {
   attr_.rnr_retry = !rnic;
   attr_.acknowledges = !rnic;
   attr_.max_inline = probe_inline(context_);
+  max_cqe_ = static_cast<std::uint32_t>(std::max(limits.max_cqe, 1));
   gid_entries_ = port.gid_tbl_len;
   set_nonblocking(context_->async_fd);
   return Unit{};
@@ -203,13 +205,14 @@ Result<std::unique_ptr<Pd>> VerbsDevice::create_pd(const Path&) {
   return std::unique_ptr<Pd>(new VerbsPd(*this, pd));
 }
 
-Result<std::unique_ptr<CompletionChannel>> VerbsDevice::create_channel() { return VerbsChannel::open(context_); }
+Result<std::unique_ptr<CompletionChannel>> VerbsDevice::create_channel() { return VerbsChannel::open(context_, max_cqe_); }
 
 Result<std::unique_ptr<Cq>> VerbsDevice::create_cq(std::uint32_t depth, CompletionChannel* channel) {
   auto* own = static_cast<VerbsChannel*>(channel);
-  auto made = std::make_unique<VerbsCq>();
-  if (!made->open(context_, std::max(depth, 64U), own)) return fail(errno, "verbs: no completion queue");
-  return std::unique_ptr<Cq>(std::move(made));
+  depth = std::max(depth, kShallowest);
+  auto queue = own != nullptr ? own->queue_for(depth) : SharedQueue::make(context_, depth, nullptr);
+  if (queue == nullptr) return fail(errno, "verbs: no completion queue");
+  return std::unique_ptr<Cq>(std::make_unique<VerbsCq>(std::move(queue), depth, own));
 }
 
 int VerbsDevice::async_fd() const noexcept { return context_->async_fd; }

@@ -2,10 +2,11 @@
 //
 // What differs from the general contract:
 // - The device announces by the channel only, whatever is armed; CompletionChannel::progress() changes the wake words. Cq::arm()
-//   costs a system call where the device's doorbell does; disarm() takes an edge of the channel not back.
+//   costs a system call where the device's doorbell does, unless another Cq has asked since progress() was called last: call it
+//   after each edge. disarm() takes an edge of the channel not back.
+// - Cqs with one channel share the device's completion queues (verbs_queue.hpp).
 // - An IB CA's Qp is moved with the attributes of device.hpp, sgid_index among them for RoCE. An RNIC's Qp is bound to its stream
-// by
-//   the kernel's iWARP CM: the CM moves it to init, connects it, and then tells it with the move to rts.
+//   by the kernel's iWARP CM: the CM moves it to init, connects it, and then tells it with the move to rts.
 //
 // fork: a context is its opener's. A child's posts fail, and would even reach the parent's queues on some devices: use nothing
 // there, destroy nothing. credentials: as if in a child, in every thread whose credentials are not the very object that the
@@ -71,6 +72,7 @@ class VerbsDevice final : public Device {
   std::string name_;
   DeviceAttr attr_;
   int gid_entries_ = 0;
+  std::uint32_t max_cqe_ = 0;
   ibv_cq* cover_ = nullptr;  ///< see cover_bad_offset()
   bool lost_ = false;
   std::function<void(AsyncEvent)> async_handler_;

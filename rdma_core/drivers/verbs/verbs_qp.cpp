@@ -25,6 +25,7 @@ constexpr std::size_t kPageBytes = 4096;
 /// The iWARP provider of rdma-core 44 cannot map a queue of its that starts at page 144 of a context, and queues of 64 entries and
 /// more step over it.
 constexpr std::uint32_t kShallowest = 64;
+constexpr std::uint32_t kSharers = 64;  ///< Cqs of one SharedQueue, if all are as deep
 
 int access_flags(Access access) noexcept {
   int flags = 0;
@@ -146,10 +147,10 @@ Result<std::unique_ptr<Mr>> VerbsPd::map_extent(std::size_t bytes) {
 
 // ---- the channel
 
-Result<std::unique_ptr<CompletionChannel>> VerbsChannel::open(ibv_context* context) {
+Result<std::unique_ptr<CompletionChannel>> VerbsChannel::open(ibv_context* context, std::uint32_t deepest) {
   ibv_comp_channel* channel = ibv_create_comp_channel(context);
   if (channel == nullptr) return fail(errno, "verbs: no completion channel");
-  std::unique_ptr<VerbsChannel> own(new VerbsChannel(channel));
+  std::unique_ptr<VerbsChannel> own(new VerbsChannel(channel, context, deepest));
   set_nonblocking(channel->fd);
   channel->fd = keep_fd(channel->fd);
   own->bell_fd_ = keep_fd(static_cast<int>(sys::call(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK)));
@@ -166,6 +167,7 @@ Result<std::unique_ptr<CompletionChannel>> VerbsChannel::open(ibv_context* conte
 }
 
 VerbsChannel::~VerbsChannel() {
+  queues_.clear();
   for (const int fd : {epoll_fd_, bell_fd_}) {
     if (fd < 0) continue;
     forget_fd(fd);
@@ -193,21 +195,62 @@ bool VerbsChannel::progress() noexcept {
   std::uint8_t wakes = 0;
   while (ibv_get_cq_event(channel_, &cq, &context) == 0) {
     ibv_ack_cq_events(cq, 1);
-    wakes |= static_cast<VerbsCq*>(context)->announced();
+    wakes |= static_cast<SharedQueue*>(context)->announced();
   }
   return (wakes & kWakeChannel) != 0;
 }
 
+// A new one has room for as many Cqs as there are already: a process with few connections does not pay for many, and two threads
+// with a lane each have a queue each.
+std::shared_ptr<SharedQueue> VerbsChannel::queue_for(std::uint32_t depth) {
+  std::uint32_t in_use = 0;
+  for (const auto& each : queues_) {
+    if (each->room() >= depth) return each;
+    in_use += each->depth() - each->room();
+  }
+  const std::uint32_t most = std::min(std::clamp(in_use, depth, kSharers * depth), deepest_);
+  for (std::uint32_t wanted = std::max(most, depth);; wanted = std::max(wanted / 2, depth)) {
+    if (auto made = SharedQueue::make(context_, wanted, channel_)) return queues_.emplace_back(std::move(made));
+    if (wanted == depth) return nullptr;
+  }
+}
+
+void VerbsChannel::let_go() noexcept {
+  bool kept = false;
+  std::erase_if(queues_, [&](const auto& each) { return each->is_unused() && std::exchange(kept, true); });
+}
+
 // ---- queues
 
-bool VerbsCq::open(ibv_context* context, std::uint32_t depth, VerbsChannel* channel) noexcept {
-  channel_ = channel;
-  cq_ = ibv_create_cq(context, static_cast<int>(depth), this, channel != nullptr ? channel->channel() : nullptr, 0);
-  return cq_ != nullptr;
+VerbsCq::VerbsCq(std::shared_ptr<SharedQueue> queue, std::uint32_t depth, VerbsChannel* channel)
+    : queue_(std::move(queue)), channel_(channel), depth_(depth), ring_(std::bit_ceil(depth)) {
+  queue_->enter(*this, depth_);
 }
 
 VerbsCq::~VerbsCq() {
-  if (cq_ != nullptr) ibv_destroy_cq(cq_);
+  queue_->leave(*this, depth_);
+  if (channel_ != nullptr) channel_->let_go();
+}
+
+void VerbsCq::attach(VerbsQp& qp, std::uint32_t depth) {
+  promised_ += depth;
+  qps_.push_back(&qp);
+}
+
+void VerbsCq::detach(VerbsQp& qp, std::uint32_t depth) {
+  promised_ -= depth;
+  std::erase(qps_, &qp);
+}
+
+void VerbsCq::drop(Qpn qpn) noexcept {
+  const SharedQueue::Guard guard(*queue_);
+  queue_->collect();
+  std::uint32_t kept = head_;
+  for (std::uint32_t at = head_; at != tail_; ++at) {
+    const Told& told = ring_[at & (ring_.size() - 1)];
+    if (told.qpn != static_cast<std::uint32_t>(qpn)) ring_[kept++ & (ring_.size() - 1)] = told;
+  }
+  tail_ = kept;
 }
 
 void VerbsCq::wake_sleepers() noexcept {
@@ -215,9 +258,8 @@ void VerbsCq::wake_sleepers() noexcept {
   sys::call(SYS_futex, sys::arg(&wake_word_), FUTEX_WAKE, INT_MAX);
 }
 
-// An announcement of an earlier arming counts as this one's, as a spare one does no harm: who is woken looks and arms again.
-std::uint8_t VerbsCq::announced() noexcept {
-  const std::uint8_t wakes = armed_.exchange(0, std::memory_order_acq_rel);
+std::uint8_t VerbsCq::wake_if_due() noexcept {
+  const std::uint8_t wakes = due_.exchange(0);
   if (wakes & kWakeWord) wake_sleepers();
   return wakes;
 }
@@ -228,9 +270,13 @@ Result<std::unique_ptr<Qp>> VerbsPd::create_qp(const QpInit& init) {
   if (init.send_depth > attr.max_send_wr || init.recv_depth > attr.max_recv_wr || init.send_depth == 0)
     return fail(EINVAL, "verbs: a queue deeper than the device allows");
   const std::uint32_t recv_depth = std::bit_ceil(std::max(init.recv_depth, 1U));
+  const auto &send_cq = static_cast<const VerbsCq&>(*init.send_cq), &recv_cq = static_cast<const VerbsCq&>(*init.recv_cq);
+  const bool one = &send_cq == &recv_cq;
+  if (send_cq.room() < init.send_depth + (one ? recv_depth : 0) || (!one && recv_cq.room() < recv_depth))
+    return fail(EINVAL, "verbs: the completion queue is too shallow for one Qp more");
   ibv_qp_init_attr wanted{};
-  wanted.send_cq = static_cast<VerbsCq*>(init.send_cq)->cq();
-  wanted.recv_cq = static_cast<VerbsCq*>(init.recv_cq)->cq();
+  wanted.send_cq = send_cq.queue().cq();
+  wanted.recv_cq = recv_cq.queue().cq();
   wanted.qp_type = IBV_QPT_RC;
   wanted.cap = {.max_send_wr = std::max(init.send_depth, kShallowest),
                 .max_recv_wr = std::max(recv_depth, kShallowest),
@@ -256,14 +302,25 @@ VerbsQp::VerbsQp(VerbsDevice& device, ibv_qp* qp, const QpInit& init, std::uint3
       sends_(std::bit_ceil(init.send_depth)),
       recvs_(recv_depth) {
   early_.reserve(recv_depth);
-  send_cq_->attach(*this);
-  if (recv_cq_ != send_cq_) recv_cq_->attach(*this);
+  send_cq_->attach(*this, send_depth_);
+  recv_cq_->attach(*this, recv_depth_);
+  SharedQueue &sends = send_cq_->queue(), &receives = recv_cq_->queue();
+  const bool one = &sends == &receives;
+  sends.attach(qp->qp_num, send_cq_, one ? recv_cq_ : nullptr);
+  if (!one) receives.attach(qp->qp_num, nullptr, recv_cq_);
 }
 
 VerbsQp::~VerbsQp() {
   if (const int failed = ibv_destroy_qp(qp_); failed != 0) RDMA_LOG(error, "verbs: a Qp cannot be destroyed: %d", failed);
-  send_cq_->detach(*this);
-  if (recv_cq_ != send_cq_) recv_cq_->detach(*this);
+  drop_completions();
+  for (VerbsCq* cq : {send_cq_, recv_cq_}) cq->queue().detach(static_cast<std::uint32_t>(qpn_));
+  send_cq_->detach(*this, send_depth_);
+  recv_cq_->detach(*this, recv_depth_);
+}
+
+void VerbsQp::drop_completions() noexcept {
+  send_cq_->drop(qpn_);
+  if (recv_cq_ != send_cq_) recv_cq_->drop(qpn_);
 }
 
 Result<Unit> VerbsQp::modify(const QpAttributes& attr) {
@@ -274,6 +331,7 @@ Result<Unit> VerbsQp::modify(const QpAttributes& attr) {
   if (auto moved = apply(attr); !moved) return moved;
   state_ = attr.state;
   if (state_ == QpState::reset) {
+    drop_completions();
     sends_posted_ = sends_done_ = recvs_posted_ = recvs_done_ = 0;
     early_.clear();
   } else if (!early_.empty()) {

@@ -6,13 +6,13 @@
 #include <vector>
 
 #include "rdma_core/drivers/verbs/verbs_device.hpp"
+#include "rdma_core/drivers/verbs/verbs_queue.hpp"
 
 struct ibv_pd;
 struct ibv_mr;
 struct ibv_cq;
 struct ibv_qp;
 struct ibv_comp_channel;
-struct ibv_wc;
 
 namespace rdma::verbs {
 
@@ -47,7 +47,8 @@ class VerbsPd final : public Pd {
 /// The device's channel, and a descriptor of our own for ring(), behind one epoll descriptor.
 class VerbsChannel final : public CompletionChannel {
  public:
-  static Result<std::unique_ptr<CompletionChannel>> open(ibv_context* context);
+  /// `deepest`: entries that a completion queue of the device may have.
+  static Result<std::unique_ptr<CompletionChannel>> open(ibv_context* context, std::uint32_t deepest);
   ~VerbsChannel() override;
   int fd() const noexcept override { return epoll_fd_; }
   void ring() noexcept override;
@@ -55,55 +56,67 @@ class VerbsChannel final : public CompletionChannel {
   bool progress() noexcept override;
   void abandon_in_child() noexcept override;
 
-  ibv_comp_channel* channel() const noexcept { return channel_; }
+  /// A queue with room for so many entries more; nullptr: errno says why.
+  std::shared_ptr<SharedQueue> queue_for(std::uint32_t depth);
+  void let_go() noexcept;  ///< of queues that no Cq uses, but for one that the next may have
 
  private:
-  explicit VerbsChannel(ibv_comp_channel* channel) noexcept : channel_(channel) {}
+  VerbsChannel(ibv_comp_channel* channel, ibv_context* context, std::uint32_t deepest) noexcept
+      : channel_(channel), context_(context), deepest_(deepest) {}
   ibv_comp_channel* channel_;
+  ibv_context* context_;
+  std::uint32_t deepest_;
+  std::vector<std::shared_ptr<SharedQueue>> queues_;
   int bell_fd_ = -1;
   int epoll_fd_ = -1;
 };
 
-/// libibverbs cannot be asked whether a completion is there: a look takes it, and poll() finds it here.
+/// One user's share of a SharedQueue. libibverbs cannot be asked whether a completion is there: a look takes it, and poll() finds
+/// it here.
 class VerbsCq final : public Cq {
  public:
-  VerbsCq() = default;
+  /// `channel`: nullptr or the queue's.
+  VerbsCq(std::shared_ptr<SharedQueue> queue, std::uint32_t depth, VerbsChannel* channel);
   ~VerbsCq() override;
-  /// False: errno says why.
-  bool open(ibv_context* context, std::uint32_t depth, VerbsChannel* channel) noexcept;
   unsigned poll(std::span<Wc> out) noexcept override;
   bool maybe_ready() const noexcept override;
   void arm(std::uint8_t wake) noexcept override;
-  void disarm() noexcept override { armed_.store(0, std::memory_order_relaxed); }
+  void disarm() noexcept override;
   std::atomic<std::uint32_t>* wake_word() noexcept override { return channel_ != nullptr ? &wake_word_ : nullptr; }
   void wake_sleepers() noexcept override;
 
-  ibv_cq* cq() const noexcept { return cq_; }
-  std::uint8_t announced() noexcept;  ///< by the channel; returns what it was armed for
-  void attach(VerbsQp& qp) { qps_.push_back(&qp); }
-  /// Nothing of the Qp's comes out any more. It is destroyed already as far as the device is concerned.
-  void detach(VerbsQp& qp);
+  SharedQueue& queue() const noexcept { return *queue_; }
+  /// Entries that no Qp may need yet.
+  std::uint32_t room() const noexcept { return depth_ - promised_; }
+  void attach(VerbsQp& qp, std::uint32_t depth);
+  void detach(VerbsQp& qp, std::uint32_t depth);
+  /// What the Qp has left does not come out any more. The device adds nothing to it.
+  void drop(Qpn qpn) noexcept;
+
+  // --- for the queue
+  void put(const Told& told) noexcept;  ///< under the queue's Guard
+  bool is_armed() const noexcept { return armed_.load() != 0; }
+  std::uint8_t wake_if_due() noexcept;  ///< returns the Wake bits that are due
 
  private:
-  class Looking;
-  static constexpr unsigned kLookAhead = 16;
-  unsigned take(Wc* out, unsigned room) const noexcept;
-  bool translate(const ibv_wc& from, Wc& to) const noexcept;
+  unsigned take(std::span<Told> out) const noexcept;
+  bool translate(const Told& from, Wc& to) const noexcept;
 
-  ibv_cq* cq_ = nullptr;
-  VerbsChannel* channel_ = nullptr;
+  const std::shared_ptr<SharedQueue> queue_;
+  VerbsChannel* const channel_;
+  const std::uint32_t depth_;
+  std::uint32_t promised_ = 0;          ///< entries that the Qps may need
+  std::vector<VerbsQp*> qps_;           ///< that send or receive into this Cq
   std::atomic<std::uint8_t> armed_{0};  ///< Wake bits
+  std::atomic<std::uint8_t> due_{0};    ///< those of them whose completion has been taken
   std::atomic<std::uint32_t> wake_word_{0};
-  std::vector<VerbsQp*> qps_;                         ///< that send or receive into this Cq
-  mutable std::atomic_flag busy_ = ATOMIC_FLAG_INIT;  ///< somebody polls; guards what follows
-  mutable Wc ahead_[kLookAhead];
-  mutable unsigned ahead_head_ = 0, ahead_tail_ = 0;
-  std::vector<Wc> kept_;  ///< other Qps', taken while one was detached; they come first
-  std::size_t kept_head_ = 0;
+  std::vector<Told> ring_;  ///< a power of two; guarded by the queue's Guard
+  mutable std::uint32_t head_ = 0, tail_ = 0;
 };
 
 class VerbsQp final : public Qp {
  public:
+  /// The Cqs have room for its completions.
   VerbsQp(VerbsDevice& device, ibv_qp* qp, const QpInit& init, std::uint32_t recv_depth, std::uint32_t max_inline);
   ~VerbsQp() override;
   Qpn qpn() const noexcept override { return qpn_; }
@@ -113,16 +126,15 @@ class VerbsQp final : public Qp {
   Post post_recv(std::span<const RecvWr> wrs) noexcept override;
   Result<Unit> modify(const QpAttributes& attr) override;
 
-  /// Turns a completion's number into the caller's wr_id and frees what is behind it; false: nobody is to hear of it.
+  /// Turns a completion's number into the caller's wr_id and frees what is behind it; false: it is none of ours.
   bool complete(bool receive, std::uint64_t number, bool success, std::uint64_t& wr_id, WcOpcode& opcode) noexcept;
 
  private:
-  friend class VerbsCq;
   struct Request {
     std::uint64_t wr_id = 0;
     WcOpcode opcode = WcOpcode::send;
-    bool wanted = true;  ///< its completion, if it is a success
   };
+  void drop_completions() noexcept;
   Result<Unit> apply(const QpAttributes& attr);
   Post hand_over(std::span<const RecvWr> wrs) noexcept;
 
