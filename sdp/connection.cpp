@@ -81,7 +81,8 @@ Rx Connection::on_message_slow(std::span<const std::byte> shared) noexcept {
   if (shared.size() < wire::payload_offset(mid)) return fail("extended header cut short");
   if (!wire::may_carry_payload(mid) && shared.size() != wire::payload_offset(mid)) return fail("payload in a message without one");
   if (head.flags() & ~wire::kKnownFlags) return fail("reserved flags");
-  if (!credit_.on_receive(head.mseq(), head.mseq_ack(), head.bufs())) return fail("sequence or credit error");
+  const bool update = mid == Mid::data && shared.size() == wire::kBsdhBytes;
+  if (!credit_.on_receive(head.mseq(), head.mseq_ack(), head.bufs(), update)) return fail("sequence or credit error");
 
   switch (mid) {
     case Mid::data:

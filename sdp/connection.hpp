@@ -68,7 +68,8 @@ class Connection {
       if (state_ == ConnState::established &&
           std::to_integer<std::uint8_t>(head[0]) == static_cast<std::uint8_t>(wire::Mid::data) &&
           std::to_integer<std::uint8_t>(head[1]) == 0 && rdma::load_be32(head + 4) == msg.size()) [[likely]] {
-        if (!credit_.on_receive(rdma::load_be32(head + 8), rdma::load_be32(head + 12), rdma::load_be16(head + 2)))
+        if (!credit_.on_receive(rdma::load_be32(head + 8), rdma::load_be32(head + 12), rdma::load_be16(head + 2),
+                                msg.size() == wire::kBsdhBytes))
           return fail("sequence or credit error");
         return msg.size() > wire::kBsdhBytes ? Rx::payload : Rx::control;
       }

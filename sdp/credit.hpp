@@ -28,14 +28,15 @@ class CreditWindow {
   bool may_send_control() const noexcept { return credits() >= 2 || (credits() == 1 && grants_more()); }
   bool may_send_update() const noexcept { return credits() >= 1 && grants_more(); }
   std::uint32_t on_send() noexcept {
+    heard_ = false;
     told_ = received_ + posted_;
     return ++sent_;
   }
   std::uint32_t sent() const noexcept { return sent_; }
 
   // --- receiving
-  /// False: the peer broke the numbering, acknowledged what was never sent, or withdrew credits.
-  bool on_receive(std::uint32_t mseq, std::uint32_t mseq_ack, std::uint16_t bufs) noexcept {
+  /// `update`: an empty Data. False: the peer broke the numbering, acknowledged what was never sent, or withdrew credits.
+  bool on_receive(std::uint32_t mseq, std::uint32_t mseq_ack, std::uint16_t bufs, bool update = false) noexcept {
     if (mseq != received_ + 1) return false;
     if (static_cast<std::int32_t>(sent_ - mseq_ack) < 0) return false;
     const std::uint32_t limit = mseq_ack + bufs;
@@ -44,6 +45,7 @@ class CreditWindow {
     acked_ = mseq_ack;
     limit_ = limit;
     --posted_;
+    heard_ |= !update;
     return true;
   }
   void on_posted(std::uint32_t buffers) noexcept { posted_ += buffers; }
@@ -56,12 +58,13 @@ class CreditWindow {
   std::uint32_t peer_posted() const noexcept { return limit_ - acked_; }
 
   /// Is it time for an empty Data that only grants credits? OFED's rule: what the peer still has, times 1.5, is below what is
-  /// posted. With so few posted that the peer could send no payload after it, the rest is unread: then only a peer that cannot
-  /// speak at all is told, or two sides that wait for each other would answer each update with an update for ever.
+  /// posted. With so few posted that the peer could send no payload after it, the rest is unread: then only a peer is told that
+  /// cannot speak at all, or, with one credit and nothing to grant, no control message. The latter not in answer to an update, or
+  /// two sides that wait for each other would answer each update with an update for ever.
   bool update_is_due() const noexcept {
     const std::int32_t left = told_left();
     const auto posted = static_cast<std::int32_t>(posted_);
-    if (posted <= kReservedCredits + 1) return left <= 0 && posted > 0;
+    if (posted <= kReservedCredits + 1) return left <= (heard_ ? 1 : 0) && posted > left;
     return (left > kReservedCredits ? left + left / 2 : left) < posted;
   }
 
@@ -74,6 +77,7 @@ class CreditWindow {
   std::uint32_t acked_ = 0;     ///< our last message that the peer says it has
   std::uint32_t posted_ = 0;    ///< own receive buffers posted now
   std::uint32_t told_ = 0;      ///< highest MSeq that we have told the peer it may send
+  bool heard_ = false;          ///< something else than an update has come since our last message
 };
 
 }  // namespace sdp

@@ -73,3 +73,25 @@ BOOST_AUTO_TEST_CASE(an_update_is_due_when_the_peer_runs_low) {
   }
   BOOST_TEST(mseq == 6u);  // 10 left, times 1.5 is below 16
 }
+
+// Found by tests/model: three unread messages here, one credit there, and an answer that may not go.
+BOOST_AUTO_TEST_CASE(a_peer_with_one_credit_and_nothing_to_grant_is_told) {
+  CreditWindow w = started(6, 6);
+  for (std::uint32_t i = 1; i <= 5; ++i) BOOST_TEST(w.on_receive(i, 0, 6));  // three of them stay unread
+  w.on_posted(2);
+  BOOST_TEST(w.told_left() == 1);
+  BOOST_TEST(w.update_is_due());
+  w.on_send();
+  BOOST_TEST(!w.update_is_due());
+}
+
+BOOST_AUTO_TEST_CASE(updates_do_not_answer_each_other_when_little_is_posted) {
+  CreditWindow w = started(6, 2);
+  BOOST_TEST(w.on_receive(1, 0, 6, true));
+  w.on_posted(1);
+  BOOST_TEST(w.told_left() == 1);
+  BOOST_TEST(!w.update_is_due());
+  BOOST_TEST(w.on_receive(2, 0, 6, true));
+  w.on_posted(1);
+  BOOST_TEST(w.update_is_due());  // now it can say nothing at all
+}
