@@ -69,7 +69,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--lib")
     parser.add_argument("--transport", choices=NETWORKS, required=True)
-    parser.add_argument("--connections", type=int, default=50)
+    parser.add_argument("--connections", type=int, default=16)
     parser.add_argument("--role", choices=("serve", "ask"))
     args = parser.parse_args()
     near, far = NETWORKS[args.transport]
