@@ -209,6 +209,7 @@ bool Service::outlive(StreamImpl* s) {
   bool goes_on = s->phase.load() == Phase::laned && (s->is_recovering() || s->is_recovered() || s->begin_recovery());
   if (!goes_on && s->phase.load() == Phase::laned && s->lane_is_left()) {  // what the peer has sent is here
     s->lane->stop();
+    if (s->stats != nullptr) s->stats->set_reason(LaneReason::device_lost);
     goes_on = true;
   }
   s->state_edges.fetch_add(1);  // who waits comes and looks
