@@ -4,7 +4,6 @@
 #include <sys/epoll.h>
 #include <sys/socket.h>
 
-#include <algorithm>
 #include <climits>
 #include <cstring>
 #include <mutex>
@@ -25,10 +24,8 @@ namespace cm = rdma::cm;
 
 namespace {
 
-// How long a connection looks for a peer that is not heard of, and at the most: the managers end it earlier.
-constexpr unsigned kMeetMs = 3000;
-constexpr std::int64_t kLongestNs = 90'000'000'000;
-constexpr std::int64_t kHandshakeNs = 10'000'000'000;  // without a lane of ours that comes up
+constexpr unsigned kMeetMs = 3000;  // how long a connection looks for its peer
+constexpr std::int64_t kHandshakeNs = 3'000'000'000;
 
 std::int64_t now_ns() noexcept { return rdma::SteadyClock{}.now(); }
 
@@ -91,7 +88,7 @@ void Service::begin(StreamImpl* stream, std::uint16_t generation) noexcept {
     stream->stats->set_reason(LaneReason::no_peer);  // until somebody is found
   h.cookie = h.anchor.cookie;
   h.active = stream->role == Role::acceptor;
-  h.latest_ns = now_ns() + kLongestNs;
+  h.deadline_ns = now_ns() + kHandshakeNs + static_cast<std::int64_t>(kMeetMs) * 1'000'000;
   auto [it, fresh] = handshakes_.insert_or_assign(h.cookie, h);
   (void)fresh;
   Handshake& kept = it->second;
@@ -105,7 +102,6 @@ void Service::begin(StreamImpl* stream, std::uint16_t generation) noexcept {
                                                            Handshake& mine = found->second;
                                                            mine.conn = conn;
                                                            mine.lane = make_lane(device, path);
-                                                           mine.lane_since_ns = now_ns();
                                                            if (mine.lane == nullptr) return {};
                                                            mine.proposal = mine.lane->proposal();
                                                            return {&mine.lane->qp(), std::as_bytes(std::span(&mine.proposal, 1))};
@@ -174,7 +170,6 @@ void Service::on_cm_event(const cm::Event& event) noexcept {
       Handshake& h = it->second;
       h.conn = event.conn;
       h.lane = make_lane(*event.device, event.path);
-      h.lane_since_ns = now_ns();
       if (h.lane == nullptr) {
         cm_->reject(event.conn, cm::Reason::no_resources, {});
         return give_up(h, LaneReason::no_resources);
@@ -246,9 +241,7 @@ void Service::poll_handshakes() noexcept {
           waiting = true;
         }
       }
-      const std::int64_t now = now_ns();
-      const bool silent = h.lane != nullptr && now > std::max(h.lane_since_ns, last_lane_up_ns_) + kHandshakeNs;
-      if (silent || now > h.latest_ns) late.push_back(cookie);
+      if (now_ns() > h.deadline_ns) late.push_back(cookie);
     }
     for (const std::uint64_t cookie : done) finish(handshakes_[cookie]);
     for (const std::uint64_t cookie : late)

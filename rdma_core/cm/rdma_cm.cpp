@@ -29,18 +29,13 @@ namespace {
 constexpr Nanos kMillisecond = 1'000'000;
 constexpr Nanos kHandshake = 3000 * kMillisecond;      ///< a peer that falls silent in it
 constexpr Nanos kNotedPatience = 1000 * kMillisecond;  ///< a peer that noted the offer dials within it, or is told again
-constexpr Nanos kBusy = 10'000 * kMillisecond;         ///< silence of a host that has been heard of
-constexpr Nanos kLongest = 60'000 * kMillisecond;      ///< looking for a peer that is busy with others of our connections
 constexpr Nanos kKeep = 10'000 * kMillisecond;         ///< what an address has to do with RDMA, and what nobody uses
 constexpr int kResolveMs = 2000;
 constexpr int kBacklog = 64;
 constexpr unsigned kRequestTries = 8;
-constexpr long kAtOnce = 8;            ///< connections that are being made; a peer has the time for them then
 constexpr unsigned kListenTries = 16;  ///< an RNIC's port of the kernel's choosing may be a TCP socket's
 constexpr Nanos kBackoff[] = {2 * kMillisecond,  4 * kMillisecond,  8 * kMillisecond,  16 * kMillisecond,
                               32 * kMillisecond, 64 * kMillisecond, 128 * kMillisecond};
-constexpr Nanos kLate = 20 * kMillisecond;
-constexpr Nanos kForEach = 8 * kMillisecond;  ///< more between two tries of an offer for each that waits: they take the same time
 
 Nanos now() noexcept { return SteadyClock{}.now(); }
 
@@ -118,32 +113,19 @@ class RdmaCm final : public ConnectionManager {
   void abandon_in_child() noexcept override;
 
  private:
-  /// How long an anchor's other end is looked for: until nothing has been heard of its host for a while.
-  struct Patience {
-    Nanos ends, latest;
-    explicit Patience(unsigned ms) noexcept : ends(now() + static_cast<Nanos>(ms) * kMillisecond), latest(now() + kLongest) {}
-    void heard() noexcept { ends = std::max(ends, now() + kBusy); }
-  };
   struct Offered {
     Anchor anchor;
     offer::Offer offer;
-    Patience patience{0};
-    Nanos next_try = 0;
+    Nanos deadline = 0, next_try = 0;
     std::size_t tries = 0;
     OfferedEvidence evidence;
-    bool asking = false;    ///< until next_try
-    bool answered = false;  ///< some try was, or had been time enough for it
-    Nanos ends() const noexcept { return answered && !asking ? std::min(patience.ends, patience.latest) : patience.latest; }
   };
   struct Dialling {
     Anchor anchor;
     MakeQp make_qp;
-    Patience patience{0};
-    Nanos next_look = 0;
+    Nanos deadline = 0, next_look = 0;
     std::size_t looks = 0;
     std::optional<offer::Offer> offer;  ///< that cannot be taken up yet
-    bool has_turn = false;              ///< in turn_
-    Nanos ends() const noexcept { return has_turn ? patience.latest : std::min(patience.ends, patience.latest); }
   };
   enum class Step : std::uint8_t { finding, requested, replied, asked, answered, established };
   struct Conn {
@@ -162,7 +144,6 @@ class RdmaCm final : public ConnectionManager {
     unsigned tries = 0;
     rdma_conn_param granted{};
     Nanos deadline = 0;  ///< 0: none
-    Nanos latest = now() + kLongest;
   };
   struct Listener {
     RdmaId id;
@@ -202,9 +183,6 @@ class RdmaCm final : public ConnectionManager {
   offer::Code on_offer(const offer::Offer& offer, const IpAddress& server);
   void on_answer(std::uint64_t cookie, std::optional<offer::Code> code);
   void consider(std::uint64_t cookie, const offer::Offer& offer);
-  long in_the_making() const noexcept;
-  void take_turns();
-  void heard_of(const IpAddress& host) noexcept;
   void take_up(std::uint64_t cookie, const offer::Offer& offer, const Transcript& known);
   Reason check(const Offered& offered, const offer::Dial& dial, const CmEvent& event, Conn& conn);
   bool is_proved_by_reply(const Conn& conn, const CmEvent& event) const;
@@ -218,7 +196,6 @@ class RdmaCm final : public ConnectionManager {
   rdma_conn_param parameters(const Conn& conn) const;
   void on_removal(const CmEvent& event);
   void keep_time();
-  void excuse_lateness();
 
   std::unique_ptr<Manner> manner_;
   FindDevice find_device_;
@@ -242,8 +219,6 @@ class RdmaCm final : public ConnectionManager {
   std::map<IpAddress, Known> known_;         ///< by local host
   std::map<std::tuple<Device*, IpAddress, std::uint32_t>, std::uint64_t> paths_;  ///< one per process at the other end
   std::uint64_t last_conn_ = 0, last_path_ = 0;
-  mutable Nanos wanted_at_ = 0;     ///< when progress() has to be called; 0: not known
-  std::deque<std::uint64_t> turn_;  ///< dials with an offer to be taken up, in the order in which they came
   std::deque<Pending> pending_;
   EarlyRequests early_;
 };
@@ -316,7 +291,7 @@ Result<Unit> RdmaCm::offer(const Anchor& anchor, unsigned ttl_ms) {
   o.offer.server_port = remote.port;
   o.offer.dial_port = port;
   o.offer.hash = offer::hash_of(local, remote);
-  o.patience = Patience(ttl_ms);
+  o.deadline = now() + static_cast<Nanos>(ttl_ms) * kMillisecond;
   bell_->ring();  // the next progress() makes the first try
   return Unit{};
 }
@@ -324,16 +299,9 @@ Result<Unit> RdmaCm::offer(const Anchor& anchor, unsigned ttl_ms) {
 void RdmaCm::on_answer(std::uint64_t cookie, std::optional<offer::Code> code) {
   const auto it = offers_.find(cookie);
   if (it == offers_.end()) return;
-  Offered& o = it->second;
-  const bool noted = code == offer::Code::noted;
-  const Nanos wait = noted ? kNotedPatience : kBackoff[std::min(o.tries, std::size(kBackoff) - 1)];
-  o.next_try = now() + wait + static_cast<Nanos>(offers_.size() - 1) * kForEach;
-  o.asking = false;
-  o.answered = true;
-  if (noted)
-    o.patience.heard();
-  else
-    ++o.tries;
+  const Nanos wait = code == offer::Code::noted ? kNotedPatience : kBackoff[std::min(it->second.tries, std::size(kBackoff) - 1)];
+  it->second.next_try = now() + wait;
+  if (code != offer::Code::noted) ++it->second.tries;
 }
 
 Reason RdmaCm::check(const Offered& o, const offer::Dial& dial, const CmEvent& event, Conn& c) {
@@ -387,7 +355,6 @@ void RdmaCm::on_request(const CmEvent& event, bool again) {
   conns_.emplace(conn_id, std::move(c));
   rendezvous_->cancel(cookie);
   offers_.erase(it);
-  heard_of(peer_of(id));
   tell(EventKind::request, conn_id, cookie, Reason::none, event.private_data().subspan(offer::kDialBytes));
 }
 
@@ -397,13 +364,12 @@ Result<Unit> RdmaCm::dial(const Anchor& anchor, unsigned timeout_ms, MakeQp make
   if (device_at(IpAddress::from(anchor.local)) == nullptr) return is_elsewhere(anchor.cookie);
   Dialling& d = dials_[anchor.cookie];
   d = Dialling{.anchor = anchor, .make_qp = std::move(make_qp)};
-  d.patience = Patience(timeout_ms);
+  d.deadline = now() + static_cast<Nanos>(timeout_ms) * kMillisecond;
   bell_->ring();  // the next progress() sees to the rendezvous
   return Unit{};
 }
 
 offer::Code RdmaCm::on_offer(const offer::Offer& o, const IpAddress& server) {
-  heard_of(o.client);
   const IpAddress there = server.with_port(o.server_port);
   for (const auto& [cookie, dial] : dials_) {
     const IpAddress local = IpAddress::from(dial.anchor.local), remote = IpAddress::from(dial.anchor.remote);
@@ -422,39 +388,9 @@ void RdmaCm::consider(std::uint64_t cookie, const offer::Offer& o) {
   const auto it = dials_.find(cookie);
   if (it == dials_.end()) return;
   const Transcript known = transcript_of_(cookie);
-  const bool may = may_take_up(o, known);
-  if (may && in_the_making() < kAtOnce) return take_up(cookie, o, known);
+  if (may_take_up(o, known)) return take_up(cookie, o, known);
   if (!it->second.offer) it->second.looks = 0;
   it->second.offer = o;
-  if (may && !std::exchange(it->second.has_turn, true)) turn_.push_back(cookie);
-}
-
-long RdmaCm::in_the_making() const noexcept {
-  return std::ranges::count_if(conns_,
-                               [](const auto& each) { return each.second.active && each.second.step != Step::established; });
-}
-
-/// Those that could be taken up but for the others.
-void RdmaCm::take_turns() {
-  while (!turn_.empty() && in_the_making() < kAtOnce) {
-    const std::uint64_t cookie = turn_.front();
-    turn_.pop_front();
-    const auto it = dials_.find(cookie);
-    if (it == dials_.end() || !it->second.offer) continue;
-    it->second.has_turn = false;
-    consider(cookie, offer::Offer(*it->second.offer));
-  }
-}
-
-/// Of `host`, which makes connections with us: others that are looked for, or made, there may have to wait for them.
-void RdmaCm::heard_of(const IpAddress& host) noexcept {
-  const auto is_there = [&host](const Anchor& anchor) { return IpAddress::from(anchor.remote).same_host(host); };
-  for (auto& [cookie, o] : offers_)
-    if (is_there(o.anchor)) o.patience.heard();
-  for (auto& [cookie, d] : dials_)
-    if (is_there(d.anchor)) d.patience.heard();
-  for (auto& [id, c] : conns_)
-    if (c.deadline != 0 && c.peer.same_host(host)) c.deadline = std::max(c.deadline, std::min(now() + kBusy, c.latest));
 }
 
 void RdmaCm::take_up(std::uint64_t cookie, const offer::Offer& o, const Transcript& known) {
@@ -665,7 +601,6 @@ void RdmaCm::on_conn_event(ConnId id, Conn& c, const CmEvent& event) {
     case RDMA_CM_EVENT_ESTABLISHED:
       if (c.step == Step::requested) {
         c.step = Step::replied;
-        heard_of(c.peer);
         c.granted.responder_resources = event.responder_resources;
         c.granted.initiator_depth = event.initiator_depth;
         if (!is_proved_by_reply(c, event)) return end(id, Reason::unproven, {}, true);
@@ -673,7 +608,6 @@ void RdmaCm::on_conn_event(ConnId id, Conn& c, const CmEvent& event) {
       } else if (c.step == Step::answered) {
         c.step = Step::established;
         c.deadline = 0;
-        heard_of(c.peer);
         tell(EventKind::established, id, c.cookie, Reason::none);
       }
       return;
@@ -723,17 +657,12 @@ int RdmaCm::next_timeout_ms() const noexcept {
   const auto consider = [&first](Nanos t) {
     if (t != 0 && (first == 0 || t < first)) first = t;
   };
-  const bool may_ask = std::ranges::count_if(offers_, [](const auto& each) { return each.second.asking; }) < kAtOnce;
-  for (const auto& [cookie, o] : offers_) {
-    consider(o.ends());
-    if (may_ask || o.asking) consider(std::max<Nanos>(o.next_try, 1));
-  }
-  for (const auto& [cookie, d] : dials_) consider(std::min(d.ends(), std::max<Nanos>(d.next_look, 1)));
+  for (const auto& [cookie, o] : offers_) consider(std::min(o.deadline, std::max<Nanos>(o.next_try, 1)));
+  for (const auto& [cookie, d] : dials_) consider(std::min(d.deadline, std::max<Nanos>(d.next_look, 1)));
   for (const auto& [id, c] : conns_) consider(c.deadline);
   if (const auto due = early_.next_due()) consider(*due);
   for (const auto& [address, used] : held_) consider(used + kKeep);
   for (const auto& [address, l] : listeners_) consider(l.used + kKeep);
-  wanted_at_ = first;
   if (first == 0) return -1;
   return static_cast<int>(std::clamp<Nanos>((first - now() + kMillisecond - 1) / kMillisecond, 0, 60'000));
 }
@@ -741,30 +670,22 @@ int RdmaCm::next_timeout_ms() const noexcept {
 void RdmaCm::keep_time() {
   const Nanos t = now();
   std::vector<std::uint64_t> over, held_offers;
-  long asking = std::ranges::count_if(offers_, [t](const auto& each) { return each.second.asking && t < each.second.next_try; });
   for (auto& [cookie, o] : offers_) {
-    if (o.asking && t >= o.next_try) {
-      o.asking = false;
-      o.answered = true;
-    }
-    if (t >= o.ends()) {
+    if (t >= o.deadline) {
       over.push_back(cookie);
-    } else if (t >= o.next_try && asking < kAtOnce) {
+    } else if (t >= o.next_try) {
       o.next_try = t + rendezvous_->patience_ms() * kMillisecond;  // until the answer says more
       const Transcript transcript = transcript_of_(cookie);
       if (!suffices_for_offer(transcript)) {
         o.next_try = t + kBackoff[std::min(o.tries++, std::size(kBackoff) - 1)];
-        o.answered = true;
         continue;
       }
-      o.asking = true;
-      ++asking;
       o.evidence.say(transcript, o.offer);
       rendezvous_->send(cookie, IpAddress::from(o.anchor.local), IpAddress::from(o.anchor.remote), o.offer);
     }
   }
   for (auto& [cookie, d] : dials_) {
-    if (t >= d.ends()) {
+    if (t >= d.deadline) {
       over.push_back(cookie);
     } else if (t >= d.next_look) {
       const IpAddress here = IpAddress::from(d.anchor.local);
@@ -806,18 +727,7 @@ void RdmaCm::keep_time() {
   std::erase_if(listeners_, [t](const auto& each) { return t >= each.second.used + kKeep; });
 }
 
-/// While this thread had no processor, or was busy with others, nobody was silent.
-void RdmaCm::excuse_lateness() {
-  const Nanos wanted = std::exchange(wanted_at_, 0), late = wanted != 0 ? now() - wanted : 0;
-  if (late < kLate) return;
-  for (auto& [cookie, o] : offers_) o.patience.ends += late;
-  for (auto& [cookie, d] : dials_) d.patience.ends += late;
-  for (auto& [id, c] : conns_)
-    if (c.deadline != 0) c.deadline += late;
-}
-
 void RdmaCm::progress() {
-  excuse_lateness();
   std::uint64_t count = 0;
   sys::call(SYS_read, bell_->fd, sys::arg(&count), sizeof count);
   for (const ConnId failed : bell_->take_failed()) on_failed(failed);
@@ -833,7 +743,6 @@ void RdmaCm::progress() {
     if (o.hash == offer::hash_of(remote, local)) consider(cookie, o);
   });
   keep_time();
-  take_turns();
   while (!pending_.empty()) {
     Pending p = std::move(pending_.front());
     pending_.pop_front();
@@ -852,7 +761,6 @@ void RdmaCm::retire() noexcept {
   early_.clear();
   offers_.clear();
   dials_.clear();
-  turn_.clear();
   relay_.close_all();
   listeners_.clear();
   known_.clear();
