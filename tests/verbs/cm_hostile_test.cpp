@@ -233,7 +233,8 @@ BOOST_AUTO_TEST_CASE_TEMPLATE(garbage_at_the_rendezvous_and_where_dials_come_in_
   Meeting& first = processes.meeting();
   const IpAddress server = server_of(first), client = IpAddress::from(first.anchor(Side::b).local);
   BOOST_REQUIRE(squatter.takes_rendezvous(server));
-  processes.offer(first);
+  constexpr unsigned kPatienceMs = 60'000;  // an RNIC takes its time over what is no MPA request
+  processes.offer(first, kPatienceMs);
   std::optional<cm::offer::Offer> read;
   BOOST_REQUIRE(processes.wait_until([&] { return (read = squatter.read()).has_value(); }));
   squatter.leaves_rendezvous();
@@ -249,7 +250,7 @@ BOOST_AUTO_TEST_CASE_TEMPLATE(garbage_at_the_rendezvous_and_where_dials_come_in_
     close(fd);
   }
 
-  processes.dial(first);  // and so the rendezvous is there
+  processes.dial(first, kPatienceMs);  // and so the rendezvous is there
   BOOST_REQUIRE(processes.wait(first, Side::a, EventKind::established));
   BOOST_REQUIRE(processes.wait(first, Side::b, EventKind::established));
   if constexpr (std::is_same_v<F, RnicCmPair>) {
