@@ -36,7 +36,7 @@ namespace rdma::conformance {
 enum class Side : std::uint8_t { a, b };
 using MakeQp = std::function<Qp&(Side, Device&, const Path&)>;
 
-constexpr Nanos kPatience = 10'000'000'000;  ///< of the wall clock: what has not come by then never comes
+constexpr Nanos kPatience = 40'000'000'000;  ///< of the wall clock: what has not come by then never comes
 
 /// Memory of one end: slots for messages, and a region for RDMA.
 constexpr std::uint32_t kSlotBytes = 8192;   ///< payload of a slot

@@ -84,6 +84,14 @@ def run_between_hosts(library, transport, test):
 
 
 def run(library, transport, test):
+    for _ in range(3):
+        if run_here(library, transport, test):
+            return
+    assert False, f"{test}: no lane carried anything"
+
+
+def run_here(library, transport, test):
+    """False: the lane came too late for a test of two seconds, as on a busy machine it may."""
     near, far = ADDRESSES[transport]
     with tempfile.TemporaryDirectory(prefix="sdpreload-netperf-") as folder:
         env = environment(library, transport, folder)
@@ -99,6 +107,9 @@ def run(library, transport, test):
             if len(ends) == 2 or time.monotonic() > deadline:
                 break
             time.sleep(0.05)
+    if not ends:
+        print(f"{test}: no lane: {done.stderr}", flush=True)
+        return False
     assert len(ends) == 2, f"{test}: lanes at {len(ends)} ends: {done.stderr}"
     lane = [end["bytes"]["lane"] for end in ends]
     assert lane[0]["sent"] + lane[0]["received"] > 100, f"{test}: the lane carried nothing: {lane}"
@@ -106,7 +117,8 @@ def run(library, transport, test):
         assert lane[0]["sent"] == lane[1]["received"], f"{test}: {lane}"
     if test != "TCP_STREAM":
         assert lane[1]["sent"] >= lane[0]["received"], f"{test}: {lane}"
-    print(f"{test}: {lane[0]}")
+    print(f"{test}: {lane[0]}", flush=True)
+    return True
 
 
 def main():
