@@ -3,20 +3,23 @@
 
     families_test.py --lib LIBRARY --transport ib|rnic
 
-A client pours numbered bytes into a server that sends them back, as in fault_test.py, on the network that scripts/vm.d/network makes.
+A client pours numbered bytes into a server that sends them back, on the network that scripts/vm.d/network makes.
 The policy is `sdp`: what has no lane has no connection.
 """
 import argparse
 import glob
+import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
-from fault_test import BLOCK, PATIENCE, pour, serve
-
+PATIENCE = 60  # seconds
+BLOCK = 16384
 # Of each kind of device: its network, and the netdevs of the client and of the server.
 NETWORKS = {"ib": (0, "v0", "v1"), "rnic": (1, "v2", "v3")}
 # The client's address, the server's as the client names it, and as the server does.
@@ -28,6 +31,57 @@ FAMILIES = {
     "the client's is mapped": ("::ffff:10.77.{net}.1", "::ffff:10.77.{net}.2", "10.77.{net}.2"),
     "both are mapped": ("::ffff:10.77.{net}.1", "::ffff:10.77.{net}.2", "::"),
 }
+
+
+def block(number):
+    return hashlib.shake_128(number.to_bytes(8, "big")).digest(BLOCK)
+
+
+def serve(address):
+    family, *_, name = socket.getaddrinfo(address, 0)[0]  # with the link's number, if it is of one
+    listener = socket.create_server(name, family=family, dualstack_ipv6=address == "::")
+    print(listener.getsockname()[1], flush=True)
+    connection = listener.accept()[0]
+    while data := connection.recv(65536):
+        connection.sendall(data)
+    connection.close()
+
+
+def pour(near, far, port):
+    """Until something is on standard input; then to the end. Says what happened."""
+    connection = socket.create_connection((far, port), source_address=socket.getaddrinfo(near, 0)[0][4])
+    connection.settimeout(PATIENCE)
+    ends, sent, problem = threading.Event(), 0, []
+
+    def write():
+        nonlocal sent
+        try:
+            while sent == 0 or not ends.is_set():
+                connection.sendall(block(sent))
+                sent += 1
+            connection.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            problem.append(f"send of block {sent}: {error!r}")
+    writer = threading.Thread(target=write, daemon=True)
+    threading.Thread(target=lambda: (sys.stdin.readline(), ends.set()), daemon=True).start()
+    writer.start()
+    received = 0
+    try:
+        while True:
+            data = b""
+            while len(data) < BLOCK and (piece := connection.recv(BLOCK - len(data))):
+                data += piece
+            if not data:
+                break
+            if data != block(received):
+                raise ValueError(f"block {received} is not what was sent")
+            received += 1
+    except (OSError, ValueError) as error:
+        problem.append(f"receive of block {received}: {error!r}")
+    writer.join(PATIENCE)
+    if sent != received:
+        problem.append(f"{sent} blocks sent, {received} received")
+    print("; ".join(problem) or f"ok {sent}", flush=True)
 
 
 def run(args, family):
