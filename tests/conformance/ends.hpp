@@ -38,6 +38,23 @@ using MakeQp = std::function<Qp&(Side, Device&, const Path&)>;
 
 constexpr Nanos kPatience = 40'000'000'000;  ///< of the wall clock: what has not come by then never comes
 
+/// False: it never came, or no more will come.
+template <class Fixture, class Done>
+bool pump_until(Fixture& fixture, Done done) {
+  const SteadyClock clock;
+  const Nanos deadline = clock.now() + kPatience;
+  while (!done()) {
+    if (!fixture.pump()) return done();
+    if (clock.now() > deadline) return false;
+  }
+  return true;
+}
+template <class Fixture>
+void pump_for_a_while(Fixture& fixture) {
+  for (int i = 0; i < 200 && fixture.pump(); ++i) {
+  }
+}
+
 /// Memory of one end: slots for messages, and a region for RDMA.
 constexpr std::uint32_t kSlotBytes = 8192;   ///< payload of a slot
 constexpr std::uint32_t kSlotStride = 8448;  ///< room for a prefix in front and guards on both sides
@@ -162,13 +179,7 @@ class Ends {
   }
   template <class Done>
   bool wait_until(Done done) {
-    const SteadyClock clock;
-    const Nanos deadline = clock.now() + kPatience;
-    while (!done()) {
-      if (!fixture.pump()) return done();
-      if (clock.now() > deadline) return false;
-    }
-    return true;
+    return pump_until(fixture, done);
   }
   /// The peer will refuse what `e` posts next. A device that does not acknowledge says so by ending the Qp, which is sure to show
   /// at a receive that was posted before. Returns whether it acknowledges; if not, expect_the_end() follows.
@@ -184,10 +195,7 @@ class Ends {
     BOOST_TEST(e.qp->state() == QpState::error);
   }
   /// Lets everything that is under way happen.
-  void settle() {
-    for (int i = 0; i < 200 && fixture.pump(); ++i) {
-    }
-  }
+  void settle() { pump_for_a_while(fixture); }
   /// The active side's first message has been received: from here on either side may send on every transport.
   void break_the_ice() {
     BOOST_REQUIRE_EQUAL(b.post_recv(kSlots - 1, 64, 777), Post::ok);

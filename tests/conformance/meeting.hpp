@@ -131,13 +131,7 @@ class Processes {
 
   template <class Done>
   bool wait_until(Done done) {
-    const SteadyClock clock;
-    const Nanos deadline = clock.now() + kPatience;
-    while (!done()) {
-      if (!fixture.pump()) return done();
-      if (clock.now() > deadline) return false;
-    }
-    return true;
+    return pump_until(fixture, done);
   }
   bool wait(Meeting& m, Side side, EventKind kind) {
     return wait_until([&] { return m.find(side, kind) != nullptr; });
@@ -145,10 +139,7 @@ class Processes {
   bool wait_final(Meeting& m, Side side) {
     return wait_until([&] { return m.final_event(side) != nullptr; });
   }
-  void settle() {
-    for (int i = 0; i < 200 && fixture.pump(); ++i) {
-    }
-  }
+  void settle() { pump_for_a_while(fixture); }
   Wc wait_one(Cq& cq) {
     Wc wc;
     const bool came = wait_until([&] { return cq.poll({&wc, 1}) == 1; });

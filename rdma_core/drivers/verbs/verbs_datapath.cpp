@@ -142,14 +142,17 @@ bool VerbsQp::complete(bool receive, std::uint64_t number, bool success, std::ui
   return true;
 }
 
-SharedQueue::Guard::Guard(const SharedQueue& queue) noexcept : busy_(queue.busy_) {
+SharedQueue::Guard::Guard(const SharedQueue& queue) noexcept : inside_(queue.inside_) {
   constexpr unsigned kLooks = 256;  // far longer than anybody keeps it who has a processor
-  for (unsigned looks = 0; busy_.test_and_set(std::memory_order_acquire);) {
-    while (busy_.test(std::memory_order_relaxed)) {
-      cpu_relax();
-      if (++looks % kLooks == 0) sys::call(SYS_sched_yield);
-    }
+  const pthread_t self = pthread_self();
+  for (unsigned looks = 0;;) {
+    pthread_t other = inside_.load(std::memory_order_relaxed);
+    if (other == self) return;
+    if (other == 0 && inside_.compare_exchange_weak(other, self, std::memory_order_acquire, std::memory_order_relaxed)) break;
+    cpu_relax();
+    if (++looks % kLooks == 0) sys::call(SYS_sched_yield);
   }
+  entered_ = true;
 }
 
 void SharedQueue::collect() const noexcept {
@@ -185,11 +188,12 @@ void SharedQueue::request() noexcept {
 
 void VerbsCq::put(const Told& told) noexcept {
   ring_[tail_++ & (ring_.size() - 1)] = told;
-  if (armed_.load() != 0) due_.fetch_or(armed_.exchange(0));
+  if (const std::uint8_t wakes = armed_.load(); wakes != 0) due_.fetch_or(wakes);
 }
 
 unsigned VerbsCq::take(std::span<Told> out) const noexcept {
   const SharedQueue::Guard guard(*queue_);
+  if (!guard) return 0;
   if (tail_ - head_ < out.size()) queue_->collect();
   unsigned n = 0;
   while (n < out.size() && head_ != tail_) out[n++] = ring_[head_++ & (ring_.size() - 1)];
@@ -224,6 +228,7 @@ unsigned VerbsCq::poll(std::span<Wc> out) noexcept {
 
 bool VerbsCq::maybe_ready() const noexcept {
   const SharedQueue::Guard guard(*queue_);
+  if (!guard) return false;
   if (head_ == tail_) queue_->collect();
   return head_ != tail_;
 }

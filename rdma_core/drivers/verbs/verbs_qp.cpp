@@ -258,8 +258,10 @@ void VerbsCq::wake_sleepers() noexcept {
   sys::call(SYS_futex, sys::arg(&wake_word_), FUTEX_WAKE, INT_MAX);
 }
 
+// Armed until it is woken: who collects for it while announced() looks must not make it seem that nobody sleeps.
 std::uint8_t VerbsCq::wake_if_due() noexcept {
   const std::uint8_t wakes = due_.exchange(0);
+  armed_.fetch_and(static_cast<std::uint8_t>(~wakes));
   if (wakes & kWakeWord) wake_sleepers();
   return wakes;
 }

@@ -9,6 +9,8 @@
 // Threads: enter(), leave() and announced() by the one that makes and destroys Cqs; the rest by any.
 #pragma once
 
+#include <pthread.h>
+
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -54,16 +56,21 @@ class SharedQueue {
   void attach(std::uint32_t qpn, VerbsCq* sends, VerbsCq* receives);
   void detach(std::uint32_t qpn);
 
-  /// One thread at a time. Held for a poll of the device's queue, never over a system call: others need not wait long.
+  /// One thread at a time. Held for a poll of the device's queue, never over a system call: others need not wait long. False: this
+  /// is a signal handler that has interrupted its own thread inside; it finds nothing until that goes on.
   class Guard {
    public:
     explicit Guard(const SharedQueue& queue) noexcept;
-    ~Guard() { busy_.clear(std::memory_order_release); }
+    ~Guard() {
+      if (entered_) inside_.store(0, std::memory_order_release);
+    }
     Guard(const Guard&) = delete;
     Guard& operator=(const Guard&) = delete;
+    explicit operator bool() const noexcept { return entered_; }
 
    private:
-    std::atomic_flag& busy_;
+    std::atomic<pthread_t>& inside_;
+    bool entered_ = false;
   };
   void collect() const noexcept;  ///< takes all that is there; under the Guard
 
@@ -83,8 +90,8 @@ class SharedQueue {
   ibv_cq* cq_ = nullptr;
   std::uint32_t depth_ = 0, taken_ = 0;  ///< entries
   std::vector<VerbsCq*> users_;
-  mutable std::atomic_flag busy_ = ATOMIC_FLAG_INIT;  ///< guards the users' rings and what follows
-  std::vector<Owner> owners_;                         ///< by qpn
+  mutable std::atomic<pthread_t> inside_{0};  ///< who has the Guard of the users' rings and of what follows; 0: nobody
+  std::vector<Owner> owners_;                 ///< by qpn
 
   // A request may be left out if one was made, from its begin to its end, since the last announcement was taken: then either it is
   // still in force, or its announcement is still to be taken, after which announced() asks again for whoever sleeps.
