@@ -156,6 +156,16 @@ class Squatter {
   std::optional<Reason> answer_;
 };
 
+/// The squatter has the rendezvous, and so what is offered there.
+template <class F>
+cm::offer::Offer read_offer(Processes<F>& processes, Squatter<F>& squatter, Meeting& m, unsigned ttl_ms = 20'000) {
+  BOOST_REQUIRE(squatter.takes_rendezvous(server_of(m)));
+  processes.offer(m, ttl_ms);
+  std::optional<cm::offer::Offer> read;
+  BOOST_REQUIRE(processes.wait_until([&] { return (read = squatter.read()).has_value(); }));
+  return *read;
+}
+
 std::vector<std::byte> request_with(const cm::offer::Offer& o, std::uint16_t from_client, std::uint16_t from_server) {
   std::vector<std::byte> data(cm::offer::kDialBytes + 20, std::byte{0x5A});
   cm::offer::Dial{o.token, 99, from_client, from_server, {}}.emit(data.data());
@@ -191,19 +201,16 @@ BOOST_AUTO_TEST_CASE_TEMPLATE(who_reads_an_offer_cannot_take_it_up, F, Pairs) {
   Squatter<F> squatter(processes);
   Meeting& m = processes.meeting();
   const IpAddress server = server_of(m), client = IpAddress::from(m.anchor(Side::b).local);
-  BOOST_REQUIRE(squatter.takes_rendezvous(server));
-  processes.offer(m);
-  std::optional<cm::offer::Offer> read;
-  BOOST_REQUIRE(processes.wait_until([&] { return (read = squatter.read()).has_value(); }));
+  const auto read = read_offer(processes, squatter, m);
   // It has the token and the server's address, and knows how much has been said, but not what.
-  BOOST_TEST(squatter.dials(server, client, read->dial_port, request_with(*read, read->sent, read->received)) == Reason::unproven);
-  BOOST_TEST(squatter.dials(server, client, read->dial_port, request_with(*read, 0, 0)) == Reason::unproven);
+  BOOST_TEST(squatter.dials(server, client, read.dial_port, request_with(read, read.sent, read.received)) == Reason::unproven);
+  BOOST_TEST(squatter.dials(server, client, read.dial_port, request_with(read, 0, 0)) == Reason::unproven);
   BOOST_TEST(m.count(Side::b, EventKind::request) == 0u);
   BOOST_TEST((m.final_event(Side::b) == nullptr));
-  BOOST_TEST(squatter.dials(server, client, read->dial_port, request_with(*read, 1, 0)) == Reason::unproven);
+  BOOST_TEST(squatter.dials(server, client, read.dial_port, request_with(read, 1, 0)) == Reason::unproven);
   BOOST_REQUIRE(processes.wait_final(m, Side::b));  // it bears no more guesses, and the operator is told
   BOOST_TEST(m.final_event(Side::b)->reason == Reason::unproven);
-  BOOST_TEST(squatter.dials(server, client, read->dial_port, request_with(*read, read->sent, read->received)) == Reason::refused);
+  BOOST_TEST(squatter.dials(server, client, read.dial_port, request_with(read, read.sent, read.received)) == Reason::refused);
 }
 
 BOOST_AUTO_TEST_CASE_TEMPLATE(guesses_do_not_keep_the_right_one_from_coming_in, F, Pairs) {
@@ -211,13 +218,9 @@ BOOST_AUTO_TEST_CASE_TEMPLATE(guesses_do_not_keep_the_right_one_from_coming_in, 
   Squatter<F> squatter(processes);
   Meeting& m = processes.meeting();
   const IpAddress server = server_of(m), client = IpAddress::from(m.anchor(Side::b).local);
-  BOOST_REQUIRE(squatter.takes_rendezvous(server));
-  processes.offer(m);
-  std::optional<cm::offer::Offer> read;
-  BOOST_REQUIRE(processes.wait_until([&] { return (read = squatter.read()).has_value(); }));
+  const auto read = read_offer(processes, squatter, m);
   for (int guesses = 0; guesses < 2; ++guesses)
-    BOOST_TEST(squatter.dials(server, client, read->dial_port, request_with(*read, read->sent, read->received)) ==
-               Reason::unproven);
+    BOOST_TEST(squatter.dials(server, client, read.dial_port, request_with(read, read.sent, read.received)) == Reason::unproven);
   squatter.leaves_rendezvous();
   processes.dial(m);
   BOOST_REQUIRE(processes.wait(m, Side::a, EventKind::established));
@@ -232,24 +235,11 @@ BOOST_AUTO_TEST_CASE_TEMPLATE(garbage_at_the_rendezvous_and_where_dials_come_in_
   // Where dials come in is told by an offer that is read.
   Meeting& first = processes.meeting();
   const IpAddress server = server_of(first), client = IpAddress::from(first.anchor(Side::b).local);
-  BOOST_REQUIRE(squatter.takes_rendezvous(server));
-  constexpr unsigned kPatienceMs = 60'000;  // an RNIC takes its time over what is no MPA request
-  processes.offer(first, kPatienceMs);
-  std::optional<cm::offer::Offer> read;
-  BOOST_REQUIRE(processes.wait_until([&] { return (read = squatter.read()).has_value(); }));
+  constexpr unsigned kPatienceMs = 60'000;  // refusals take their time
+  const auto read = read_offer(processes, squatter, first, kPatienceMs);
   squatter.leaves_rendezvous();
   for (const std::size_t size : {0, 1, 20, 36, 56})
-    BOOST_TEST(squatter.dials(server, client, read->dial_port, std::vector<std::byte>(size, std::byte{0xEE})) != Reason::none);
-  if constexpr (std::is_same_v<F, RnicCmPair>) {  // which is a TCP port, too
-    const int fd = socket(client.family, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    const sockaddr_storage from = server.with_port(0).to_sockaddr(), to = client.with_port(read->dial_port).to_sockaddr();
-    BOOST_REQUIRE_EQUAL(bind(fd, reinterpret_cast<const sockaddr*>(&from), server.sockaddr_size()), 0);
-    BOOST_REQUIRE_EQUAL(connect(fd, reinterpret_cast<const sockaddr*>(&to), client.sockaddr_size()), 0);
-    const std::string text = "GET / HTTP/1.1\r\nHost: nobody\r\n\r\n";
-    BOOST_TEST(send(fd, text.data(), text.size(), MSG_NOSIGNAL) == static_cast<ssize_t>(text.size()));
-    close(fd);
-  }
-
+    BOOST_TEST(squatter.dials(server, client, read.dial_port, std::vector<std::byte>(size, std::byte{0xEE})) != Reason::none);
   processes.dial(first, kPatienceMs);  // and so the rendezvous is there
   BOOST_REQUIRE(processes.wait(first, Side::a, EventKind::established));
   BOOST_REQUIRE(processes.wait(first, Side::b, EventKind::established));
@@ -258,7 +248,7 @@ BOOST_AUTO_TEST_CASE_TEMPLATE(garbage_at_the_rendezvous_and_where_dials_come_in_
     const sockaddr_storage from = client.with_port(0).to_sockaddr();
     const sockaddr_storage to = server.with_port(static_cast<std::uint16_t>(61000 + server.port % 4096)).to_sockaddr();
     BOOST_REQUIRE_EQUAL(bind(fd, reinterpret_cast<const sockaddr*>(&from), client.sockaddr_size()), 0);
-    auto wrong = read->bytes();
+    auto wrong = read.bytes();
     wrong[40] ^= std::byte{1};  // another's address
     for (int i = 0; i < 500; ++i) {
       const auto bytes = i % 2 == 0 ? std::span<const std::byte>(wrong)
