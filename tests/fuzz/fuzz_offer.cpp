@@ -6,22 +6,16 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdio>
 #include <cstdlib>
 #include <vector>
 
 #include "rdma_core/cm/rdma_evidence.hpp"
+#include "tests/fuzz/require.hpp"
 
 using namespace rdma::cm;
 using Bytes = std::span<const std::byte>;
 
 namespace {
-
-void require(bool condition, const char* what) {
-  if (condition) return;
-  std::fprintf(stderr, "violated: %s\n", what);
-  std::abort();
-}
 
 bool same(const offer::Offer& a, const offer::Offer& b) { return a.bytes() == b.bytes(); }
 

@@ -7,25 +7,18 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <span>
 #include <vector>
 
 #include "rdma_core/base/byte_order.hpp"
 #include "sdp/peer_link.hpp"
+#include "tests/fuzz/require.hpp"
 
 using sdp::PeerLinks;
 using Bytes = std::span<const std::uint8_t>;
 
 namespace {
-
-void require(bool condition, const char* what) {
-  if (condition) return;
-  std::fprintf(stderr, "violated: %s\n", what);
-  std::abort();
-}
 
 bool same(const PeerLinks::Message& a, const PeerLinks::Message& b) { return PeerLinks::emit(a) == PeerLinks::emit(b); }
 

@@ -3,19 +3,12 @@
 #include <netinet/in.h>
 
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <memory>
 
 #include "sdp/policy.hpp"
+#include "tests/fuzz/require.hpp"
 
 namespace {
-
-void require(bool condition, const char* what) {
-  if (condition) return;
-  std::fprintf(stderr, "violated: %s\n", what);
-  std::abort();
-}
 
 std::size_t lines_of(std::string_view text) {
   std::size_t lines = 1;

@@ -1,8 +1,6 @@
 // Any bytes as an SDP message: nothing is read past their end, and what parses is emitted and parsed again as the same value.
 #include <array>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <span>
 #include <vector>
@@ -15,17 +13,12 @@
 #include "sdp/wire/rdma_compl.hpp"
 #include "sdp/wire/recv_buf.hpp"
 #include "sdp/wire/susp_comm.hpp"
+#include "tests/fuzz/require.hpp"
 
 using namespace sdp::wire;
 using Message = std::span<const std::byte>;
 
 namespace {
-
-void require(bool condition, const char* what) {
-  if (condition) return;
-  std::fprintf(stderr, "violated: %s\n", what);
-  std::abort();
-}
 
 /// Headers written anew from what was parsed must be the bytes that were there, and parse to the same value.
 template <std::size_t N, class Parse>

@@ -32,20 +32,21 @@ def block(stream, number):
 
 def flow(role, here, there, sends):
     """One program: reads to the end what the other sends, and sends, if it is to, until a line is on standard input."""
+    family, *_, name = socket.getaddrinfo(here, 0)[0]  # with the link's number, if it is of one
     if role == "accept":
-        listener = socket.create_server((here, 0), family=socket.AF_INET6 if ":" in here else socket.AF_INET)
+        listener = socket.create_server(name, family=family, dualstack_ipv6=here == "::")
         print(listener.getsockname()[1], flush=True)
         connection = listener.accept()[0]
     else:
         host, _, port = there.rpartition(":")
-        connection = socket.create_connection((host, int(port)), source_address=(here, 0))
+        connection = socket.create_connection((host, int(port)), source_address=name)
     print("connected", flush=True)
     ends, sent, received, problem = threading.Event(), 0, 0, []
 
     def write():
         nonlocal sent
         try:
-            while sends == "yes" and not ends.is_set():
+            while sends == "yes" and (sent == 0 or not ends.is_set()):
                 connection.sendall(block(role, sent))
                 sent += 1
             ends.wait()
