@@ -52,8 +52,7 @@ void read_timeouts(int fd, Stream stream) noexcept {
 }
 
 void track(int fd, sdp::Role role) noexcept {
-  preload::start();
-  const Stream stream = sdp::engine::track(fd, role);
+  const Stream stream = preload::track(fd, role);
   if (!stream) return;
   fds().set(fd, stream);
 }

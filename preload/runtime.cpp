@@ -69,15 +69,22 @@ void after_fork_child() noexcept {
   fds().inherit();
 }
 
-std::atomic<bool> started{false};
+pthread_once_t started = PTHREAD_ONCE_INIT;
+std::atomic<bool> had_connections{false};
+
+void start() noexcept {
+  pthread_once(&started, [] {
+    sdp::engine::configure(&Composed::make, &EpollSet::on_lane_changed);
+    pthread_atfork(before_fork, after_fork_parent, after_fork_child);
+  });
+}
 
 }  // namespace
 
-void start() noexcept {
-  if (started.load(std::memory_order_acquire)) return;
-  if (started.exchange(true)) return;
-  sdp::engine::configure(&Composed::make, &EpollSet::on_lane_changed);
-  pthread_atfork(before_fork, after_fork_parent, after_fork_child);
+sdp::Stream track(int fd, sdp::Role role) noexcept {
+  start();
+  had_connections.store(true, std::memory_order_relaxed);
+  return sdp::engine::track(fd, role);
 }
 
 namespace {
@@ -109,10 +116,12 @@ namespace {
 // Settings are read here, before main: programs such as nginx clear or overwrite their environment.
 __attribute__((constructor)) void at_load() {
   (void)libc();
-  if (sdp::engine::options().policy != sdp::Family::tcp) rdma::prepare_process();
+  if (sdp::engine::options().policy == sdp::Family::tcp) return;
+  rdma::prepare_process();
+  start();  // before there are threads that could meet in it, and handlers that could interrupt it
 }
 __attribute__((destructor)) void at_exit() {
-  if (started.load(std::memory_order_acquire)) sdp::engine::at_exit();
+  if (had_connections.load(std::memory_order_acquire)) sdp::engine::at_exit();
 }
 }  // namespace
 

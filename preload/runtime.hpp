@@ -7,8 +7,9 @@
 
 namespace preload {
 
-/// Idempotent; a wrapper that is about to track a connection calls it. Registers the fork handlers and composes the engine.
-void start() noexcept;
+/// The stream of a connection that the kernel has just made; empty if it shall have none (policy tcp, no memory). The first one
+/// starts the library, unless its constructor has: any number of threads may bring the first ones at the same time.
+sdp::Stream track(int fd, sdp::Role role) noexcept;
 
 /// Every stream that another program would inherit (no FD_CLOEXEC) goes back to TCP: called before a spawn.
 void before_spawn() noexcept;
