@@ -386,8 +386,9 @@ def summarise(reports):
     return total
 
 
-def prove_lanes(reports, kernel, share, transport="local", unread=0):
-    """Lanes carried at least `share` of the stream, and the kernel's own counters agree. Returns the figures for the record."""
+def prove_lanes(reports, kernel, share, transport="local", unread=0, lanes=2):
+    """Lanes, `lanes` ends of them at least, carried `share` of the stream, and the kernel's own counters agree. Returns the figures for
+    the record."""
     total = summarise(reports)
     stream = total["lane_sent"] + total["tcp_sent"]
     figures = f"ours {json.dumps(total)}, kernel {json.dumps(kernel) if kernel else 'not asked'}"
@@ -397,6 +398,8 @@ def prove_lanes(reports, kernel, share, transport="local", unread=0):
             raise Failure(f"the {role} had no lane: {figures}")
     if any(count for report in reports for kind, count in report["lanes"].items() if kind != transport):
         raise Failure(f"a lane that is not of {transport}: {[report['lanes'] for report in reports]}")
+    if total["lanes"] < lanes:
+        raise Failure(f"{total['lanes']} ends of lanes instead of {lanes}: {figures}")
     if total["lane_sent"] < share * stream:
         raise Failure(f"lanes carried less than {share:.0%} of what was sent: {figures}")
     # A reader may end with bytes unread, but nobody reads what was not sent.

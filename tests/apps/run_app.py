@@ -44,7 +44,7 @@ def one_run(case, kind, preloaded, args):
                 raise Failure(f"the meter saw {seen} bytes of at least {run.amount(case.payload)}")
         share = args.place.share(case)
         if kind == "sdp" and share is not None:
-            proof = harness.prove_lanes(reports, kernel, share, args.place.transport, case.unread)
+            proof = harness.prove_lanes(reports, kernel, share, args.place.transport, case.unread, case.lanes)
         elif kind == "sdp":
             proof = f"ours {harness.summarise(reports)}, {proof}"
             if not reports:

@@ -10,4 +10,4 @@ def run(r):
     return r.python("memcached_client.py", r.address, port, 1 if r.quick else 4).stdout
 
 
-CASES = [Case("memcached", run, payload=20 << 20)]
+CASES = [Case("memcached", run, share=0.6, payload=20 << 20, lanes=8)]
