@@ -10,8 +10,6 @@
 namespace preload {
 
 namespace {
-constinit FdTable table{};  // zero pages until touched
-
 /// A stream of the parent's and the child's own in its place.
 struct Noted {
   sdp::engine::StreamSnapshot was;
@@ -26,7 +24,7 @@ std::vector<Noted>& noted_streams() noexcept {
 }
 }  // namespace
 
-FdTable& fds() noexcept { return table; }
+constinit FdTable fd_table{};
 
 void FdTable::set(int fd, sdp::Stream stream) noexcept {
   if (static_cast<unsigned>(fd) >= kMax) return;

@@ -49,6 +49,7 @@ class FdTable {
   std::atomic<bool> duplicates_;  ///< some stream has had two descriptors: closing must search
 };
 
-FdTable& fds() noexcept;
+extern constinit FdTable fd_table;  // zero pages until touched
+inline FdTable& fds() noexcept { return fd_table; }
 
 }  // namespace preload

@@ -224,8 +224,6 @@ Stream track(int fd, Role role) noexcept {
   if (s == nullptr) return {};
   s->role = role;
   s->fd = fd;
-  const long flags = sys::call(SYS_fcntl, fd, F_GETFL);
-  s->nonblocking.store(flags >= 0 && (flags & O_NONBLOCK) != 0, std::memory_order_relaxed);
   s->stats = acquire_stats(fd);
   s->transcript.restart(e.options.transports.leaves_host());
   // Only then can the rules say sdp, and the first byte have to wait for it.
@@ -237,7 +235,7 @@ StreamSnapshot snapshot(Stream stream) noexcept {
   const auto* s = reinterpret_cast<const StreamImpl*>(stream.word() & 0xffffffffffffULL);
   return {stream,
           s->role,
-          s->nonblocking.load(),
+          s->blocking.load(),
           static_cast<std::uint8_t>(s->phase.load()),
           s->fd,
           s->rcv_timeout_ns,
@@ -251,7 +249,7 @@ Stream inherit(const StreamSnapshot& was) noexcept {
   if (s == nullptr) return {};
   s->role = was.role;
   s->fd = was.fd;
-  s->nonblocking.store(was.nonblocking);
+  s->blocking.store(was.blocking);
   s->rcv_timeout_ns = was.rcv_timeout_ns;
   s->snd_timeout_ns = was.snd_timeout_ns;
   s->tcp_sent.store(was.tcp_sent);

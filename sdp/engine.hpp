@@ -43,8 +43,8 @@ const Options& options() noexcept;
 
 void configure(Compose compose, LaneListener listener) noexcept;
 
-/// Tracks a TCP connection of the program's. `fd` is connected (or connecting). Cheap: no system call beyond reading what must be
-/// known. Empty when policy says TCP or memory is short.
+/// Tracks a TCP connection of the program's. `fd` is connected (or connecting). Cheap: no system call. Empty when policy says TCP
+/// or memory is short.
 Stream track(int fd, Role role) noexcept;
 
 /// What a fork's child must know of one of the parent's streams, as it was at the fork: the parent may close it before the child
@@ -52,7 +52,7 @@ Stream track(int fd, Role role) noexcept;
 struct StreamSnapshot {
   Stream parents;
   Role role;
-  bool nonblocking;
+  Blocking blocking;
   std::uint8_t phase;
   int fd;
   std::int64_t rcv_timeout_ns, snd_timeout_ns;

@@ -395,22 +395,23 @@ void ProcessTotals::add(const ConnStats& s) noexcept {
   const auto bump = [](std::atomic<std::uint64_t>& a, std::uint64_t n) noexcept {
     if (n != 0) a.fetch_add(n, std::memory_order_relaxed);
   };
-  const ConnView v = view_of(s);
-  const auto traffic = [&](std::atomic<std::uint64_t>(&sum)[4], const TrafficView& t) noexcept {
-    bump(sum[0], t.bytes_sent);
-    bump(sum[1], t.messages_sent);
-    bump(sum[2], t.bytes_received);
-    bump(sum[3], t.messages_received);
+  const auto traffic = [&](std::atomic<std::uint64_t>(&sum)[4], const Traffic& t) noexcept {
+    bump(sum[0], t.bytes_sent.get());
+    bump(sum[1], t.messages_sent.get());
+    bump(sum[2], t.bytes_received.get());
+    bump(sum[3], t.messages_received.get());
   };
-  traffic(lane, v.lane);
-  traffic(tcp, v.tcp);
-  bump(up, v.switches_up);
-  bump(down, v.switches_down);
-  bump(failed, v.lanes_failed);
-  bump(returned, v.lanes_returned);
-  for (std::size_t t = 0; t < kTransports; ++t) bump(lanes[t], v.had_lanes >> t & 1);
-  if (v.reason != LaneReason::none && static_cast<std::size_t>(v.reason) < kLaneReasons)
-    bump(reasons[static_cast<std::size_t>(v.reason)], 1);
+  traffic(lane, s.lane);
+  traffic(tcp, s.tcp);
+  bump(up, s.switches_up.get());
+  bump(down, s.switches_down.get());
+  bump(failed, s.lanes_failed.get());
+  bump(returned, s.lanes_returned.get());
+  const std::uint8_t had_lanes = s.had_lanes.load(std::memory_order_relaxed);
+  for (std::size_t t = 0; t < kTransports; ++t) bump(lanes[t], had_lanes >> t & 1U);
+  const LaneReason reason = s.reason.load(std::memory_order_relaxed);
+  if (reason != LaneReason::none && static_cast<std::size_t>(reason) < kLaneReasons)
+    bump(reasons[static_cast<std::size_t>(reason)], 1);
 }
 
 void ClosedConnections::push(const ConnStats& s) noexcept { item[count++ % kMaxReported] = view_of(s); }

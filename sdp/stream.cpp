@@ -234,7 +234,9 @@ void Stream::close(int fd) const noexcept {
 
 void Stream::renumber(int fd) const noexcept { impl()->fd.store(fd, std::memory_order_relaxed); }
 
-void Stream::set_nonblocking(bool on) const noexcept { impl()->nonblocking.store(on, std::memory_order_relaxed); }
+void Stream::set_nonblocking(bool on) const noexcept {
+  impl()->blocking.store(on ? Blocking::no : Blocking::yes, std::memory_order_relaxed);
+}
 
 void Stream::set_timeout(int option, std::int64_t ns) const noexcept {
   (option == SO_RCVTIMEO ? impl()->rcv_timeout_ns : impl()->snd_timeout_ns) = ns;

@@ -22,6 +22,8 @@
 namespace sdp {
 
 enum class Role : std::uint8_t { unknown, connector, acceptor };
+/// Do calls on the program's descriptor block?
+enum class Blocking : std::uint8_t { unknown, yes, no };
 
 class StreamImpl;  // stream_impl.hpp
 

@@ -60,7 +60,7 @@ class alignas(64) StreamImpl {
   std::atomic<TxState> tx{TxState::tcp};
   std::atomic<RxState> rx{RxState::tcp};
   Role role = Role::unknown;
-  std::atomic<bool> nonblocking{false};
+  std::atomic<Blocking> blocking{Blocking::unknown};
   std::atomic<std::uint16_t> generation{0};
   std::uint32_t owner = 0;  ///< process that may use the lane
   rdma::SharedLock lock;
@@ -206,7 +206,10 @@ class alignas(64) StreamImpl {
   void judge(int fd) noexcept;  ///< unjudged -> what the rules say, once the connection is made
   /// Strict: waits for the end of the search. 0: there is a lane; -EAGAIN, -EINTR; -ECONNREFUSED: there is none, the connection is
   /// over.
-  int await_lane(int fd, bool nowait, std::int64_t timeout_ns);
+  int await_lane(int fd, int flags, std::int64_t timeout_ns);
+  bool may_have_to_await_lane() const noexcept {
+    return strict.load(std::memory_order_relaxed) || phase.load(std::memory_order_acquire) == Phase::unjudged;
+  }
   bool strictly_waiting() const noexcept {
     const Phase now = phase.load(std::memory_order_acquire);
     return now == Phase::unjudged || (now == Phase::pursued && strict.load(std::memory_order_relaxed));
@@ -251,9 +254,15 @@ class alignas(64) StreamImpl {
   /// Waits for changed(for_send); the lock is held on entry and exit. 0, -EINTR, or -EAGAIN when `deadline_ns` (0: none) has
   /// passed.
   int wait(bool for_send, std::int64_t deadline_ns, bool has_timeout, Patience patience = Patience::sleep);
+  /// O_NONBLOCK of the program's descriptor. The kernel is asked once, by the first call that must know.
+  bool is_nonblocking(int fd) noexcept {
+    const Blocking known = blocking.load(std::memory_order_relaxed);
+    return (known == Blocking::unknown ? ask_blocking(fd) : known) == Blocking::no;
+  }
   bool usable_here() noexcept;  ///< false: this is not the owner's process; the lane has been taken down
 
  private:
+  Blocking ask_blocking(int fd) noexcept;
   bool fin_is_out() const noexcept { return tx_shut && !fin_due; }
   bool is_sound(const Arrived& peer) const noexcept;
   bool give_back_to_tcp(std::uint64_t from) noexcept;

@@ -1,4 +1,5 @@
 // send and recv of a stream, by whichever carrier the byte belongs to.
+#include <fcntl.h>
 #include <linux/futex.h>
 #include <linux/sockios.h>
 #include <poll.h>
@@ -106,9 +107,18 @@ bool StreamImpl::usable_here() noexcept {
   return false;
 }
 
-int StreamImpl::await_lane(int at, bool nowait, std::int64_t timeout_ns) {
+// The program may set the flag meanwhile: what it says last counts, and it says so after the kernel knows.
+Blocking StreamImpl::ask_blocking(int at) noexcept {
+  const long flags = sys::call(SYS_fcntl, at, F_GETFL);
+  const Blocking now = flags >= 0 && (flags & O_NONBLOCK) != 0 ? Blocking::no : Blocking::yes;
+  Blocking expected = Blocking::unknown;
+  return blocking.compare_exchange_strong(expected, now) ? now : expected;
+}
+
+int StreamImpl::await_lane(int at, int flags, std::int64_t timeout_ns) {
   if (phase.load(std::memory_order_acquire) == Phase::unjudged) judge(at);
   if (!strict.load(std::memory_order_relaxed)) return 0;
+  const bool nowait = (flags & MSG_DONTWAIT) != 0 || is_nonblocking(at);
   const std::int64_t deadline = timeout_ns != 0 ? now_ns() + timeout_ns : 0;
   for (;;) {
     const std::uint32_t seen = phase_word.load(std::memory_order_acquire);
@@ -157,8 +167,8 @@ void StreamImpl::judge(int at) noexcept {
 
 std::int64_t StreamImpl::send(int at, IovCursor& from, int flags, std::uint16_t gen) {
   if (phase.load(std::memory_order_acquire) != Phase::laned) {
-    const bool nowait = (flags & MSG_DONTWAIT) != 0 || nonblocking.load(std::memory_order_relaxed);
-    if (const int r = await_lane(at, nowait, snd_timeout_ns); r != 0) return r;
+    if (may_have_to_await_lane())
+      if (const int r = await_lane(at, flags, snd_timeout_ns); r != 0) return r;
     kernel_senders.fetch_add(1, std::memory_order_seq_cst);
     if (phase.load(std::memory_order_seq_cst) != Phase::laned) return kernel_send(at, from, flags);
     kernel_senders.fetch_sub(1, std::memory_order_release);
@@ -182,7 +192,7 @@ std::size_t StreamImpl::keep_unsent(IovCursor& from, std::size_t limit) noexcept
 }
 
 std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint16_t gen) {
-  const bool nowait = (flags & MSG_DONTWAIT) != 0 || nonblocking.load(std::memory_order_relaxed);
+  const bool nowait = (flags & MSG_DONTWAIT) != 0 || is_nonblocking(at);
   std::int64_t deadline = 0;
   std::int64_t total = 0;
   if (!lock.enter()) return -EAGAIN;
@@ -290,8 +300,8 @@ int StreamImpl::wait_for_room(bool nowait, std::int64_t& deadline) {
 
 std::int64_t StreamImpl::recv(int at, IovCursor& to, int flags, std::uint16_t gen) {
   if (phase.load(std::memory_order_acquire) != Phase::laned) {
-    const bool nowait = (flags & MSG_DONTWAIT) != 0 || nonblocking.load(std::memory_order_relaxed);
-    if (const int r = await_lane(at, nowait, rcv_timeout_ns); r != 0) return r;
+    if (may_have_to_await_lane())
+      if (const int r = await_lane(at, flags, rcv_timeout_ns); r != 0) return r;
     kernel_receivers.fetch_add(1, std::memory_order_seq_cst);
     if (phase.load(std::memory_order_seq_cst) != Phase::laned) return kernel_recv(at, to, flags);
     kernel_receivers.fetch_sub(1, std::memory_order_release);
@@ -404,7 +414,7 @@ std::int64_t StreamImpl::take_from_anchor(Receiving& r, RxState state) noexcept 
 }
 
 std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16_t gen) {
-  const bool nowait = (flags & MSG_DONTWAIT) != 0 || nonblocking.load(std::memory_order_relaxed);
+  const bool nowait = (flags & MSG_DONTWAIT) != 0 || is_nonblocking(at);
   Receiving r{.at = at, .to = to, .start = to, .flags = flags, .nowait = nowait};
   std::int64_t deadline = 0;
   if (!lock.enter()) return -EAGAIN;

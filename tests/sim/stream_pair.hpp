@@ -93,7 +93,7 @@ class StreamPair {
       end.fd = fds[i];
       end.stream = engine::new_stream();
       end.stream->fd = end.fd;
-      end.stream->nonblocking = true;
+      end.stream->blocking = Blocking::no;
       end.stream->phase = Phase::pursued;
       socklen_t len = sizeof end.stream->cookie;
       if (getsockopt(end.fd, SOL_SOCKET, SO_COOKIE, &end.stream->cookie, &len) != 0) broken("no cookie");
