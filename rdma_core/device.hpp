@@ -140,6 +140,18 @@ class Qp {
     (void)remote_addr, (void)bytes, (void)rkey;
     return nullptr;
   }
+  /// A word of the peer's registered memory, for store_word(); likewise only if DeviceAttr::maps_peer_memory, and while the Qp
+  /// is in RTS. The peer leaves that memory registered until it knows that nothing is stored any more. nullptr: the key does not
+  /// allow remote writes there, or the address is no multiple of 8.
+  virtual std::atomic<std::uint64_t>* remote_word(std::uint64_t remote_addr, Rkey rkey) noexcept {
+    (void)remote_addr, (void)rkey;
+    return nullptr;
+  }
+  /// Does what an RDMA Write of that one word would, at once and without a request: nothing completes. `wake`: as kSolicited.
+  virtual Post store_word(std::atomic<std::uint64_t>& word, std::uint64_t value, bool wake) noexcept {
+    (void)word, (void)value, (void)wake;
+    return Post::qp_error;
+  }
   // Control path: may block and allocate. Legal moves and required attributes: the tables in qp_attr.hpp.
   virtual Result<Unit> modify(const QpAttributes&) = 0;
 };

@@ -122,6 +122,9 @@ class Lane {
   // --- datapath (lane_datapath.cpp)
   /// Takes what credits allow, and small sends of a burst in any case; returns the bytes taken. `from` advances.
   std::size_t send(IovCursor& from) noexcept;
+  /// send() of bytes that lie together, at most kBurstSend, where that is one message or a place in the buffer and nothing else is
+  /// to be done. False: nothing is taken, and send() knows the way.
+  bool send_at_once(const std::byte* bytes, std::uint32_t count) noexcept;
   /// Keeps what send() did not take, up to `limit` bytes in all; the peer fetches it. Returns the bytes taken; `from` advances.
   std::size_t buffer(IovCursor& from, std::size_t limit) noexcept;
   /// Bytes that the peer has still to fetch. Any thread.
@@ -133,6 +136,9 @@ class Lane {
   void release_buffer() noexcept;
   /// Copies unread payload; `consume` false leaves it (MSG_PEEK). Returns the bytes copied.
   std::size_t recv(IovCursor& to, bool consume) noexcept;
+  /// recv() of what one message holds, where that is all there is or all that was asked for. 0: nothing is taken, and recv() knows
+  /// what there is.
+  std::size_t recv_at_once(std::byte* to, std::size_t room) noexcept;
   /// Drops unread payload as if it had been read (MSG_TRUNC).
   std::size_t discard(std::size_t bytes) noexcept;
   /// Handles what has come: headers, credits, control. Payload waits in the queue. Then sends the control messages that are due.
@@ -272,6 +278,7 @@ class Lane {
     wr.rkey = peer_words_rkey_;
     return wr;
   }
+  bool publish(unsigned ring) noexcept;
   bool write_peer(std::size_t offset, const std::uint64_t* words, unsigned count, bool wake) noexcept;
   bool read_kept(std::uint64_t from, std::byte* out, std::size_t bytes) const noexcept;
   std::span<const std::byte> peer_bytes(std::uint64_t at, bool* last) noexcept;
@@ -328,6 +335,7 @@ class Lane {
   rdma::Mr words_mr_view_;
   std::uint64_t peer_words_addr_ = 0;
   rdma::Rkey peer_words_rkey_{};
+  std::array<std::atomic<std::uint64_t>*, kRings> peer_end_{};  ///< each ring's end in the peer's cursors, once it is in use
   std::size_t buffer_bytes_ = 0;
   KeptBytes kept_;               ///< without a device: the block, what is unread, what the peer may not have
   std::uint64_t kept_from_ = 0;  ///< position of the first byte of the latter

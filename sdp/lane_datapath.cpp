@@ -179,14 +179,38 @@ std::size_t Lane::buffer(IovCursor& from, std::size_t limit) noexcept {
   tx_bytes_ += taken;
   if (capture_ != nullptr) [[unlikely]]
     show_read(true, shown, taken);
-  for (unsigned ring = 0; ring < kRings; ++ring) {
-    SendBuffer::News& news = send_buffer_.news(ring);
-    if (news.first == 4) continue;
-    const std::size_t offset = offsetof(LaneBlock, cursors) + ring * sizeof(RingCursor) + 8 * news.first;
-    if (!write_peer(offset, news.word.data() + news.first, 4 - news.first, true)) break;
-    news.first = 4;
-  }
+  for (unsigned ring = 0; ring < kRings; ++ring)
+    if (!publish(ring)) break;
   return taken;
+}
+
+bool Lane::publish(unsigned ring) noexcept {
+  SendBuffer::News& news = send_buffer_.news(ring);
+  if (news.first == 4) return true;
+  const std::size_t offset = offsetof(LaneBlock, cursors) + ring * sizeof(RingCursor);
+  if (!write_peer(offset + 8 * news.first, news.word.data() + news.first, 4 - news.first, true)) return false;
+  news.first = 4;
+  if (peer_end_[ring] == nullptr)
+    peer_end_[ring] = qp_->remote_word(peer_words_addr_ + offset + offsetof(RingCursor, end), peer_words_rkey_);
+  return true;
+}
+
+bool Lane::send_at_once(const std::byte* bytes, std::uint32_t count) noexcept {
+  if (capture_ != nullptr || !may_buffer_ || dead()) return false;
+  if (burst_ >= kBurstBegins) {
+    std::atomic<std::uint64_t>* const end = peer_end_[send_buffer_.ring_in_use()];
+    if (end == nullptr || !send_buffer_.append_at_once(bytes, count, tx_bytes_)) return false;
+    tx_bytes_ += count;
+    if (qp_->store_word(*end, tx_bytes_, true) != Post::ok) [[unlikely]]
+      fail("the QP is in error");
+    return true;
+  }
+  if (count > conn.max_payload() || count + wire::kBsdhBytes > max_inline_ || !may_send()) return false;
+  Sge sges[2];
+  sges[1] = Sge{bytes, count, {}};
+  if (!post_data(sges, 2, count)) return false;
+  ++burst_;
+  return true;
 }
 
 bool Lane::write_peer(std::size_t offset, const std::uint64_t* words, unsigned count, bool wake) noexcept {
@@ -388,6 +412,28 @@ void Lane::drain() noexcept {
     if (pending_posts_ != 0) flush_posts();
   }
   send_control();
+}
+
+std::size_t Lane::recv_at_once(std::byte* to, std::size_t room) noexcept {
+  if (capture_ != nullptr) return 0;
+  if (rx_head_ == rx_tail_) drain();
+  if (rx_head_ == rx_tail_) return 0;
+  Unread& u = unread_[rx_head_ % kRing];
+  const std::size_t n = std::min<std::size_t>(u.length, room);
+  // A read that is shorter than it could be says that there is no more.
+  if (n < room && (rx_tail_ - rx_head_ != 1 || cq_->maybe_ready() || peer_buffer_.holds_more_than(rx_bytes_ + n))) return 0;
+  std::memcpy(to, buffers_[u.buffer].addr + u.offset, n);
+  u.offset += static_cast<std::uint32_t>(n);
+  u.length -= static_cast<std::uint32_t>(n);
+  if (u.length == 0) {
+    ++rx_head_;
+    home(u.buffer);
+  }
+  burst_ = 0;
+  caught_up_at_ = 0;
+  took(n, 0);
+  if (may_not_wait()) settle();
+  return n;
 }
 
 std::size_t Lane::recv(IovCursor& to, bool consume) noexcept {

@@ -61,10 +61,22 @@ class SendBuffer {
   /// Position of the oldest byte, where there are any.
   std::uint64_t front(std::uint64_t pulled) const noexcept { return std::max(pulled, start_.load(std::memory_order_relaxed)); }
 
+  /// append() for bytes that lie together, where that is a copy and nothing else. False: it is more, and nothing is done.
+  bool append_at_once(const std::byte* from, std::size_t bytes, std::uint64_t at) noexcept {
+    if (at != end_.load(std::memory_order_relaxed) || at + bytes > room_until_) return false;
+    const Ring& ring = rings_[in_large_];
+    const std::size_t offset = static_cast<std::size_t>(at - ring.start) & (ring.bytes - 1);
+    std::memcpy(ring.memory + offset, from, bytes);
+    bring_back(ring, offset + bytes, bytes);
+    end_.store(at + bytes, std::memory_order_relaxed);
+    return true;
+  }
+  unsigned ring_in_use() const noexcept { return in_large_; }  ///< that of the last byte
   /// Appends what fits below `limit` bytes in the buffer; returns how much. `at` is the lane's position.
   std::size_t append(IovCursor& from, std::size_t limit, std::uint64_t at, const std::atomic<std::uint64_t>& pulled,
                      rdma::RegisteredHeap& heap) noexcept {
     if (at != end_.load(std::memory_order_relaxed) || known_pulled_ == at) begin(at);
+    room_until_ = 0;
     std::size_t total = 0;
     for (bool fresh = false; !from.done();) {
       Ring& ring = rings_[in_large_];
@@ -73,15 +85,15 @@ class SendBuffer {
       const auto held = static_cast<std::size_t>(end - known_pulled_);
       const auto in_ring = static_cast<std::size_t>(end - std::max(known_pulled_, ring.start));
       const std::size_t room = std::min(ring.bytes - in_ring, limit - std::min(limit, held));
-      if (room < from.chunk() && !fresh) {  // the peer writes that word as it reads: no look at it without need
+      if ((room < from.chunk() || end >= look_at_) && !fresh) {
         fresh = true;
-        known_pulled_ = std::clamp(pulled.load(std::memory_order_acquire), known_pulled_, end);
-        if (known_pulled_ == end) begin(end);
+        if (look_at(pulled, end)) begin(end);
         continue;
       }
       if (room == 0) {
         if (in_large_ || held >= limit || limit <= kSmallBytes) break;
         in_large_ = true;
+        look_at_ = end + kSmallBytes;
         rings_[1].start = end;
         rings_[1].news.first = 0;
         continue;
@@ -89,15 +101,17 @@ class SendBuffer {
       const std::size_t offset = static_cast<std::size_t>(end - ring.start) & (ring.bytes - 1);
       const std::size_t n = std::min({from.chunk(), room, ring.bytes - offset});
       std::memcpy(ring.memory + offset, from.data(), n);
-      // The reader has had the next lines: they are on their way back while the program makes its next call.
-      constexpr std::size_t kLine = 64, kMost = 2048;
-      for (std::size_t ahead = n + kLine; ahead < n + kLine + std::min(n, kMost); ahead += kLine)
-        rdma::prefetch_for_write(ring.memory + ((offset + ahead) & (ring.bytes - 1)));
+      bring_back(ring, offset + n, n);
       from.advance(n);
       total += n;
       end_.store(end + n, std::memory_order_relaxed);
       ring.news.first = std::min(ring.news.first, 3U);
       ring.news.word[3] = end + n;
+    }
+    if (const Ring& ring = rings_[in_large_]; ring.bytes != 0) {
+      const std::uint64_t end = end_.load(std::memory_order_relaxed);
+      const std::size_t together = ring.bytes - (static_cast<std::size_t>(end - ring.start) & (ring.bytes - 1));
+      room_until_ = std::min({known_pulled_ + std::min(ring.bytes, limit), end + together, look_at_});
     }
     return total;
   }
@@ -144,8 +158,33 @@ class SendBuffer {
     News news;
   };
 
+  /// Has the reader everything? It writes that word as it reads: nobody looks at it without need. In the large ring one needs to,
+  /// for only what is empty begins anew in the small one, and a reader close behind gets a moment to empty it: the moment is short
+  /// against the time that bursts out of the cache would take from then on.
+  bool look_at(const std::atomic<std::uint64_t>& pulled, std::uint64_t end) noexcept {
+    constexpr std::uint64_t kClose = 16 << 10;
+    constexpr std::int64_t kMomentNs = 5'000;
+    const rdma::SteadyClock clock;
+    std::int64_t until = 0;
+    do {
+      known_pulled_ = std::clamp(pulled.load(std::memory_order_acquire), known_pulled_, end);
+      if (!in_large_ || known_pulled_ == end) break;
+      look_at_ = end + kSmallBytes;
+      if (until == 0) until = clock.now() + kMomentNs;
+      rdma::cpu_relax();
+    } while (end - known_pulled_ <= kClose && clock.now() < until);
+    return known_pulled_ == end;
+  }
+  /// The reader has had the lines behind the `n` bytes that end at `offset`: they are on their way back while the program makes
+  /// its next call.
+  static void bring_back(const Ring& ring, std::size_t offset, std::size_t n) noexcept {
+    constexpr std::size_t kLine = 64, kMost = 2048;
+    for (std::size_t ahead = kLine; ahead < kLine + std::min(n, kMost); ahead += kLine)
+      rdma::prefetch_for_write(ring.memory + ((offset + ahead) & (ring.bytes - 1)));
+  }
   void begin(std::uint64_t at) noexcept {
     in_large_ = false;
+    look_at_ = ~std::uint64_t{0};
     rings_[0].start = at;
     rings_[0].news.first = 0;
     end_.store(at, std::memory_order_relaxed);
@@ -162,7 +201,8 @@ class SendBuffer {
     ring.news.first = 0;  // wherever it lay before, if anywhere
     return true;
   }
-  static void release(Ring& ring, rdma::RegisteredHeap& heap) noexcept {
+  void release(Ring& ring, rdma::RegisteredHeap& heap) noexcept {
+    room_until_ = 0;
     if (ring.memory != nullptr) heap.deallocate(ring.memory);
     ring.memory = nullptr;
     ring.bytes = 0;
@@ -170,6 +210,8 @@ class SendBuffer {
 
   std::atomic<std::uint64_t> start_{0}, end_{0};
   std::uint64_t known_pulled_ = 0;
+  std::uint64_t look_at_ = ~std::uint64_t{0};  ///< position from which on append() looks how far the reader is
+  std::uint64_t room_until_ = 0;               ///< position up to which append_at_once() needs no look at anything else
   bool in_large_ = false;
   std::array<Ring, kRings> rings_;
 };
@@ -206,6 +248,10 @@ class PeerBuffer {
       return true;
     }
     return true;
+  }
+  /// Does anything follow position `at`? Any thread.
+  bool holds_more_than(std::uint64_t at) const noexcept {
+    return (*cursors_)[0].end.load(std::memory_order_acquire) > at || (*cursors_)[1].end.load(std::memory_order_acquire) > at;
   }
   /// Bytes from position `at` on. Any thread.
   std::uint64_t held(std::uint64_t at) const noexcept {

@@ -42,6 +42,8 @@ void end_sending(StreamImpl& s) noexcept {
 }  // namespace
 
 std::int64_t Stream::send(int fd, const void* buf, std::size_t len, int flags) const {
+  if (const std::int64_t n = impl()->send_at_once(buf, len, flags, generation()); n != 0) [[likely]]
+    return n;
   const iovec iov{const_cast<void*>(buf), len};
   IovCursor from(&iov, 1);
   if (from.done()) return sys::call(SYS_sendto, fd, sys::arg(buf), 0, flags);
@@ -49,6 +51,8 @@ std::int64_t Stream::send(int fd, const void* buf, std::size_t len, int flags) c
 }
 
 std::int64_t Stream::recv(int fd, void* buf, std::size_t len, int flags) const {
+  if (const std::int64_t n = impl()->recv_at_once(buf, len, flags, generation()); n != 0) [[likely]]
+    return n;
   const iovec iov{buf, len};
   IovCursor to(&iov, 1);
   if (to.done()) return recv_nothing(fd, flags);

@@ -138,6 +138,12 @@ class alignas(64) StreamImpl {
   std::int64_t send(int fd, IovCursor& from, int flags, std::uint16_t gen);
   std::int64_t recv(int fd, IovCursor& to, int flags, std::uint16_t gen);
 
+  // --- the same where nothing but a message is to be moved (stream_at_once.cpp); 0: it is more than that
+  std::int64_t send_at_once(const void* bytes, std::size_t count, int flags, std::uint16_t gen) noexcept;
+  std::int64_t recv_at_once(void* to, std::size_t room, int flags, std::uint16_t gen) noexcept;
+  /// Of recv(), with the lock held.
+  std::int64_t take_at_once(std::byte* to, std::size_t room, std::uint16_t gen) noexcept;
+
   // --- the switch (stream_switch.cpp); the lock is held
   void attach(Lane* new_lane) noexcept;
   Phase close(int fd) noexcept;          ///< the program's; returns the phase before it. The handle is stale afterwards
@@ -255,9 +261,9 @@ class alignas(64) StreamImpl {
   /// passed.
   int wait(bool for_send, std::int64_t deadline_ns, bool has_timeout, Patience patience = Patience::sleep);
   /// O_NONBLOCK of the program's descriptor. The kernel is asked once, by the first call that must know.
-  bool is_nonblocking(int fd) noexcept {
+  bool is_nonblocking(int at) noexcept {
     const Blocking known = blocking.load(std::memory_order_relaxed);
-    return (known == Blocking::unknown ? ask_blocking(fd) : known) == Blocking::no;
+    return (known == Blocking::unknown ? ask_blocking(at) : known) == Blocking::no;
   }
   bool usable_here() noexcept;  ///< false: this is not the owner's process; the lane has been taken down
 

@@ -487,6 +487,10 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
     if (deadline == 0 && rcv_timeout_ns != 0) deadline = now_ns() + rcv_timeout_ns;
     r.result = wait(false, deadline, rcv_timeout_ns != 0);
     if (r.result != 0) break;
+    if (r.total == 0 && !r.peek && !r.all && (flags & MSG_TRUNC) == 0 && to.chunk() == to.remaining()) {
+      r.total = take_at_once(to.data(), to.chunk(), gen);
+      if (r.total != 0) break;
+    }
   }
   // The read that reached P changes the carrier: a waiter must see that now, for the lane's messages may have been taken in
   // already.
@@ -557,6 +561,7 @@ class StreamImpl::Waiting {
 int StreamImpl::wait(bool for_send, std::int64_t deadline, bool has_timeout, Patience patience) {
   const std::uint64_t edges = state_edges.load(std::memory_order_relaxed);
   const std::uint16_t gen = generation.load(std::memory_order_relaxed);
+  Lane* const l = lane;
   const auto woken = [&]() noexcept {
     return changed(for_send) || state_edges.load(std::memory_order_acquire) != edges ||
            generation.load(std::memory_order_acquire) != gen;
@@ -567,12 +572,14 @@ int StreamImpl::wait(bool for_send, std::int64_t deadline, bool has_timeout, Pat
     (void)lock.lock();
     return patience == Patience::spin ? kNothingYet : 0;
   }
-  Lane* const l = lane;
   l->settle();
   if (!for_send) l->burst_is_over();
   Waiting waiting(*this);
   int result = 0;
-  const bool found = Spinner().run(woken);
+  // Nearly always it is a message that ends the wait, and each look at all the rest is time in which one may have come.
+  constexpr unsigned kGlances = 8;
+  unsigned looks = 0;
+  const bool found = Spinner().run([&]() noexcept { return l->maybe_ready() || (++looks % kGlances == 0 && woken()); });
   if (!found && patience == Patience::spin) result = kNothingYet;
   if (!found && patience == Patience::sleep) {
     std::atomic<std::uint32_t>* word = l->wake_word();

@@ -936,6 +936,46 @@ BOOST_AUTO_TEST_CASE_TEMPLATE(the_peers_memory_is_in_view_where_the_device_says_
   BOOST_TEST(ends.a.qp->remote_view(writable->remote_base, 64, writable->rkey) == nullptr);
 }
 
+BOOST_AUTO_TEST_CASE_TEMPLATE(words_of_the_peer_are_stored_without_a_request_where_its_memory_is_in_view, F, DeviceFixtures) {
+  Ends<F> ends;
+  End& b = ends.b;
+  const std::uint64_t addr = b.remote(b.slot(2));
+  const Rkey key = b.memory->rkey;
+  Qp& qp = *ends.a.qp;
+  std::atomic<std::uint64_t>* const word = qp.remote_word(addr, key);
+  if (!ends.a.device->attr().maps_peer_memory) {
+    BOOST_TEST(word == nullptr);
+    return;
+  }
+  BOOST_REQUIRE(word != nullptr);
+  BOOST_REQUIRE_EQUAL(qp.store_word(*word, 0x0123456789abcdef, false), Post::ok);
+  std::uint64_t seen = 0;
+  std::memcpy(&seen, b.slot(2), sizeof seen);
+  BOOST_TEST(seen == 0x0123456789abcdefULL);
+  Wc none[1];
+  BOOST_TEST(ends.a.send_cq->poll(none) == 0u);
+
+  BOOST_TEST(qp.remote_word(addr + 4, key) == nullptr);
+  BOOST_TEST(qp.remote_word(b.memory->remote_base + b.memory->length, key) == nullptr);
+  BOOST_TEST(qp.remote_word(addr, Rkey{0}) == nullptr);
+  auto readable = Ends<F>::must(b.pd->register_memory({b.slot(6), 1024}, Access::local_write | Access::remote_read));
+  BOOST_TEST(qp.remote_word(readable->remote_base, readable->rkey) == nullptr);
+
+  // Its sleeper is woken if it is armed, and only by those that say so.
+  std::atomic<std::uint32_t>* const sleepers = b.recv_cq->wake_word();
+  b.recv_cq->arm(kWakeWord);
+  ends.b.device->arm_fence();
+  const std::uint32_t before = sleepers->load();
+  BOOST_REQUIRE_EQUAL(qp.store_word(*word, 1, false), Post::ok);
+  BOOST_TEST(sleepers->load() == before);
+  BOOST_REQUIRE_EQUAL(qp.store_word(*word, 2, true), Post::ok);
+  BOOST_TEST(sleepers->load() != before);
+
+  BOOST_REQUIRE(b.qp->modify(move_to(QpState::error)));
+  BOOST_TEST(qp.store_word(*word, 3, true) == Post::qp_error);
+  BOOST_TEST(qp.state() == QpState::error);
+}
+
 BOOST_AUTO_TEST_CASE_TEMPLATE(a_removed_device_flushes_and_refuses, F, DeviceFixtures) {
   if constexpr (requires(F & f) { f.remove_device(Side::a); }) {
     Ends<F> ends({.recvs = 5});

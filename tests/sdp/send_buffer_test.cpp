@@ -49,6 +49,14 @@ struct Ends {
     }
     return n;
   }
+  bool put_at_once(std::size_t bytes) {
+    std::vector<std::byte> data(bytes);
+    sim::fill(data.data(), bytes, 1, sent);
+    if (!buffer.append_at_once(data.data(), bytes, sent)) return false;
+    sent += bytes;
+    cursors[buffer.ring_in_use()].end.store(sent);
+    return true;
+  }
   std::size_t take(std::size_t bytes) {
     std::size_t total = 0;
     while (total < bytes) {
@@ -73,7 +81,7 @@ BOOST_AUTO_TEST_CASE(what_is_put_in_comes_out) {
   std::mt19937_64 chance(7);
   const auto size = [&chance] { return std::size_t{1} << chance() % 20 | (chance() & 0xff); };
   Ends e;
-  std::uint64_t large = 0;
+  std::uint64_t large = 0, at_once = 0;
   for (int step = 0; step < 20'000; ++step) {
     if (chance() % 2 != 0)
       e.put(size(), chance() % 2 != 0 ? kSmall : kAll);
@@ -84,6 +92,7 @@ BOOST_AUTO_TEST_CASE(what_is_put_in_comes_out) {
     BOOST_REQUIRE(e.held() == e.sent - e.received);
     BOOST_REQUIRE(e.peer.held(e.received) == e.sent - e.received);
     large += e.buffer.has_large();
+    for (std::size_t i = chance() % 4; i != 0; --i) at_once += e.put_at_once(1 + chance() % 300);
     if (e.held() == 0 && chance() % 4 == 0) e.buffer.release_large(e.heap);
     if (e.held() == 0 && chance() % 4 == 0) e.sent = e.received += chance() % 5000;  // messages in between
     if (e.held() != 0 && chance() % 16 == 0) {
@@ -96,6 +105,7 @@ BOOST_AUTO_TEST_CASE(what_is_put_in_comes_out) {
   e.take(~std::size_t{0});
   BOOST_TEST(e.received == e.sent);
   BOOST_TEST(large != 0U);
+  BOOST_TEST(at_once != 0U);
 }
 
 BOOST_AUTO_TEST_CASE(it_takes_no_more_than_the_limit) {
@@ -108,6 +118,20 @@ BOOST_AUTO_TEST_CASE(it_takes_no_more_than_the_limit) {
   BOOST_TEST(e.put(1) == 0U);
   BOOST_TEST(e.take(1) == 1U);
   BOOST_TEST(e.put(10) == 1U);
+}
+
+BOOST_AUTO_TEST_CASE(a_writer_in_the_large_ring_finds_back_to_the_small_one) {
+  Ends e;
+  e.put(kSmall);
+  e.put(100);
+  BOOST_TEST(e.buffer.ring_in_use() == 1U);
+  e.take(kAll);  // the reader has caught up, and does so now and then; there is always room
+  std::size_t sent = 0;
+  for (; e.buffer.ring_in_use() == 1U && sent < kAll; sent += 64) {
+    e.take(kAll);
+    if (!e.put_at_once(64)) e.put(64);
+  }
+  BOOST_TEST(sent <= 2 * kSmall);
 }
 
 BOOST_AUTO_TEST_CASE(a_ring_that_was_given_back_comes_back_somewhere_else) {

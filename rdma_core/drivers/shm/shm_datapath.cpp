@@ -107,9 +107,7 @@ inline Post ShmQp::post_message(const SendWr& wr, std::uint64_t total) noexcept 
   flag_of(buffer)->store(flag_word(sent_, static_cast<std::uint32_t>(total)), std::memory_order_release);
   leave_window();
   if (wr.flags & kSignalled) push_send(wr, WcStatus::success, static_cast<std::uint32_t>(total));
-  compiler_barrier();
-  if (SHM_UNLIKELY(fence_)) std::atomic_thread_fence(std::memory_order_seq_cst);
-  if (SHM_UNLIKELY(peer_page_->armed.load(std::memory_order_relaxed) != 0)) ring_peer();
+  wake_if_armed();
   return Post::ok;
 }
 
@@ -136,6 +134,34 @@ std::byte* ShmQp::remote_range(std::uint64_t remote_addr, std::uint64_t bytes, R
 
 const std::byte* ShmQp::remote_view(std::uint64_t remote_addr, std::size_t bytes, Rkey rkey) noexcept {
   return peer_base_ == nullptr ? nullptr : remote_range(remote_addr, bytes, rkey, Access::remote_read);
+}
+
+std::atomic<std::uint64_t>* ShmQp::remote_word(std::uint64_t remote_addr, Rkey rkey) noexcept {
+  if (peer_base_ == nullptr) return nullptr;
+  std::byte* const word = remote_range(remote_addr, sizeof(std::uint64_t), rkey, Access::remote_write);
+  const bool whole = reinterpret_cast<std::uintptr_t>(word) % sizeof(std::uint64_t) == 0;
+  return word != nullptr && whole ? at<std::atomic<std::uint64_t>>(word) : nullptr;
+}
+
+Post ShmQp::store_word(std::atomic<std::uint64_t>& word, std::uint64_t value, bool wake) noexcept {
+  if (SHM_UNLIKELY(state_ != QpState::rts)) return Post::qp_error;
+  enter_window();
+  if (SHM_UNLIKELY(peer_page_->closed.load(std::memory_order_relaxed) != 0)) {
+    leave_window();
+    enter_error();
+    return Post::qp_error;
+  }
+  word.store(value, std::memory_order_release);
+  leave_window();
+  if (wake) wake_if_armed();
+  return Post::ok;
+}
+
+/// Behind what the peer may sleep for.
+inline void ShmQp::wake_if_armed() noexcept {
+  compiler_barrier();
+  if (SHM_UNLIKELY(fence_)) std::atomic_thread_fence(std::memory_order_seq_cst);
+  if (SHM_UNLIKELY(peer_page_->armed.load(std::memory_order_relaxed) != 0)) ring_peer();
 }
 
 Post ShmQp::post_rdma(const SendWr& wr) noexcept {
@@ -174,11 +200,7 @@ Post ShmQp::post_rdma(const SendWr& wr) noexcept {
   }
   leave_window();
   if (wr.flags & kSignalled) push_send(wr, WcStatus::success, static_cast<std::uint32_t>(total));
-  if (!read && (wr.flags & kSolicited)) {
-    std::atomic_thread_fence(std::memory_order_release);
-    if (fence_) std::atomic_thread_fence(std::memory_order_seq_cst);
-    if (peer_page_->armed.load(std::memory_order_relaxed) != 0) ring_peer();
-  }
+  if (!read && (wr.flags & kSolicited)) wake_if_armed();
   return Post::ok;
 }
 

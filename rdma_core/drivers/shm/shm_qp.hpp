@@ -111,6 +111,8 @@ class ShmQp final : public Qp {
   Result<Unit> modify(const QpAttributes& attr) override;
   std::span<const std::byte> sent_message(std::uint64_t number) const noexcept override;
   const std::byte* remote_view(std::uint64_t remote_addr, std::size_t bytes, Rkey rkey) noexcept override;
+  std::atomic<std::uint64_t>* remote_word(std::uint64_t remote_addr, Rkey rkey) noexcept override;
+  Post store_word(std::atomic<std::uint64_t>& word, std::uint64_t value, bool wake) noexcept override;
 
   bool recv_ready() const noexcept {
     const std::uint64_t word = next_flag_.load(std::memory_order_relaxed)->load(std::memory_order_acquire);
@@ -145,6 +147,7 @@ class ShmQp final : public Qp {
   void push_send(const SendWr& wr, WcStatus status, std::uint32_t bytes) noexcept;
   void enter_window() noexcept;
   void leave_window() noexcept { page_->sending.store(0, std::memory_order_release); }
+  void wake_if_armed() noexcept;
   void ring_peer() noexcept;
   void expect_next() noexcept;
   unsigned flush_recv(Wc* out, unsigned room) noexcept;

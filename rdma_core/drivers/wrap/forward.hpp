@@ -38,6 +38,12 @@ class ForwardQp : public Qp {
   const std::byte* remote_view(std::uint64_t remote_addr, std::size_t bytes, Rkey rkey) noexcept override {
     return inner_->remote_view(remote_addr, bytes, rkey);
   }
+  std::atomic<std::uint64_t>* remote_word(std::uint64_t remote_addr, Rkey rkey) noexcept override {
+    return inner_->remote_word(remote_addr, rkey);
+  }
+  Post store_word(std::atomic<std::uint64_t>& word, std::uint64_t value, bool wake) noexcept override {
+    return inner_->store_word(word, value, wake);
+  }
   Result<Unit> modify(const QpAttributes& attr) override { return inner_->modify(attr); }
   Qp& inner() noexcept { return *inner_; }
 

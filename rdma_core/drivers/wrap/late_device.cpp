@@ -34,6 +34,7 @@ class LateQp final : public ForwardQp {
   }
   std::span<const std::byte> sent_message(std::uint64_t) const noexcept override { return {}; }
   const std::byte* remote_view(std::uint64_t, std::size_t, Rkey) noexcept override { return nullptr; }
+  std::atomic<std::uint64_t>* remote_word(std::uint64_t, Rkey) noexcept override { return nullptr; }
 
   // The device's mutex is held.
   std::size_t held() const noexcept { return held_.size(); }
