@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "rdma_core/base/clock.hpp"
+#include "rdma_core/base/copy.hpp"
 #include "rdma_core/base/log.hpp"
 #include "sdp/lane.hpp"
 
@@ -88,7 +89,7 @@ bool Lane::post_gathered(const SendWr& pieces) noexcept {
     std::byte* const memory = staging_.take(bytes);
     std::size_t at = 0;
     for (unsigned i = 0; i < pieces.sge_count; at += pieces.sges[i++].length)
-      std::memcpy(memory + at, pieces.sges[i].addr, pieces.sges[i].length);
+      rdma::copy_bytes(memory + at, pieces.sges[i].addr, pieces.sges[i].length);
     whole = Sge{memory, static_cast<std::uint32_t>(bytes), staging_.lkey()};
     wr.sges = &whole;
     wr.sge_count = 1;
@@ -422,7 +423,7 @@ std::size_t Lane::recv_at_once(std::byte* to, std::size_t room) noexcept {
   const std::size_t n = std::min<std::size_t>(u.length, room);
   // A read that is shorter than it could be says that there is no more.
   if (n < room && (rx_tail_ - rx_head_ != 1 || cq_->maybe_ready() || peer_buffer_.holds_more_than(rx_bytes_ + n))) return 0;
-  std::memcpy(to, buffers_[u.buffer].addr + u.offset, n);
+  rdma::copy_bytes(to, buffers_[u.buffer].addr + u.offset, n);
   u.offset += static_cast<std::uint32_t>(n);
   u.length -= static_cast<std::uint32_t>(n);
   if (u.length == 0) {
@@ -451,7 +452,7 @@ std::size_t Lane::recv(IovCursor& to, bool consume) noexcept {
         const std::span<const std::byte> piece = peer_bytes(rx_bytes_ + total, &last);
         if (piece.empty()) break;
         const std::size_t n = std::min(piece.size(), to.chunk());
-        std::memcpy(to.data(), piece.data(), n);
+        rdma::copy_bytes(to.data(), piece.data(), n);
         to.advance(n);
         total += n;
         pulled += n;
@@ -462,7 +463,7 @@ std::size_t Lane::recv(IovCursor& to, bool consume) noexcept {
     Unread& u = unread_[at % kRing];
     const std::uint32_t skip = consume ? 0 : offset_in_front;
     const std::size_t n = std::min<std::size_t>(u.length - skip, to.chunk());
-    std::memcpy(to.data(), buffers_[u.buffer].addr + u.offset + skip, n);
+    rdma::copy_bytes(to.data(), buffers_[u.buffer].addr + u.offset + skip, n);
     to.advance(n);
     total += n;
     if (consume) {

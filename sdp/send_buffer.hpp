@@ -25,6 +25,7 @@
 #include <cstring>
 
 #include "rdma_core/base/clock.hpp"
+#include "rdma_core/base/copy.hpp"
 #include "rdma_core/registered_heap.hpp"
 #include "sdp/iov_cursor.hpp"
 
@@ -66,7 +67,7 @@ class SendBuffer {
     if (at != end_.load(std::memory_order_relaxed) || at + bytes > room_until_) return false;
     const Ring& ring = rings_[in_large_];
     const std::size_t offset = static_cast<std::size_t>(at - ring.start) & (ring.bytes - 1);
-    std::memcpy(ring.memory + offset, from, bytes);
+    rdma::copy_bytes(ring.memory + offset, from, bytes);
     bring_back(ring, offset + bytes, bytes);
     end_.store(at + bytes, std::memory_order_relaxed);
     return true;
@@ -100,7 +101,7 @@ class SendBuffer {
       }
       const std::size_t offset = static_cast<std::size_t>(end - ring.start) & (ring.bytes - 1);
       const std::size_t n = std::min({from.chunk(), room, ring.bytes - offset});
-      std::memcpy(ring.memory + offset, from.data(), n);
+      rdma::copy_bytes(ring.memory + offset, from.data(), n);
       bring_back(ring, offset + n, n);
       from.advance(n);
       total += n;

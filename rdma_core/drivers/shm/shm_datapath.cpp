@@ -5,6 +5,7 @@
 #include <cassert>
 #include <cstring>
 
+#include "rdma_core/base/copy.hpp"
 #include "rdma_core/base/sys.hpp"
 #include "rdma_core/drivers/shm/shm_qp.hpp"
 
@@ -24,10 +25,10 @@ struct Half {  // 16 bytes: one vector register
   std::uint64_t a, b;
 };
 
-/// memcpy without the call for what is small: headers and short payloads.
-inline void copy_bytes(std::byte* to, const std::byte* from, std::size_t n) noexcept {
+/// No call for what is small: headers and short payloads.
+inline void copy_piece(std::byte* to, const std::byte* from, std::size_t n) noexcept {
   if (n > 64) {
-    std::memcpy(to, from, n);
+    copy_bytes(to, from, n);
   } else if (n >= 16) {
     // Pieces from both ends that may overlap in the middle.
     move_word<Half>(to, from);
@@ -101,7 +102,7 @@ inline Post ShmQp::post_message(const SendWr& wr, std::uint64_t total) noexcept 
   }
   std::byte* to = buffer;
   for (unsigned i = 0; i < wr.sge_count; ++i) {
-    copy_bytes(to, wr.sges[i].addr, wr.sges[i].length);
+    copy_piece(to, wr.sges[i].addr, wr.sges[i].length);
     to += wr.sges[i].length;
   }
   flag_of(buffer)->store(flag_word(sent_, static_cast<std::uint32_t>(total)), std::memory_order_release);
@@ -182,7 +183,7 @@ Post ShmQp::post_rdma(const SendWr& wr) noexcept {
   if (remote == nullptr) return fail_send(wr, WcStatus::remote_access_error);
   if (read) {
     for (unsigned i = 0; i < wr.sge_count; ++i) {
-      copy_bytes(const_cast<std::byte*>(wr.sges[i].addr), remote, wr.sges[i].length);
+      copy_piece(const_cast<std::byte*>(wr.sges[i].addr), remote, wr.sges[i].length);
       remote += wr.sges[i].length;
     }
   } else if (wr.sge_count == 1 && total <= 64 && total % 8 == 0 && reinterpret_cast<std::uintptr_t>(remote) % 8 == 0) {
@@ -194,7 +195,7 @@ Post ShmQp::post_rdma(const SendWr& wr) noexcept {
     }
   } else {
     for (unsigned i = 0; i < wr.sge_count; ++i) {
-      copy_bytes(remote, wr.sges[i].addr, wr.sges[i].length);
+      copy_piece(remote, wr.sges[i].addr, wr.sges[i].length);
       remote += wr.sges[i].length;
     }
   }
