@@ -23,6 +23,7 @@ enum WrFlags : std::uint8_t {
   kInline = 2,     ///< at most DeviceAttr::max_inline bytes, copied before post_send returns
   kSolicited = 4,  ///< wakes a peer that armed its CQ. A device with rdma_write_wakes does so for RDMA Writes as well
   kFence = 8,      ///< starts after every earlier RDMA Read of this QP has completed
+  kDirect = 16,    ///< of many kInline bytes: a device that copies them itself does so past this core's cache (base/copy.hpp)
 };
 
 struct SendWr {

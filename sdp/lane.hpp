@@ -20,6 +20,7 @@
 #include "rdma_core/registered_heap.hpp"
 #include "sdp/capture/capture.hpp"
 #include "sdp/connection.hpp"
+#include "sdp/copy_trial.hpp"
 #include "sdp/iov_cursor.hpp"
 #include "sdp/kept_bytes.hpp"
 #include "sdp/send_buffer.hpp"
@@ -87,6 +88,7 @@ struct LaneLimits {
   ConnLimits conn;
   std::uint16_t recv_buffers_max = 64;           ///< grown to under load
   std::size_t staging = std::size_t{512} << 10;  ///< bytes to gather messages in, on a device that cannot take them inline
+  BulkCopy bulk_copy = BulkCopy::tried;          ///< on a device where this side copies into the peer's memory
 };
 
 class Lane {
@@ -99,11 +101,17 @@ class Lane {
   static constexpr std::size_t kBurstSend = 16384;    ///< bytes: sends so small are a burst's, if many follow each other
   static constexpr std::uint32_t kBurstBegins = 8;    ///< sends that go out as messages of their own first
   static constexpr std::uint32_t kLeastInline = 32;   ///< bytes: what a device must take inline, for the words in the peer's block
+  static constexpr std::uint32_t kBulkPiece = 8192;   ///< bytes: payloads worth the choice of a copy
   static constexpr std::size_t kLittle = 8192;        ///< bytes: a receive of less has caught up with the burst
   static constexpr std::int64_t kGatherNs = 2500;     ///< between two looks of a reader that has caught up
 
   Lane(std::shared_ptr<PeerContext>* peer, const LaneLimits& limits) noexcept
-      : conn(limits.conn), limits_(limits), staging_(limits.staging), peer_(peer) {}
+      : conn(limits.conn),
+        limits_(limits),
+        copy_(copy_vote, limits.bulk_copy, std::int64_t{limits.recv_buffers_max} * limits.conn.recv_size_max),
+        send_buffer_(copy_),
+        staging_(limits.staging),
+        peer_(peer) {}
 
   /// Makes words, CQ and QP and posts the first buffers. Errors: those of the device.
   rdma::Result<rdma::Unit> open(rdma::CompletionChannel* channel) noexcept;
@@ -247,7 +255,7 @@ class Lane {
   std::uint32_t shown_qpn() const noexcept;
   std::size_t block_bytes(std::uint32_t size) const noexcept;
   bool allocate_buffer(Buffer& buffer, std::uint32_t size) noexcept;
-  bool post_message(const rdma::Sge* sges, std::uint8_t count) noexcept;
+  bool post_message(const rdma::Sge* sges, std::uint8_t count, std::uint8_t flags = rdma::kInline) noexcept;
   bool post_gathered(const rdma::SendWr& wr) noexcept;
   std::uint32_t longest_payload() noexcept;
   bool post_data(rdma::Sge* sges, std::uint8_t count, std::uint32_t payload) noexcept;
@@ -288,7 +296,10 @@ class Lane {
   void on_completion(const rdma::Wc& wc) noexcept;
   void reap() noexcept;
 
+  inline static CopyVote copy_vote;
+
   LaneLimits limits_;
+  CopyTrial copy_;  ///< of messages into the peer's buffers, and into ours
   std::atomic<bool> dead_{false};
   bool violated_ = false;
   bool peer_disconn_ = false;

@@ -99,9 +99,9 @@ bool Lane::post_gathered(const SendWr& pieces) noexcept {
   return qp_->post_send(wr) == Post::ok;
 }
 
-bool Lane::post_message(const Sge* sges, std::uint8_t count) noexcept {
+bool Lane::post_message(const Sge* sges, std::uint8_t count, std::uint8_t flags) noexcept {
   SendWr wr;
-  wr.flags = rdma::kInline;
+  wr.flags = flags;
   wr.sge_count = count;
   wr.sges = sges;
   bool posted = false;
@@ -130,7 +130,9 @@ bool Lane::post_data(Sge* sges, std::uint8_t count, std::uint32_t payload) noexc
   conn.emit_data(payload, head);
   Sent& sent = sent_[conn.credit().sent() % kMaxInFlight];
   sent = Sent{tx_bytes_, sends_, payload, staging_.position()};
-  if (!post_message(sges, count)) return false;
+  const bool is_bulk = may_buffer_ && payload >= kBulkPiece;
+  if (!post_message(sges, count, is_bulk && copy_.direct() ? rdma::kInline | rdma::kDirect : rdma::kInline)) return false;
+  if (is_bulk) copy_.copied(payload, [] { return rdma::SteadyClock{}.now(); });
   sent.staged = staging_.position();
   tx_bytes_ += payload;
   ++tx_messages_;

@@ -162,6 +162,19 @@ struct Flavour {
   }
 };
 
+struct Copying {
+  static constexpr const char* kNames[] = {"auto", "cached", "direct"};
+  static bool parse(Options& o, std::string_view s) noexcept {
+    for (const BulkCopy way : {BulkCopy::tried, BulkCopy::cached, BulkCopy::direct}) {
+      if (s != kNames[static_cast<std::size_t>(way)]) continue;
+      o.bulk_copy = way;
+      return true;
+    }
+    return false;
+  }
+  static void print(const Options& o, ValueText& out) noexcept { out.assign(kNames[static_cast<std::size_t>(o.bulk_copy)]); }
+};
+
 /// Any value counts, also an empty one; what they do is in settle().
 struct Flag {
   static bool parse(Options&, std::string_view) noexcept { return true; }
@@ -201,6 +214,7 @@ enum Index : std::size_t {
   kRecvBufferMax,
   kRecvBuffersInitial,
   kRecvBuffers,
+  kBulkCopy,
   kUpgradeMessages,
   kUpgradeBytes,
   kLaneTimeout,
@@ -238,6 +252,8 @@ constexpr Row kTable[] = {
                                                         "buffers", "a number from 4 to 128"),
     row<Number<&Options::recv_buffers, 4, 128>>("SDP_RECV_BUFFERS", "number to which they grow with the traffic", "buffers",
                                                 "a number from 4 to 128"),
+    row<Copying>("SDP_BULK_COPY", "how bulk is copied between two processes of one host: into the cache, or past it (direct)", "",
+                 "auto (what is faster), cached or direct"),
     row<Number<&Options::upgrade_messages, 0, UINT32_MAX>>("SDP_UPGRADE_MESSAGES",
                                                            "a connection gets a lane after so many sends and receives; 0: at once",
                                                            "messages", "a number from 0 to 4294967295"),

@@ -27,6 +27,7 @@
 #include "rdma_core/base/clock.hpp"
 #include "rdma_core/base/copy.hpp"
 #include "rdma_core/registered_heap.hpp"
+#include "sdp/copy_trial.hpp"
 #include "sdp/iov_cursor.hpp"
 
 namespace sdp {
@@ -47,6 +48,10 @@ class SendBuffer {
  public:
   static constexpr std::size_t kSmallBytes = std::size_t{64} << 10;
   static constexpr std::size_t kCapacity = std::size_t{4} << 20;  ///< about what Linux TCP takes on loopback while nobody reads
+  static constexpr std::size_t kBulkPiece = 4096;                 ///< bytes: pieces worth the choice of a copy
+
+  /// `copy` outlives it.
+  explicit SendBuffer(CopyTrial& copy) noexcept : copy_(copy) {}
 
   /// What of a ring's cursor the peer does not know yet: words [first, 4) of `word`.
   struct News {
@@ -67,8 +72,7 @@ class SendBuffer {
     if (at != end_.load(std::memory_order_relaxed) || at + bytes > room_until_) return false;
     const Ring& ring = rings_[in_large_];
     const std::size_t offset = static_cast<std::size_t>(at - ring.start) & (ring.bytes - 1);
-    rdma::copy_bytes(ring.memory + offset, from, bytes);
-    bring_back(ring, offset + bytes, bytes);
+    copy_in(ring, offset, from, bytes);
     end_.store(at + bytes, std::memory_order_relaxed);
     return true;
   }
@@ -101,8 +105,7 @@ class SendBuffer {
       }
       const std::size_t offset = static_cast<std::size_t>(end - ring.start) & (ring.bytes - 1);
       const std::size_t n = std::min({from.chunk(), room, ring.bytes - offset});
-      rdma::copy_bytes(ring.memory + offset, from.data(), n);
-      bring_back(ring, offset + n, n);
+      copy_in(ring, offset, from.data(), n);
       from.advance(n);
       total += n;
       end_.store(end + n, std::memory_order_relaxed);
@@ -176,11 +179,17 @@ class SendBuffer {
     } while (end - known_pulled_ <= kClose && clock.now() < until);
     return known_pulled_ == end;
   }
-  /// The reader has had the lines behind the `n` bytes that end at `offset`: they are on their way back while the program makes
-  /// its next call.
-  static void bring_back(const Ring& ring, std::size_t offset, std::size_t n) noexcept {
-    constexpr std::size_t kLine = 64, kMost = 2048;
-    for (std::size_t ahead = kLine; ahead < kLine + std::min(n, kMost); ahead += kLine)
+  void copy_in(const Ring& ring, std::size_t offset, const std::byte* from, std::size_t n) noexcept {
+    const bool bulk = n >= kBulkPiece, direct = bulk && copy_.direct();
+    if (direct)
+      rdma::copy_past_caches(ring.memory + offset, from, n);
+    else
+      rdma::copy_bytes(ring.memory + offset, from, n);
+    if (bulk) copy_.copied(n, [] { return rdma::SteadyClock{}.now(); });
+    if (direct) return;
+    // The reader has had the next lines: they are on their way back while the program makes its next call.
+    constexpr std::size_t kMost = 2048;
+    for (std::size_t ahead = n + rdma::kCacheLine; ahead < n + rdma::kCacheLine + std::min(n, kMost); ahead += rdma::kCacheLine)
       rdma::prefetch_for_write(ring.memory + ((offset + ahead) & (ring.bytes - 1)));
   }
   void begin(std::uint64_t at) noexcept {
@@ -214,6 +223,7 @@ class SendBuffer {
   std::uint64_t look_at_ = ~std::uint64_t{0};  ///< position from which on append() looks how far the reader is
   std::uint64_t room_until_ = 0;               ///< position up to which append_at_once() needs no look at anything else
   bool in_large_ = false;
+  CopyTrial& copy_;
   std::array<Ring, kRings> rings_;
 };
 

@@ -58,16 +58,17 @@ int watch_edge(int fd) {
 
 }  // namespace
 
-BOOST_DATA_TEST_CASE(send_gathers_every_size_into_the_posted_buffer, bdata::make(kFlavours), node) {
+BOOST_DATA_TEST_CASE(send_gathers_every_size_into_the_posted_buffer,
+                     bdata::make(kFlavours) * bdata::make({int{kInline}, kInline | kDirect}), node, flags) {
   Pair p(8, 4096, node);
-  for (std::size_t size : {0, 1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 80, 200, 4095, 4096}) {
+  for (std::size_t size : {0, 1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 80, 200, 3100, 4095, 4096}) {
     p.b.post(3);
     std::memset(p.b.buffer(3), 0xEE, 4096);
     const auto bytes = pattern(size, static_cast<unsigned>(size));
     const std::size_t cut = size / 3;
     const Sge sges[2] = {sge_of(bytes.data(), cut), sge_of(bytes.data() + cut, size - cut)};
     BOOST_TEST(!p.b.cq->maybe_ready());
-    BOOST_TEST(p.a.qp->post_send(send_wr(sges, 2, kInline)) == Post::ok);
+    BOOST_TEST(p.a.qp->post_send(send_wr(sges, 2, static_cast<std::uint8_t>(flags))) == Post::ok);
     BOOST_TEST(p.b.cq->maybe_ready());
     const Wc wc = wait_wc(*p.b.cq);
     BOOST_TEST(wc.status == WcStatus::success);

@@ -61,7 +61,8 @@ BOOST_AUTO_TEST_CASE(every_right_value_is_taken) {
   const Parsed p({"SDP_POLICY=sdp", "SDP_TRANSPORT=rnic,local", "SDP_CONFIG=/etc/a.conf", "SDP_LOG=debug:/tmp/x:%p",
                   "SDP_STATS=s.%p.json", "SDP_PCAP=c.pcapng", "SDP_SPIN_US=0", "SDP_RECV_BUFFER=4K", "SDP_RECV_BUFFER_MAX=1M",
                   "SDP_RECV_BUFFERS_INITIAL=4", "SDP_RECV_BUFFERS=128", "SDP_UPGRADE_MESSAGES=0", "SDP_UPGRADE_BYTES=128k",
-                  "SDP_LANE_TIMEOUT=1", "SDP_EXIT_TIMEOUT=0", "SDP_DEVICE_FLAVOUR=rnic", "SDP_SECRET_FILE=/etc/secret"});
+                  "SDP_LANE_TIMEOUT=1", "SDP_EXIT_TIMEOUT=0", "SDP_DEVICE_FLAVOUR=rnic", "SDP_SECRET_FILE=/etc/secret",
+                  "SDP_BULK_COPY=direct"});
   BOOST_TEST(p.message() == "");
   BOOST_TEST(p.options.secret_file.view() == "/etc/secret");
   BOOST_TEST((p.options.policy == Family::sdp));
@@ -77,6 +78,7 @@ BOOST_AUTO_TEST_CASE(every_right_value_is_taken) {
   BOOST_TEST(p.options.recv_buffer_max == 1048576);
   BOOST_TEST(p.options.recv_buffers_initial == 4);
   BOOST_TEST(p.options.recv_buffers == 128);
+  BOOST_TEST((p.options.bulk_copy == BulkCopy::direct));
   BOOST_TEST(p.options.upgrade_messages == 0);
   BOOST_TEST(p.options.upgrade_bytes == 131072);
   BOOST_TEST(p.options.lane_timeout_s == 1);
@@ -104,6 +106,7 @@ BOOST_AUTO_TEST_CASE(a_wrong_value_is_named_with_what_is_accepted_and_the_defaul
       {"SDP_LOG=info:", "perhaps :FILE"},
       {"SDP_STATS=a\nb", "a path"},
       {"SDP_DEVICE_FLAVOUR=IB", "ib or rnic; ib is used"},
+      {"SDP_BULK_COPY=fast", "auto (what is faster), cached or direct; auto is used"},
   };
   for (const auto& w : wrong) {
     BOOST_TEST_CONTEXT(w.setting) {
@@ -149,8 +152,8 @@ BOOST_AUTO_TEST_CASE(all_variables_wrong_at_once_are_all_told) {
   const Parsed p({"SDP_POLICY=x", "SDP_TRANSPORT=x", "SDP_CONFIG=\t", "LIBSDP_CONFIG_FILE=\t", "SDP_LOG=x", "SDP_STATS=\t",
                   "SDP_PCAP=\t", "SDP_SPIN_US=x", "SDP_RECV_BUFFER=x", "SDP_RECV_BUFFER_MAX=x", "SDP_RECV_BUFFERS_INITIAL=x",
                   "SDP_RECV_BUFFERS=x", "SDP_UPGRADE_MESSAGES=x", "SDP_UPGRADE_BYTES=x", "SDP_LANE_TIMEOUT=0", "SDP_EXIT_TIMEOUT=x",
-                  "SDP_DEVICE_FLAVOUR=x"});
-  BOOST_TEST(p.problems.count == 17U);
+                  "SDP_DEVICE_FLAVOUR=x", "SDP_BULK_COPY=x"});
+  BOOST_TEST(p.problems.count == 18U);
 }
 
 BOOST_AUTO_TEST_CASE(libsdps_variables_are_accepted) {

@@ -48,6 +48,7 @@ Case case_of(std::uint64_t seed) {
   c.return_percent = static_cast<unsigned>(chance.pick(0, 50));
   c.largest = std::size_t{1} << chance.pick(4, 19);
   c.arriving = static_cast<unsigned>(chance.pick(1, 60));
+  c.limits.bulk_copy = static_cast<BulkCopy>(chance.pick(0, 2));
   return c;
 }
 

@@ -102,7 +102,10 @@ inline Post ShmQp::post_message(const SendWr& wr, std::uint64_t total) noexcept 
   }
   std::byte* to = buffer;
   for (unsigned i = 0; i < wr.sge_count; ++i) {
-    copy_piece(to, wr.sges[i].addr, wr.sges[i].length);
+    if (SHM_UNLIKELY((wr.flags & kDirect) != 0 && wr.sges[i].length >= kStringCopies))
+      copy_past_caches(to, wr.sges[i].addr, wr.sges[i].length);
+    else
+      copy_piece(to, wr.sges[i].addr, wr.sges[i].length);
     to += wr.sges[i].length;
   }
   flag_of(buffer)->store(flag_word(sent_, static_cast<std::uint32_t>(total)), std::memory_order_release);
