@@ -98,6 +98,7 @@ class Lane {
   static constexpr std::uint32_t kSendDepth = 256;    ///< entries of the send queue
   static constexpr std::uint32_t kSpareSends = 32;    ///< entries that payload leaves to control messages and switch words
   static constexpr std::uint32_t kSignalEvery = 32;   ///< requests for which one completion is asked
+  static constexpr std::uint32_t kCutsToGrow = 8;     ///< see weigh_cuts()
   static constexpr std::size_t kBurstSend = 16384;    ///< bytes: sends so small are a burst's, if many follow each other
   static constexpr std::uint32_t kBurstBegins = 8;    ///< sends that go out as messages of their own first
   static constexpr std::uint32_t kLeastInline = 32;   ///< bytes: what a device must take inline, for the words in the peer's block
@@ -258,6 +259,7 @@ class Lane {
   bool post_message(const rdma::Sge* sges, std::uint8_t count, std::uint8_t flags = rdma::kInline) noexcept;
   bool post_gathered(const rdma::SendWr& wr) noexcept;
   std::uint32_t longest_payload() noexcept;
+  void weigh_cuts(std::size_t bytes, std::uint32_t cuts) noexcept;
   bool post_data(rdma::Sge* sges, std::uint8_t count, std::uint32_t payload) noexcept;
   void send_control() noexcept;
   void home(std::uint32_t buffer) noexcept;
@@ -310,7 +312,8 @@ class Lane {
   std::uint16_t buffer_count_ = 0;
   std::uint16_t small_left_ = 0;  ///< buffers still below wanted_recv_size
   std::uint16_t pending_posts_ = 0;
-  std::uint16_t full_messages_ = 0;  ///< Data messages in a row that were as long as the peer allows
+  std::uint32_t cuts_ = 0;         ///< ends of messages within a send, for the size of the peer's buffers; see weigh_cuts()
+  std::uint32_t wished_size_ = 0;  ///< bytes: the last ChRcvBuf
   std::uint32_t max_sge_ = 1;
   std::uint32_t max_inline_ = 0;  ///< bytes; a longer message is gathered in staging_
 

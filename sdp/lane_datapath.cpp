@@ -136,14 +136,25 @@ bool Lane::post_data(Sge* sges, std::uint8_t count, std::uint32_t payload) noexc
   sent.staged = staging_.position();
   tx_bytes_ += payload;
   ++tx_messages_;
-  if (payload != conn.max_payload()) {
-    full_messages_ = 0;
-  } else if (++full_messages_ >= 8 && payload < limits_.conn.recv_size_max - wire::kBsdhBytes && !conn.resize_pending())
-      [[unlikely]] {
-    conn.want_peer_recv_size(limits_.conn.recv_size_max);
-    send_control();
-  }
   return true;
+}
+
+/// `cuts` of the messages of a send of `bytes` ended where the peer's buffers do. Many cuts make these grow to what the sends need;
+/// a send that fits takes back one, so that a long one now and then does not.
+void Lane::weigh_cuts(std::size_t bytes, std::uint32_t cuts) noexcept {
+  if (cuts == 0) {
+    --cuts_;
+    return;
+  }
+  cuts_ += cuts;
+  const auto size = conn.max_payload() + static_cast<std::uint32_t>(wire::kBsdhBytes);
+  // A peer that has granted less than the last wish does not grant more.
+  if (cuts_ < kCutsToGrow || conn.resize_pending() || size < wished_size_ || size >= limits_.conn.recv_size_max) return;
+  cuts_ = 0;
+  wished_size_ = static_cast<std::uint32_t>(
+      std::min<std::size_t>(std::max<std::size_t>(bytes + wire::kBsdhBytes, 2 * std::size_t{size}), limits_.conn.recv_size_max));
+  conn.want_peer_recv_size(wished_size_);
+  send_control();
 }
 
 std::size_t Lane::send(IovCursor& from) noexcept {
@@ -153,6 +164,7 @@ std::size_t Lane::send(IovCursor& from) noexcept {
   else if (may_buffer_ && (++burst_ > kBurstBegins || buffered() != 0))
     return buffer(from, SendBuffer::kSmallBytes);
   std::size_t total = 0;
+  std::uint32_t cuts = 0;
   while (!from.done() && may_send()) {
     const IovCursor before = from;
     Sge sges[8];
@@ -170,7 +182,10 @@ std::size_t Lane::send(IovCursor& from) noexcept {
       break;
     }
     total += payload;
+    cuts += payload == conn.max_payload() && !from.done() ? 1 : 0;
   }
+  if (cuts + cuts_ != 0 && total != 0) [[unlikely]]
+    weigh_cuts(bytes, cuts);
   return total;
 }
 

@@ -19,6 +19,7 @@ struct Case {
   SimOptions fabric;
   LaneLimits limits;
   Fault fault = Fault::none;
+  std::uint32_t far_size_max = 0;  ///< bytes: side 1's recv_size_max; 0: that of `limits`
 };
 
 class Rig {
@@ -27,7 +28,9 @@ class Rig {
       : seed_(seed), fault_(c.fault), chance_(seed ^ 0x5EED), fabric_(c.fabric), limits_(c.limits) {
     for (unsigned i : {0U, 1U}) {
       host_[i].open(fabric_.device(side(i)), fabric_.path(side(i)));
-      lane_[i] = host_[i].make(c.limits);
+      LaneLimits limits = c.limits;
+      if (i == 1 && c.far_size_max != 0) limits.conn.recv_size_max = c.far_size_max;
+      lane_[i] = host_[i].make(limits);
     }
     fabric_.connect(lane_[0]->qp(), lane_[1]->qp());
     for (unsigned i : {0U, 1U}) lane_[i]->set_peer(lane_[1 - i]->proposal());
@@ -344,6 +347,64 @@ BOOST_AUTO_TEST_CASE(buffers_grow_under_load) {
   BOOST_TEST(rig.lane(1).memory_bytes() <= 32 * (8192U + 64) + 512 + 64);
   rig.finish();
   rig.come_home();
+}
+
+namespace {
+Case with_sizes(std::uint32_t recv_size, std::uint32_t recv_size_max) {
+  Case c = case_of(3, Fault::none);
+  c.limits.conn.recv_size = recv_size;
+  c.limits.conn.recv_size_max = c.fabric.max_inline = recv_size_max;
+  c.limits.staging = std::size_t{4} * recv_size_max;
+  return c;
+}
+/// How many messages a send takes, with a reader that reads everything.
+std::uint64_t messages_of(Rig& rig, std::size_t bytes) {
+  const std::uint64_t before = rig.lane(0).tx_messages();
+  while (bytes != 0) {
+    bytes -= rig.send(0, bytes);
+    rig.drain_all();
+  }
+  return rig.lane(0).tx_messages() - before;
+}
+}  // namespace
+
+BOOST_AUTO_TEST_CASE(sends_that_do_not_fit_grow_the_buffers_to_their_size) {
+  Rig rig(3, with_sizes(2048, 65536));
+  BOOST_TEST(messages_of(rig, 4096) >= 3U);
+  for (int i = 0; i < 8; ++i) messages_of(rig, 4096);
+  BOOST_TEST(rig.lane(0).conn.max_payload() >= 4096U);
+  BOOST_TEST(rig.lane(0).conn.max_payload() <= 8192U, "larger than what is sent needs them");
+  BOOST_TEST(messages_of(rig, 4096) <= 5U);  // cut where its pieces are too many for one message
+  for (int i = 0; i < 16; ++i) messages_of(rig, 30'000);
+  BOOST_TEST(rig.lane(0).conn.max_payload() >= 30'000U);
+  rig.finish();
+  rig.come_home();
+}
+
+BOOST_AUTO_TEST_CASE(small_sends_with_a_large_one_now_and_then_do_not_grow_the_buffers) {
+  Rig rig(3, with_sizes(2048, 65536));
+  for (int i = 0; i < 1000; ++i) messages_of(rig, i % 10 == 0 ? 6000 : 64);
+  for (int i = 0; i < 100; ++i) messages_of(rig, 2048 - wire::kBsdhBytes);
+  BOOST_TEST(rig.lane(0).conn.max_payload() == 2048 - wire::kBsdhBytes);
+  rig.finish();
+  rig.come_home();
+}
+
+BOOST_AUTO_TEST_CASE(a_wish_that_was_not_granted_in_full_is_not_repeated) {
+  for (const std::uint32_t granted : {2048U, 16384U}) {
+    Case c = with_sizes(2048, 65536);
+    c.far_size_max = granted;
+    Rig rig(3, c);
+    for (int i = 0; i < 20; ++i) messages_of(rig, 60'000);
+    BOOST_TEST(rig.lane(0).conn.max_payload() == granted - wire::kBsdhBytes);
+    for (int i = 0; i < 20; ++i) {
+      rig.send(0, 60'000);
+      BOOST_TEST(!rig.lane(0).conn.resize_pending());
+      rig.drain_all();
+    }
+    rig.finish();
+    rig.come_home();
+  }
 }
 
 BOOST_AUTO_TEST_CASE(more_messages_than_the_send_queue_holds) {
