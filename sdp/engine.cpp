@@ -470,6 +470,11 @@ void spin_result(bool found) noexcept {
                        std::memory_order_relaxed);
 }
 
+bool has_one_processor() noexcept {
+  static const bool one = sysconf(_SC_NPROCESSORS_ONLN) == 1;
+  return one;
+}
+
 Grace& grace() noexcept { return engine().grace; }
 
 // --- fork and exit

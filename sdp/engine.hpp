@@ -76,6 +76,8 @@ void ring_bell() noexcept;
 /// How long to spin now, in nanoseconds, adapted to what spinning brought lately; report the outcome.
 std::int64_t spin_budget() noexcept;
 void spin_result(bool found) noexcept;
+/// Of the machine, as it was at the first call.
+bool has_one_processor() noexcept;
 
 /// What a look at streams without their locks begins with: Grace::Look look(engine::grace()).
 Grace& grace() noexcept;
