@@ -286,6 +286,9 @@ void pursue(StreamImpl* s) noexcept {
   s->lock.unlock();
 }
 
+void bytes_are_held() noexcept {
+  if (Service* running = engine().service.load(std::memory_order_acquire)) running->bytes_are_held();
+}
 void buffer_is_large() noexcept {
   if (Service* running = engine().service.load(std::memory_order_acquire)) running->buffer_is_large();
 }

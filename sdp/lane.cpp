@@ -155,6 +155,7 @@ void Lane::stop() noexcept {
     reap();
     heard = clock.now();
   }
+  if (held() != 0) (void)close_gathered();  // one more that the peer does not acknowledge
   fail("stopped");
 }
 

@@ -99,6 +99,8 @@ class Lane {
   static constexpr std::uint32_t kSpareSends = 32;    ///< entries that payload leaves to control messages and switch words
   static constexpr std::uint32_t kSignalEvery = 32;   ///< requests for which one completion is asked
   static constexpr std::uint32_t kCutsToGrow = 8;     ///< see weigh_cuts()
+  static constexpr std::uint32_t kGatherFrom = 4;     ///< unacknowledged messages, behind which small sends wait for each other
+  static constexpr std::uint32_t kAckAtWait = 2;      ///< messages that a waiting reader acknowledges; at most kGatherFrom
   static constexpr std::size_t kBurstSend = 16384;    ///< bytes: sends so small are a burst's, if many follow each other
   static constexpr std::uint32_t kBurstBegins = 8;    ///< sends that go out as messages of their own first
   static constexpr std::uint32_t kLeastInline = 32;   ///< bytes: what a device must take inline, for the words in the peer's block
@@ -129,7 +131,7 @@ class Lane {
   void capture_to(Capture* capture, const Capture::Endpoint& endpoint) noexcept;
 
   // --- datapath (lane_datapath.cpp)
-  /// Takes what credits allow, and small sends of a burst in any case; returns the bytes taken. `from` advances.
+  /// Takes what credits allow, and small sends of a burst as far as there is room; returns the bytes taken. `from` advances.
   std::size_t send(IovCursor& from) noexcept;
   /// send() of bytes that lie together, at most kBurstSend, where that is one message or a place in the buffer and nothing else is
   /// to be done. False: nothing is taken, and send() knows the way.
@@ -152,7 +154,8 @@ class Lane {
   std::size_t discard(std::size_t bytes) noexcept;
   /// Handles what has come: headers, credits, control. Payload waits in the queue. Then sends the control messages that are due.
   void drain() noexcept;
-  /// Before a wait, and after the last receive: gives the peer what has been read, as buffers and credits.
+  /// Before a wait, and after the last receive: gives the peer what has been read, as buffers and credits, and what send() has
+  /// held.
   void settle() noexcept;
   void send_due_control() noexcept { send_control(); }  ///< after something became due outside drain()
   /// Something that drain() will take in.
@@ -161,9 +164,7 @@ class Lane {
   }
   /// A message may go; while the buffer holds bytes none may.
   bool may_send() const noexcept {
-    return conn.may_send_payload() && conn.credit().sent() - conn.credit().acked() < kMaxInFlight &&
-           requests_ - reaped_ < kSendDepth - kSpareSends && !dead() && buffered() == 0 &&
-           (!staging_.active() || staging_.has_room(staging_.longest()));
+    return may_post() && buffered() == 0 && (!staging_.active() || staging_.has_room(staging_.longest()));
   }
   /// Bytes that recv() finds.
   std::uint64_t unread() const noexcept { return rx_bytes_queued_ + peer_buffer_.held(arrived_.load(std::memory_order_relaxed)); }
@@ -181,6 +182,14 @@ class Lane {
   bool violated() const noexcept { return violated_; }  ///< dead by a message that breaks the protocol; the words still go through
   bool peer_disconn() const noexcept { return peer_disconn_; }
 
+  // --- small sends that wait for others, to go in one message (lane_gather.cpp)
+  /// Bytes that send() took and that wait. Any thread.
+  std::uint32_t held() const noexcept { return held_.load(std::memory_order_relaxed); }
+  /// They go now. False: they may not, the peer has no buffer for them or the lane is dead.
+  bool flush() noexcept;
+  /// Takes them back, held() bytes: as if send() had not.
+  void take_held(std::byte* out) noexcept;
+
   // --- after a failure of the device or the path (stream_recovery.cpp)
   /// Ends the QP, and takes in what has arrived until then: afterwards nothing arrives any more. Waits for the device for 50 ms at
   /// the most.
@@ -195,8 +204,8 @@ class Lane {
   std::uint64_t rx_arrived() const noexcept { return arrived_.load(std::memory_order_relaxed); }
   /// As if the peer had said it; the lane is stopped.
   void suppose(Word which, std::uint64_t value) noexcept { words_->word[which].store(value + 1, std::memory_order_release); }
-  /// Messages whose arrival the peer has not acknowledged yet.
-  std::uint32_t unacknowledged() const noexcept { return conn.credit().sent() - conn.credit().acked(); }
+  /// Messages whose arrival the peer has not acknowledged yet, the one that is held among them.
+  std::uint32_t unacknowledged() const noexcept { return in_flight() + (held() != 0 ? 1 : 0); }
 
   // --- switch words
   /// What the anchor carries later may arrive earlier than what was posted here, and what is posted here may be lost with its
@@ -253,11 +262,25 @@ class Lane {
   };
   static constexpr std::uint32_t kRing = 256;  ///< power of two, above kMaxBuffers
 
+  std::uint32_t in_flight() const noexcept { return conn.credit().sent() - conn.credit().acked(); }
+  bool may_post() const noexcept {
+    return conn.may_send_payload() && in_flight() < kMaxInFlight && requests_ - reaped_ < kSendDepth - kSpareSends && !dead();
+  }
+  /// What is held has a buffer at the peer: it can go before the direction ends, unless control messages take that one.
+  bool may_hold() const noexcept { return in_flight() >= kGatherFrom && may_post(); }
+  bool gathers(std::size_t bytes) const noexcept { return held() != 0 || (bytes <= conn.max_payload() / 4 && may_hold()); }
+  std::size_t gather(IovCursor& from, std::size_t bytes) noexcept;
+  bool open_gathered() noexcept;
+  rdma::Sge close_gathered() noexcept;
+  void return_buffers() noexcept;
+  bool awaits_ack() const noexcept { return unordered_ && rx_arrivals_ - told_arrivals_ >= kAckAtWait; }
   std::uint32_t shown_qpn() const noexcept;
   std::size_t block_bytes(std::uint32_t size) const noexcept;
   bool allocate_buffer(Buffer& buffer, std::uint32_t size) noexcept;
   bool post_message(const rdma::Sge* sges, std::uint8_t count, std::uint8_t flags = rdma::kInline) noexcept;
-  bool post_gathered(const rdma::SendWr& wr) noexcept;
+  bool post_copy(const rdma::SendWr& wr) noexcept;
+  bool post_staged(const rdma::Sge& whole) noexcept;
+  bool has_left(bool posted, std::span<const std::byte> header, std::span<const std::byte> payload) noexcept;
   std::uint32_t longest_payload() noexcept;
   void weigh_cuts(std::size_t bytes, std::uint32_t cuts) noexcept;
   bool post_data(rdma::Sge* sges, std::uint8_t count, std::uint32_t payload) noexcept;
@@ -325,6 +348,7 @@ class Lane {
   std::atomic<std::uint64_t> seen_ends_{0};   ///< PeerBuffer::ends() as drain() saw it last
   std::int64_t caught_up_at_ = 0;             ///< when the last receive emptied the peer's buffer and found little; 0: it did not
   std::uint64_t told_arrived_ = 0;            ///< arrived_in_all() when a message left last
+  std::uint64_t told_arrivals_ = 0;           ///< rx_arrivals_ at that moment
   std::uint64_t pulled_loudly_ = 0;           ///< position at which the peer's writer was woken last
   std::uint64_t sends_ = 0;                   ///< Sends posted since the QP was made, of every kind
   std::uint64_t requests_ = 0;                ///< those and the RDMA Writes: what takes an entry of the send queue
@@ -342,6 +366,9 @@ class Lane {
   SwitchWords* words_ = nullptr;  ///< block_'s
   SendBuffer send_buffer_;
   Staging staging_;
+  std::byte* gathered_ = nullptr;                         ///< the message that is open: where staging_ has its next piece
+  std::uint32_t gathered_most_ = 0;                       ///< bytes of payload that it may get
+  std::atomic<std::uint32_t> held_{0};                    ///< bytes of payload that it has; 0: none is open
   std::uint64_t staged_signalled_ = 0;                    ///< Staging::position() at the last request that asked for a completion
   std::array<std::uint64_t, kSendDepth> staged_up_to_{};  ///< Staging::position() behind each request
   PeerBuffer peer_buffer_;

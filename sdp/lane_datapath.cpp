@@ -77,26 +77,32 @@ std::uint32_t Lane::longest_payload() noexcept {
   return std::min(conn.max_payload(), (gathered ? static_cast<std::uint32_t>(staging_.longest()) : max_inline_) - kHead);
 }
 
-/// One message from the caller's pieces, which are taken before we return.
-bool Lane::post_gathered(const SendWr& pieces) noexcept {
-  std::size_t bytes = 0;
-  for (unsigned i = 0; i < pieces.sge_count; ++i) bytes += pieces.sges[i].length;
-  SendWr wr = pieces;
-  Sge whole;
-  const bool kept = unordered_ && pieces.sge_count > 1;
-  if (bytes > max_inline_ || kept) {
-    if (!staging_.active() && !staging_.open(*(*peer_)->heap)) return false;
-    std::byte* const memory = staging_.take(bytes);
-    std::size_t at = 0;
-    for (unsigned i = 0; i < pieces.sge_count; at += pieces.sges[i++].length)
-      rdma::copy_bytes(memory + at, pieces.sges[i].addr, pieces.sges[i].length);
-    whole = Sge{memory, static_cast<std::uint32_t>(bytes), staging_.lkey()};
-    wr.sges = &whole;
-    wr.sge_count = 1;
-    if (bytes > max_inline_) wr.flags = 0;
-  }
+/// One message that lies in staging_.
+bool Lane::post_staged(const Sge& whole) noexcept {
+  SendWr wr;
+  if (whole.length <= max_inline_) wr.flags = rdma::kInline;
+  wr.sge_count = 1;
+  wr.sges = &whole;
   number_request(wr);
   return qp_->post_send(wr) == Post::ok;
+}
+
+/// One message from the caller's pieces, which are taken before we return.
+bool Lane::post_copy(const SendWr& pieces) noexcept {
+  std::size_t bytes = 0;
+  for (unsigned i = 0; i < pieces.sge_count; ++i) bytes += pieces.sges[i].length;
+  const bool kept = unordered_ && pieces.sge_count > 1;
+  if (bytes <= max_inline_ && !kept) {
+    SendWr wr = pieces;
+    number_request(wr);
+    return qp_->post_send(wr) == Post::ok;
+  }
+  if (!staging_.active() && !staging_.open(*(*peer_)->heap)) return false;
+  std::byte* const memory = staging_.take(bytes);
+  std::size_t at = 0;
+  for (unsigned i = 0; i < pieces.sge_count; at += pieces.sges[i++].length)
+    rdma::copy_bytes(memory + at, pieces.sges[i].addr, pieces.sges[i].length);
+  return post_staged({memory, static_cast<std::uint32_t>(bytes), staging_.lkey()});
 }
 
 bool Lane::post_message(const Sge* sges, std::uint8_t count, std::uint8_t flags) noexcept {
@@ -106,11 +112,16 @@ bool Lane::post_message(const Sge* sges, std::uint8_t count, std::uint8_t flags)
   wr.sges = sges;
   bool posted = false;
   if (staging_.active() || unordered_ || max_inline_ < wire::kHelloBytes) [[unlikely]] {
-    posted = post_gathered(wr);
+    posted = post_copy(wr);
   } else {
     number_request(wr);
     posted = qp_->post_send(wr) == Post::ok;
   }
+  return has_left(posted, {sges[0].addr, sges[0].length},
+                  count > 1 ? std::span(sges[1].addr, sges[1].length) : std::span<const std::byte>{});
+}
+
+bool Lane::has_left(bool posted, std::span<const std::byte> header, std::span<const std::byte> payload) noexcept {
   if (!posted) [[unlikely]] {
     // Credits and the in-flight bound keep the queues from filling: what is left is a QP in error.
     fail("the QP is in error");
@@ -118,8 +129,9 @@ bool Lane::post_message(const Sge* sges, std::uint8_t count, std::uint8_t flags)
   }
   ++sends_;
   told_arrived_ = arrived_in_all();
+  told_arrivals_ = rx_arrivals_;
   if (capture_ != nullptr) [[unlikely]]
-    show(true, {sges[0].addr, sges[0].length}, count > 1 ? std::span(sges[1].addr, sges[1].length) : std::span<const std::byte>{});
+    show(true, header, payload);
   return true;
 }
 
@@ -165,6 +177,10 @@ std::size_t Lane::send(IovCursor& from) noexcept {
     return buffer(from, SendBuffer::kSmallBytes);
   std::size_t total = 0;
   std::uint32_t cuts = 0;
+  if (unordered_ && gathers(bytes)) [[unlikely]] {
+    total = gather(from, bytes);
+    if (held() != 0) return total;
+  }
   while (!from.done() && may_send()) {
     const IovCursor before = from;
     Sge sges[8];
@@ -326,6 +342,15 @@ bool Lane::may_not_wait() const noexcept {
 
 void Lane::settle() noexcept {
   if (pending_posts_ != 0) flush_posts();
+  if (held() != 0) [[unlikely]]
+    (void)flush();
+  if (awaits_ack()) [[unlikely]]
+    conn.want_update();
+  return_buffers();
+}
+
+void Lane::return_buffers() noexcept {
+  if (pending_posts_ != 0) flush_posts();
   if (ack_is_due()) [[unlikely]]
     conn.want_update();
   else if (!conn.credit().update_is_due())
@@ -429,11 +454,13 @@ void Lane::drain() noexcept {
     grow_count();
     if (pending_posts_ != 0) flush_posts();
   }
+  if (held() != 0 && in_flight() < kGatherFrom) [[unlikely]]
+    (void)flush();
   send_control();
 }
 
 std::size_t Lane::recv_at_once(std::byte* to, std::size_t room) noexcept {
-  if (capture_ != nullptr) return 0;
+  if (capture_ != nullptr || held() != 0) return 0;
   if (rx_head_ == rx_tail_) drain();
   if (rx_head_ == rx_tail_) return 0;
   Unread& u = unread_[rx_head_ % kRing];
@@ -456,6 +483,8 @@ std::size_t Lane::recv_at_once(std::byte* to, std::size_t room) noexcept {
 
 std::size_t Lane::recv(IovCursor& to, bool consume) noexcept {
   burst_ = 0;
+  if (held() != 0) [[unlikely]]
+    (void)flush();
   const IovCursor start = to;
   std::size_t total = 0, pulled = 0;
   std::uint32_t at = rx_head_;
@@ -507,7 +536,7 @@ std::size_t Lane::recv(IovCursor& to, bool consume) noexcept {
     }
     caught_up_at_ = last && pulled < kLittle ? rdma::SteadyClock{}.now() : 0;
     took(total, pulled);
-    if (may_not_wait()) settle();
+    if (may_not_wait()) return_buffers();
   }
   return total;
 }
@@ -549,7 +578,7 @@ std::size_t Lane::discard(std::size_t bytes) noexcept {
     }
   }
   took(total, pulled);
-  settle();
+  return_buffers();
   return total;
 }
 

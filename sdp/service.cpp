@@ -138,6 +138,7 @@ void Service::run() noexcept {
     if (leaving) at_most(kLeaveMs);
     if (next_return_ms >= 0) at_most(next_return_ms);
     if (releasing_.load(std::memory_order_relaxed)) at_most(kReleaseMs);
+    if (const int ms = tend_held(); ms >= 0) at_most(ms);
     if (links_->strangers() != 0) {
       links_->progress();
       at_most(kStrangersMs);
@@ -160,7 +161,10 @@ void Service::await_work(int timeout_ms) noexcept {
     bool work = n <= 0 || wants_announcements;
     for (long i = 0; i < n; ++i) {
       const std::uint64_t tag = events[i].data.u64;
-      if (pass_on(tag)) continue;
+      if (pass_on(tag)) {
+        if (held_back_) (void)flush_held();
+        continue;
+      }
       work = true;
       if (tag == kWakeTag) {
         std::uint64_t count = 0;
@@ -204,6 +208,10 @@ void Service::closed(StreamImpl* stream, int fd) noexcept {
 
 void Service::buffer_is_large() noexcept {
   if (!releasing_.exchange(true, std::memory_order_seq_cst)) nudge();
+}
+
+void Service::look_for_held() noexcept {
+  if (!holding_.exchange(true, std::memory_order_seq_cst)) nudge();
 }
 
 void Service::nudge() noexcept {

@@ -36,6 +36,9 @@ class Service {
   void closed(StreamImpl* stream, int fd) noexcept;  ///< the stream's cell comes back through engine::free_stream
   void nudge() noexcept;
   void buffer_is_large() noexcept;
+  void bytes_are_held() noexcept {
+    if (!holding_.load(std::memory_order_seq_cst)) look_for_held();
+  }
   int wake_fd() const noexcept { return wake_fd_.load(std::memory_order_relaxed); }
   /// The bell is the primary device's channel, which peers ring; other devices' announcements are passed on to it.
   int bell_fd() const noexcept { return bell_fd_.load(std::memory_order_acquire); }
@@ -135,6 +138,9 @@ class Service {
   void tend(StreamImpl* stream) noexcept;
   void look_after_lanes() noexcept;
   void release_buffers() noexcept;
+  void look_for_held() noexcept;
+  int tend_held() noexcept;
+  bool flush_held() noexcept;
   void wake_for_words(StreamImpl& stream) noexcept;
 
   // --- service_recovery.cpp
@@ -206,7 +212,10 @@ class Service {
   std::int64_t retired_until_ns_ = 0;
 
   std::atomic<bool> had_unordered_lane_{false};
-  std::atomic<bool> releasing_{false};                       ///< some stream has a large send buffer
+  std::atomic<bool> releasing_{false};  ///< some stream has a large send buffer
+  std::atomic<bool> holding_{false};    ///< some stream's lane may hold bytes: tend_held() looks
+  std::int64_t held_due_ns_ = 0;
+  bool held_back_ = false;                                   ///< some does, and has to wait for its peer
   std::atomic<StreamImpl*> inbox_{nullptr};                  ///< streams with commands, newest first
   std::unordered_map<std::uint64_t, Handshake> handshakes_;  ///< by anchor cookie
   std::unordered_map<std::uint64_t, StreamImpl*> streams_by_conn_;

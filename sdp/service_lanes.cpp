@@ -15,6 +15,7 @@ namespace sdp {
 namespace sys = rdma::sys;
 
 namespace {
+constexpr int kHeldMs = 1;              // that bytes are held while their program makes no call
 constexpr std::int64_t kWordsMs = 250;  // at most between two looks for words that a device's writes wake nobody for
 }  // namespace
 
@@ -164,6 +165,46 @@ void Service::release_buffers() noexcept {
     s->lock.unlock();
   }
   if (left) releasing_.store(true, std::memory_order_seq_cst);
+}
+
+// What small sends have left to wait for company goes after a moment also if their program makes no call. -1: nobody holds any;
+// else when to look again.
+int Service::tend_held() noexcept {
+  if (!holding_.load(std::memory_order_relaxed)) return -1;
+  const std::int64_t now = rdma::SteadyClock{}.now();
+  if (held_due_ns_ == 0) held_due_ns_ = now + kHeldMs * 1'000'000;
+  if (now >= held_due_ns_) {
+    held_due_ns_ = 0;
+    holding_.store(false, std::memory_order_seq_cst);  // before the looks: who holds more after them says so again
+    if (!flush_held()) return -1;
+    // The next are likely to follow. Had it to be said of each, that would cost what holding them saves.
+    holding_.store(true, std::memory_order_seq_cst);
+    held_due_ns_ = now + kHeldMs * 1'000'000;
+  }
+  return kHeldMs;
+}
+
+/// False: there was nothing that could go.
+bool Service::flush_held() noexcept {
+  bool gone = false;
+  held_back_ = false;
+  for (StreamImpl* s : laned_) {
+    if (s->lane == nullptr || s->lane->held() == 0) continue;
+    (void)s->lock.lock();
+    if (s->lane != nullptr && s->phase.load() == Phase::laned && s->tx.load() == TxState::lane) {
+      s->lane->drain();
+      bool left = !s->lane->flush();
+      if (left && s->waiters == 0) {  // else a thread waits for the peer and takes in what it says
+        s->lane->arm(rdma::kWakeChannel);
+        s->lane->drain();
+        left = !s->lane->flush();
+        held_back_ = held_back_ || left;
+      }
+      gone = gone || !left;
+    }
+    s->lock.unlock();
+  }
+  return gone;
 }
 
 bool Service::ends_are_seen() noexcept {

@@ -45,6 +45,14 @@ class Staging {
     taken_ += bytes;
     return piece;
   }
+  /// Where take(`bytes`) would put its piece; nothing is taken yet. The caller has asked has_room().
+  std::byte* next_piece(std::size_t bytes) const noexcept { return memory_ + (taken_ + gap_before(bytes)) % capacity_; }
+  /// Takes the first `bytes` of a next_piece() that was asked for with as many or more. Nothing has been taken since.
+  void take_at(const std::byte* piece, std::size_t bytes) noexcept {
+    const std::size_t here = taken_ % capacity_;
+    if (piece != memory_ + here) taken_ += capacity_ - here;
+    taken_ += bytes;
+  }
   /// Grows for ever. What a request remembers, and hands to done() when it has completed: it and all before it are free then.
   std::uint64_t position() const noexcept { return taken_; }
   void done(std::uint64_t position) noexcept { done_ = std::max(done_, position); }

@@ -291,7 +291,7 @@ int Stream::outq(int fd) const noexcept {
   if (r < 0) return static_cast<int>(r);
   if (s->phase.load(std::memory_order_acquire) != Phase::laned || !s->lock.enter()) return queued;
   if (s->phase.load(std::memory_order_relaxed) == Phase::laned && s->lane != nullptr)
-    queued += static_cast<int>(s->lane->buffered() + s->resend.size());
+    queued += static_cast<int>(s->lane->buffered() + s->lane->held() + s->resend.size());
   s->lock.unlock();
   return queued;
 }

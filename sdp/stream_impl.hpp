@@ -163,6 +163,7 @@ class alignas(64) StreamImpl {
   static constexpr std::int64_t kEndPatienceNs = 5'000'000'000;  ///< for an END that the anchor's end has overtaken
   /// Has END been said, and does TCP carry what comes now? False: it is not acknowledged yet.
   bool end_is_settled() noexcept;
+  void let_held_go() noexcept;
   /// Bytes that wait for that; returns how many were taken.
   std::size_t keep_behind_end(IovCursor& from) noexcept;
   void acknowledge_end() noexcept;
@@ -313,6 +314,7 @@ int high_fd(int fd) noexcept;         ///< moves a helper descriptor out of the 
 void remember_helper_fd(int fd) noexcept;
 void forget_helper_fd(int fd) noexcept;
 void buffer_is_large() noexcept;  ///< some stream's has_large_buffer went up
+void bytes_are_held() noexcept;   ///< some stream's lane holds bytes: Lane::held()
 void nudge_parent() noexcept;     ///< in a fork's child: the parent's service thread should look at its streams
 void nudge() noexcept;            ///< the service thread should look at its streams
 /// The connection `fd` is closed with bytes to resend, which become ours: they go out, and then FIN, by a descriptor of ours.

@@ -268,6 +268,7 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
       stats->lane.bytes_sent.add(n);
       stats->lane.messages_sent.add(1);
     }
+    if (lane->held() != 0) engine::bytes_are_held();
     if (from.done()) break;
     lane->drain();
     if (lane->may_send()) continue;
@@ -481,6 +482,7 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
     }
     if (r.total > 0 && !r.all) break;
     if (nowait) {
+      if (here && rx.load(std::memory_order_relaxed) == RxState::lane) lane->settle();  // some programs never wait
       r.result = -EAGAIN;
       break;
     }

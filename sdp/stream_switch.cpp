@@ -197,6 +197,7 @@ void StreamImpl::reset_here(int at) noexcept {
 void StreamImpl::end_tx_locked() noexcept {
   const bool switched = tx.load(std::memory_order_relaxed) == TxState::lane;
   if (switched && stats != nullptr) stats->switches_down.add(1);
+  if (switched) let_held_go();
   lane->write_word(kEnd, switched ? lane->tx_bytes() : 0);
   tx.store(switched && lane->unordered() ? TxState::ending : TxState::ended, std::memory_order_release);
   state_edges.fetch_add(1, std::memory_order_relaxed);

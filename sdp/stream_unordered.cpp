@@ -24,6 +24,18 @@ bool StreamImpl::end_is_settled() noexcept {
   return true;
 }
 
+/// What the lane holds, before END is said: it goes, or follows by TCP.
+void StreamImpl::let_held_go() noexcept {
+  const std::size_t bytes = lane->held();
+  if (bytes == 0 || lane->flush()) return;
+  std::byte* const room = resend.room(bytes);
+  if (room == nullptr) return break_off(fd);
+  lane->take_held(room);
+  resend.added(bytes);
+  guard_resend();
+  count_tcp(true, static_cast<std::int64_t>(bytes));
+}
+
 std::size_t StreamImpl::keep_behind_end(IovCursor& from) noexcept {
   std::size_t taken = 0;
   while (!from.done() && resend.size() < kBufferAhead) {
@@ -93,8 +105,7 @@ bool StreamImpl::ask_parent_down(StreamImpl& parent, std::uint16_t generation) n
 // The peer's exit looks like a failure of the device. It is none if nothing was under way: what is missing of the peer's bytes
 // advance_rx() knows.
 void StreamImpl::leave_failed_lane(int at) noexcept {
-  const CreditWindow& credit = lane->conn.credit();
-  const bool lost = !end_is_settled() || (tx.load(std::memory_order_relaxed) == TxState::lane && credit.sent() != credit.acked());
+  const bool lost = !end_is_settled() || (tx.load(std::memory_order_relaxed) == TxState::lane && lane->unacknowledged() != 0);
   RDMA_LOG(info, "fd %d: the lane failed (%s)%s", at, lane->failure(),
            lost ? " with bytes under way; the connection is reset" : "");
   peer_gone.store(true, std::memory_order_relaxed);

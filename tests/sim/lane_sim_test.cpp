@@ -1,5 +1,6 @@
 // Two Lanes on the simulated fabric, driven by one seed: what one sends the other gets, in order and once, whatever the delays; no
 // credit is lost; a failure ends a lane with a reason; every buffer comes home.
+#include <algorithm>
 #include <array>
 #include <vector>
 
@@ -113,6 +114,19 @@ class Rig {
     sent_[i] += n;
     return n;
   }
+  std::size_t receive(unsigned i, std::size_t bytes, bool peek = false) {
+    Lane& lane = *lane_[i];
+    in_.resize(bytes);
+    std::array<iovec, 5> iov;
+    const std::size_t pieces = cut(iov, in_);
+    IovCursor to(iov.data(), pieces);
+    const std::uint64_t unread = lane.unread();
+    const std::size_t n = lane.recv(to, !peek);
+    if (n < std::min<std::size_t>(unread, bytes)) broken("recv gave ", n, " of ", unread, " unread bytes");
+    verify(in_.data(), n, stream(1 - i), received_[1 - i], peek ? "peek" : "recv");
+    if (!peek) received_[1 - i] += n;
+    return n;
+  }
   void drain_all() {
     for (bool more = true; more;) {
       more = false;
@@ -149,19 +163,6 @@ class Rig {
     return pieces;
   }
 
-  std::size_t receive(unsigned i, std::size_t bytes, bool peek = false) {
-    Lane& lane = *lane_[i];
-    in_.resize(bytes);
-    std::array<iovec, 5> iov;
-    const std::size_t pieces = cut(iov, in_);
-    IovCursor to(iov.data(), pieces);
-    const std::uint64_t unread = lane.unread();
-    const std::size_t n = lane.recv(to, !peek);
-    if (n < std::min<std::size_t>(unread, bytes)) broken("recv gave ", n, " of ", unread, " unread bytes");
-    verify(in_.data(), n, stream(1 - i), received_[1 - i], peek ? "peek" : "recv");
-    if (!peek) received_[1 - i] += n;
-    return n;
-  }
   void discard(unsigned i, std::size_t bytes) { received_[1 - i] += lane_[i]->discard(bytes); }
 
   void act(unsigned reading) {
@@ -403,6 +404,92 @@ BOOST_AUTO_TEST_CASE(a_wish_that_was_not_granted_in_full_is_not_repeated) {
       rig.drain_all();
     }
     rig.finish();
+    rig.come_home();
+  }
+}
+
+namespace {
+/// Small enough for what gathers small sends, without a byte that goes inline beside the words.
+Case with_gathering() {
+  Case c = with_sizes(2048, 2048);
+  c.fabric.max_inline = 32;
+  return c;
+}
+}  // namespace
+
+BOOST_AUTO_TEST_CASE(small_sends_behind_unacknowledged_ones_go_together) {
+  constexpr std::uint32_t kSends = 200, kBytes = 10;
+  Rig rig(3, with_gathering());
+  for (std::uint32_t i = 0; i < kSends; ++i) BOOST_REQUIRE_EQUAL(rig.send(0, kBytes), kBytes);
+  BOOST_TEST(rig.lane(0).tx_messages() == Lane::kGatherFrom);
+  BOOST_TEST(rig.lane(0).held() == (kSends - Lane::kGatherFrom) * kBytes);
+  rig.settle();
+  BOOST_TEST(rig.lane(0).held() != 0U);
+  // A reader that has what is there, and waits, acknowledges it: the rest follows though the sender makes no call.
+  BOOST_TEST(rig.receive(1, 1 << 16) == Lane::kGatherFrom * kBytes);
+  rig.lane(1).settle();
+  rig.settle();
+  BOOST_TEST(rig.lane(0).held() == 0U);
+  BOOST_TEST(rig.lane(0).tx_messages() == Lane::kGatherFrom + 1);
+  BOOST_TEST(rig.receive(1, 1 << 16) == (kSends - Lane::kGatherFrom) * kBytes);
+  rig.finish();
+  rig.come_home();
+}
+
+BOOST_AUTO_TEST_CASE(held_bytes_go_with_what_the_program_does_next) {
+  enum class Next : std::uint8_t { waits, receives, sends_more, sends_much };
+  for (const Next next : {Next::waits, Next::receives, Next::sends_more, Next::sends_much}) {
+    Rig rig(3, with_gathering());
+    for (int i = 0; i < 20; ++i) rig.send(0, 10);
+    BOOST_TEST(rig.lane(0).held() != 0U);
+    const std::uint64_t before = rig.lane(0).tx_messages();
+    switch (next) {
+      case Next::waits:
+        rig.lane(0).settle();
+        break;
+      case Next::receives:
+        rig.receive(0, 1);
+        break;
+      case Next::sends_more:
+        for (int i = 0; i < 200; ++i) rig.send(0, 10);
+        break;
+      case Next::sends_much:
+        rig.send(0, 1500);
+        break;
+    }
+    BOOST_TEST(rig.lane(0).tx_messages() > before);
+    rig.finish();
+    rig.come_home();
+  }
+}
+
+BOOST_AUTO_TEST_CASE(held_bytes_can_be_taken_back_and_are_read_back_after_a_failure) {
+  std::vector<std::byte> bytes(300);
+  fill(bytes.data(), bytes.size(), 7, 0);
+  for (const bool fails : {false, true}) {
+    Rig rig(3, with_gathering());
+    Lane& lane = rig.lane(0);
+    for (std::size_t at = 0; at < bytes.size(); at += 10) {
+      const iovec piece{bytes.data() + at, 10};
+      IovCursor from(&piece, 1);
+      BOOST_REQUIRE_EQUAL(lane.send(from), 10U);
+    }
+    const std::uint32_t held = lane.held();
+    BOOST_REQUIRE(held != 0);
+    BOOST_TEST(lane.tx_bytes() == bytes.size());
+    BOOST_TEST(lane.unacknowledged() == Lane::kGatherFrom + 1);
+    std::vector<std::byte> out(bytes.size());
+    if (fails) {
+      lane.stop();
+      BOOST_TEST(lane.unacknowledged() == Lane::kGatherFrom + 1);
+      BOOST_REQUIRE(lane.read_back(0, out.data(), out.size()));
+      BOOST_TEST(out == bytes);
+    } else {
+      lane.take_held(out.data());
+      BOOST_TEST(lane.tx_bytes() == bytes.size() - held);
+      BOOST_TEST(std::equal(out.begin(), out.begin() + held, bytes.end() - held));
+    }
+    BOOST_TEST(lane.held() == 0U);
     rig.come_home();
   }
 }
