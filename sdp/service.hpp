@@ -68,7 +68,8 @@ class Service {
     LaneReply reply{};
     PeerLinks::Key key{};
     bool may_recover = false;  ///< `key` is known to both
-    std::int64_t deadline_ns = 0;
+    std::int64_t begun_ns = 0;
+    std::int64_t lane_since_ns = 0;  ///< the connection manager has found the peer; until then it keeps the time
     bool active = false;
   };
   /// A lane that its stream can leave without a loss when it fails.

@@ -4,6 +4,7 @@
 #include <sys/epoll.h>
 #include <sys/socket.h>
 
+#include <algorithm>
 #include <climits>
 #include <cstring>
 #include <mutex>
@@ -24,10 +25,19 @@ namespace cm = rdma::cm;
 
 namespace {
 
-constexpr unsigned kMeetMs = 3000;  // how long a connection looks for its peer
-constexpr std::int64_t kHandshakeNs = 3'000'000'000;
+// How long a connection looks for a peer that is not heard of.
+constexpr unsigned kMeetMs = 3000;
+// For Hello; while other lanes come up the two processes are busy, and it may take longer.
+constexpr std::int64_t kHandshakeNs = 5'000'000'000, kLongestHandshakeNs = 30'000'000'000;
+// A manager that was closed meanwhile says nothing any more.
+constexpr std::int64_t kLongestSearchNs = 120'000'000'000;
 
 std::int64_t now_ns() noexcept { return rdma::SteadyClock{}.now(); }
+
+bool is_late(std::int64_t lane_since_ns, std::int64_t last_lane_up_ns) noexcept {
+  const std::int64_t now = now_ns();
+  return now > std::max(lane_since_ns, last_lane_up_ns) + kHandshakeNs || now > lane_since_ns + kLongestHandshakeNs;
+}
 
 Transport transport_of(const rdma::DeviceAttr& attr) noexcept {
   if (attr.link_layer == rdma::LinkLayer::memory) return Transport::local;
@@ -88,7 +98,7 @@ void Service::begin(StreamImpl* stream, std::uint16_t generation) noexcept {
     stream->stats->set_reason(LaneReason::no_peer);  // until somebody is found
   h.cookie = h.anchor.cookie;
   h.active = stream->role == Role::acceptor;
-  h.deadline_ns = now_ns() + kHandshakeNs + static_cast<std::int64_t>(kMeetMs) * 1'000'000;
+  h.begun_ns = now_ns();
   auto [it, fresh] = handshakes_.insert_or_assign(h.cookie, h);
   (void)fresh;
   Handshake& kept = it->second;
@@ -102,6 +112,7 @@ void Service::begin(StreamImpl* stream, std::uint16_t generation) noexcept {
                                                            Handshake& mine = found->second;
                                                            mine.conn = conn;
                                                            mine.lane = make_lane(device, path);
+                                                           mine.lane_since_ns = now_ns();
                                                            if (mine.lane == nullptr) return {};
                                                            mine.proposal = mine.lane->proposal();
                                                            return {&mine.lane->qp(), std::as_bytes(std::span(&mine.proposal, 1))};
@@ -170,6 +181,7 @@ void Service::on_cm_event(const cm::Event& event) noexcept {
       Handshake& h = it->second;
       h.conn = event.conn;
       h.lane = make_lane(*event.device, event.path);
+      h.lane_since_ns = now_ns();
       if (h.lane == nullptr) {
         cm_->reject(event.conn, cm::Reason::no_resources, {});
         return give_up(h, LaneReason::no_resources);
@@ -241,7 +253,8 @@ void Service::poll_handshakes() noexcept {
           waiting = true;
         }
       }
-      if (now_ns() > h.deadline_ns) late.push_back(cookie);
+      if (h.lane != nullptr ? is_late(h.lane_since_ns, last_lane_up_ns_) : now_ns() > h.begun_ns + kLongestSearchNs)
+        late.push_back(cookie);
     }
     for (const std::uint64_t cookie : done) finish(handshakes_[cookie]);
     for (const std::uint64_t cookie : late)

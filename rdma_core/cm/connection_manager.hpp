@@ -108,14 +108,14 @@ class ConnectionManager {
   using TranscriptOf = std::function<Transcript(std::uint64_t anchor_cookie)>;
   virtual void on_transcript(const TranscriptOf&) {}
 
-  /// Be findable by the process that holds the other end of `anchor`, for `ttl_ms`. Ends with request, or unreachable when the
-  /// time is over.
+  /// Be findable by the process that holds the other end of `anchor`, for `ttl_ms`; longer, but not for ever, while the peer is
+  /// heard of and has only others to see to. Ends with request, or unreachable when the time is over.
   virtual Result<Unit> offer(const Anchor& anchor, unsigned ttl_ms) = 0;
   virtual void withdraw(std::uint64_t anchor_cookie) noexcept = 0;
 
-  /// Find the process at the other end: ends with `reply` or unreachable. First the CM finds the peer and reports path_found
-  /// through `make_qp`, which creates the QP on a Pd of that path and returns it with the private data of the request (both stay
-  /// the caller's; the QP must live until the connection ended). nullptr from make_qp gives the attempt up.
+  /// Find the process at the other end, within the like time: ends with `reply` or unreachable. First the CM finds the peer and
+  /// reports path_found through `make_qp`, which creates the QP on a Pd of that path and returns it with the private data of the
+  /// request (both stay the caller's; the QP must live until the connection ended). nullptr from make_qp gives the attempt up.
   struct Proposal {
     Qp* qp = nullptr;
     std::span<const std::byte> private_data{};

@@ -20,6 +20,7 @@
 #include "rdma_core/base/log.hpp"
 #include "rdma_core/base/sys.hpp"
 #include "rdma_core/cm/offer_relay.hpp"
+#include "rdma_core/cm/patience.hpp"
 #include "rdma_core/cm/rdma_evidence.hpp"
 #include "rdma_core/cm/rdma_manner.hpp"
 
@@ -33,6 +34,8 @@ constexpr Nanos kKeep = 10'000 * kMillisecond;         ///< what an address has 
 constexpr int kResolveMs = 2000;
 constexpr int kBacklog = 64;
 constexpr unsigned kRequestTries = 8;
+constexpr long kAtOnce = 8;            ///< connections in the making, and offers to one host: a peer has the time for them then
+constexpr Nanos kMostHandshakes = 5;   ///< times kHandshake, with a peer that is busy with others of our connections
 constexpr unsigned kListenTries = 16;  ///< an RNIC's port of the kernel's choosing may be a TCP socket's
 constexpr Nanos kBackoff[] = {2 * kMillisecond,  4 * kMillisecond,  8 * kMillisecond,  16 * kMillisecond,
                               32 * kMillisecond, 64 * kMillisecond, 128 * kMillisecond};
@@ -116,16 +119,21 @@ class RdmaCm final : public ConnectionManager {
   struct Offered {
     Anchor anchor;
     offer::Offer offer;
-    Nanos deadline = 0, next_try = 0;
+    Patience patience{};
+    Nanos next_try = 0;
     std::size_t tries = 0;
     OfferedEvidence evidence;
+    bool asking = false;   ///< a try is under way; until next_try at the most
+    bool waiting = false;  ///< due, but for the other offers to that host
   };
   struct Dialling {
     Anchor anchor;
     MakeQp make_qp;
-    Nanos deadline = 0, next_look = 0;
+    Patience patience{};
+    Nanos next_look = 0;
     std::size_t looks = 0;
     std::optional<offer::Offer> offer;  ///< that cannot be taken up yet
+    bool has_turn = false;              ///< but for the others: in turn_
   };
   enum class Step : std::uint8_t { finding, requested, replied, asked, answered, established };
   struct Conn {
@@ -144,6 +152,7 @@ class RdmaCm final : public ConnectionManager {
     unsigned tries = 0;
     rdma_conn_param granted{};
     Nanos deadline = 0;  ///< 0: none
+    Nanos latest = now() + kMostHandshakes * kHandshake;
   };
   struct Listener {
     RdmaId id;
@@ -183,6 +192,8 @@ class RdmaCm final : public ConnectionManager {
   offer::Code on_offer(const offer::Offer& offer, const IpAddress& server);
   void on_answer(std::uint64_t cookie, std::optional<offer::Code> code);
   void consider(std::uint64_t cookie, const offer::Offer& offer);
+  void take_turns();
+  void heard_of(const IpAddress& host) noexcept;
   void take_up(std::uint64_t cookie, const offer::Offer& offer, const Transcript& known);
   Reason check(const Offered& offered, const offer::Dial& dial, const CmEvent& event, Conn& conn);
   bool is_proved_by_reply(const Conn& conn, const CmEvent& event) const;
@@ -195,6 +206,7 @@ class RdmaCm final : public ConnectionManager {
   void end(ConnId id, Reason reason, std::span<const std::byte> data = {}, bool refused = false);
   rdma_conn_param parameters(const Conn& conn) const;
   void on_removal(const CmEvent& event);
+  void make_offers(Nanos t);
   void keep_time();
 
   std::unique_ptr<Manner> manner_;
@@ -219,6 +231,7 @@ class RdmaCm final : public ConnectionManager {
   std::map<IpAddress, Known> known_;         ///< by local host
   std::map<std::tuple<Device*, IpAddress, std::uint32_t>, std::uint64_t> paths_;  ///< one per process at the other end
   std::uint64_t last_conn_ = 0, last_path_ = 0;
+  std::deque<std::uint64_t> turn_;  ///< dials with an offer that may be taken up, in the order in which it came
   std::deque<Pending> pending_;
   EarlyRequests early_;
 };
@@ -291,17 +304,24 @@ Result<Unit> RdmaCm::offer(const Anchor& anchor, unsigned ttl_ms) {
   o.offer.server_port = remote.port;
   o.offer.dial_port = port;
   o.offer.hash = offer::hash_of(local, remote);
-  o.deadline = now() + static_cast<Nanos>(ttl_ms) * kMillisecond;
+  o.patience = Patience::of(ttl_ms, now());
   bell_->ring();  // the next progress() makes the first try
   return Unit{};
 }
 
+// Many offers are repeated more rarely: who answers them makes the connections, too.
 void RdmaCm::on_answer(std::uint64_t cookie, std::optional<offer::Code> code) {
   const auto it = offers_.find(cookie);
   if (it == offers_.end()) return;
-  const Nanos wait = code == offer::Code::noted ? kNotedPatience : kBackoff[std::min(it->second.tries, std::size(kBackoff) - 1)];
-  it->second.next_try = now() + wait;
-  if (code != offer::Code::noted) ++it->second.tries;
+  Offered& o = it->second;
+  const Nanos t = now(), many = 1 + static_cast<Nanos>(offers_.size()) / kAtOnce;
+  o.asking = false;
+  if (code == offer::Code::noted) {
+    o.patience.renew(t);
+    o.next_try = t + kNotedPatience;
+  } else {
+    o.next_try = t + many * kBackoff[std::min(o.tries++, std::size(kBackoff) - 1)];
+  }
 }
 
 Reason RdmaCm::check(const Offered& o, const offer::Dial& dial, const CmEvent& event, Conn& c) {
@@ -355,6 +375,7 @@ void RdmaCm::on_request(const CmEvent& event, bool again) {
   conns_.emplace(conn_id, std::move(c));
   rendezvous_->cancel(cookie);
   offers_.erase(it);
+  heard_of(conns_.at(conn_id).peer);
   tell(EventKind::request, conn_id, cookie, Reason::none, event.private_data().subspan(offer::kDialBytes));
 }
 
@@ -364,7 +385,7 @@ Result<Unit> RdmaCm::dial(const Anchor& anchor, unsigned timeout_ms, MakeQp make
   if (device_at(IpAddress::from(anchor.local)) == nullptr) return is_elsewhere(anchor.cookie);
   Dialling& d = dials_[anchor.cookie];
   d = Dialling{.anchor = anchor, .make_qp = std::move(make_qp)};
-  d.deadline = now() + static_cast<Nanos>(timeout_ms) * kMillisecond;
+  d.patience = Patience::of(timeout_ms, now());
   bell_->ring();  // the next progress() sees to the rendezvous
   return Unit{};
 }
@@ -376,6 +397,7 @@ offer::Code RdmaCm::on_offer(const offer::Offer& o, const IpAddress& server) {
     if (local.port != o.server_port || remote.port != o.client.port || remote.bytes != o.client.bytes ||
         o.hash != offer::hash_of(remote, local))
       continue;
+    heard_of(o.client);
     consider(cookie, o);
     return offer::Code::noted;
   }
@@ -387,10 +409,37 @@ offer::Code RdmaCm::on_offer(const offer::Offer& o, const IpAddress& server) {
 void RdmaCm::consider(std::uint64_t cookie, const offer::Offer& o) {
   const auto it = dials_.find(cookie);
   if (it == dials_.end()) return;
-  const Transcript known = transcript_of_(cookie);
-  if (may_take_up(o, known)) return take_up(cookie, o, known);
-  if (!it->second.offer) it->second.looks = 0;
-  it->second.offer = o;
+  Dialling& d = it->second;
+  if (!d.offer) d.looks = 0;
+  d.offer = o;
+  if (!may_take_up(o, transcript_of_(cookie))) return;
+  if (!std::exchange(d.has_turn, true)) turn_.push_back(cookie);
+  take_turns();
+}
+
+void RdmaCm::take_turns() {
+  auto in_the_making =
+      std::ranges::count_if(conns_, [](const auto& each) { return each.second.active && each.second.step != Step::established; });
+  for (; !turn_.empty() && in_the_making < kAtOnce; ++in_the_making) {
+    const std::uint64_t cookie = turn_.front();
+    turn_.pop_front();
+    const auto it = dials_.find(cookie);
+    if (it == dials_.end() || !it->second.has_turn) continue;  // given up meanwhile
+    it->second.has_turn = false;
+    take_up(cookie, offer::Offer(*it->second.offer), transcript_of_(cookie));
+  }
+}
+
+/// That host makes connections with us. Others with it may have to wait for that.
+void RdmaCm::heard_of(const IpAddress& host) noexcept {
+  const Nanos t = now();
+  const auto is_there = [&host](const Anchor& anchor) { return IpAddress::from(anchor.remote).same_host(host); };
+  for (auto& [cookie, o] : offers_)
+    if (is_there(o.anchor)) o.patience.renew(t);
+  for (auto& [cookie, d] : dials_)
+    if (is_there(d.anchor)) d.patience.renew(t);
+  for (auto& [id, c] : conns_)
+    if (c.deadline != 0 && c.peer.same_host(host)) c.deadline = std::max(c.deadline, std::min(t + kHandshake, c.latest));
 }
 
 void RdmaCm::take_up(std::uint64_t cookie, const offer::Offer& o, const Transcript& known) {
@@ -547,6 +596,7 @@ void RdmaCm::disconnect(ConnId id) noexcept {
     rdma_disconnect(it->second.id.get());
   conn_by_key_.erase(it->second.key);
   conns_.erase(it);
+  if (!turn_.empty()) bell_->ring();
 }
 
 /// Over, and the owner is told how.
@@ -564,7 +614,10 @@ void RdmaCm::end(ConnId id, Reason reason, std::span<const std::byte> data, bool
     offer::emit_refusal(reason, why.data());
     rdma_reject(c.id.get(), why.data(), static_cast<std::uint8_t>(why.size()));
   }
-  tell(refused ? EventKind::rejected : unanswered ? EventKind::unreachable : EventKind::disconnected, id, c.cookie, reason, data);
+  tell(refused      ? EventKind::rejected
+       : unanswered ? EventKind::unreachable
+                    : EventKind::disconnected,
+       id, c.cookie, reason, data);
 }
 
 void RdmaCm::withdraw(std::uint64_t cookie) noexcept {
@@ -577,6 +630,7 @@ void RdmaCm::withdraw(std::uint64_t cookie) noexcept {
     if (mine) conn_by_key_.erase(each.second.key);
     return mine;
   });
+  if (!turn_.empty()) bell_->ring();
 }
 
 void RdmaCm::on_cm_event(const CmEvent& event) {
@@ -604,10 +658,12 @@ void RdmaCm::on_conn_event(ConnId id, Conn& c, const CmEvent& event) {
         c.granted.responder_resources = event.responder_resources;
         c.granted.initiator_depth = event.initiator_depth;
         if (!is_proved_by_reply(c, event)) return end(id, Reason::unproven, {}, true);
+        heard_of(c.peer);
         tell(EventKind::reply, id, c.cookie, Reason::none, event.private_data().subspan(offer::kProofBytes));
       } else if (c.step == Step::answered) {
         c.step = Step::established;
         c.deadline = 0;
+        heard_of(c.peer);
         tell(EventKind::established, id, c.cookie, Reason::none);
       }
       return;
@@ -657,8 +713,11 @@ int RdmaCm::next_timeout_ms() const noexcept {
   const auto consider = [&first](Nanos t) {
     if (t != 0 && (first == 0 || t < first)) first = t;
   };
-  for (const auto& [cookie, o] : offers_) consider(std::min(o.deadline, std::max<Nanos>(o.next_try, 1)));
-  for (const auto& [cookie, d] : dials_) consider(std::min(d.deadline, std::max<Nanos>(d.next_look, 1)));
+  for (const auto& [cookie, o] : offers_) {
+    consider(o.patience.ends);
+    if (!o.waiting) consider(std::max<Nanos>(o.next_try, 1));
+  }
+  for (const auto& [cookie, d] : dials_) consider(std::min(d.patience.ends, std::max<Nanos>(d.next_look, 1)));
   for (const auto& [id, c] : conns_) consider(c.deadline);
   if (const auto due = early_.next_due()) consider(*due);
   for (const auto& [address, used] : held_) consider(used + kKeep);
@@ -667,25 +726,48 @@ int RdmaCm::next_timeout_ms() const noexcept {
   return static_cast<int>(std::clamp<Nanos>((first - now() + kMillisecond - 1) / kMillisecond, 0, 60'000));
 }
 
+/// Those that have waited the longest first, and no more to a host than it has the time for.
+void RdmaCm::make_offers(Nanos t) {
+  std::map<IpAddress, long> under_way;
+  std::vector<std::pair<Nanos, std::uint64_t>> due;
+  const auto host_of = [](const Offered& o) { return IpAddress::from(o.anchor.remote).with_port(0); };
+  for (auto& [cookie, o] : offers_) {
+    const bool is_due = t >= o.next_try;
+    o.asking = o.asking && !is_due;
+    if (o.asking) ++under_way[host_of(o)];
+    if (is_due) due.emplace_back(o.next_try, cookie);
+  }
+  std::ranges::sort(due);
+  for (const auto& [since, cookie] : due) {
+    Offered& o = offers_.at(cookie);
+    const Transcript transcript = transcript_of_(cookie);
+    o.waiting = false;
+    if (!suffices_for_offer(transcript)) {
+      o.next_try = t + kBackoff[std::min(o.tries++, std::size(kBackoff) - 1)];
+      continue;
+    }
+    long& to_host = under_way[host_of(o)];
+    o.waiting = to_host >= kAtOnce;
+    if (o.waiting) {
+      if (!o.evidence.is_said()) o.patience.renew(t);  // its time begins with the first try
+      continue;
+    }
+    ++to_host;
+    o.asking = true;
+    o.next_try = t + rendezvous_->patience_ms() * kMillisecond;  // until the answer says more
+    o.evidence.say(transcript, o.offer);
+    rendezvous_->send(cookie, IpAddress::from(o.anchor.local), IpAddress::from(o.anchor.remote), o.offer);
+  }
+}
+
 void RdmaCm::keep_time() {
   const Nanos t = now();
   std::vector<std::uint64_t> over, held_offers;
-  for (auto& [cookie, o] : offers_) {
-    if (t >= o.deadline) {
-      over.push_back(cookie);
-    } else if (t >= o.next_try) {
-      o.next_try = t + rendezvous_->patience_ms() * kMillisecond;  // until the answer says more
-      const Transcript transcript = transcript_of_(cookie);
-      if (!suffices_for_offer(transcript)) {
-        o.next_try = t + kBackoff[std::min(o.tries++, std::size(kBackoff) - 1)];
-        continue;
-      }
-      o.evidence.say(transcript, o.offer);
-      rendezvous_->send(cookie, IpAddress::from(o.anchor.local), IpAddress::from(o.anchor.remote), o.offer);
-    }
-  }
+  for (const auto& [cookie, o] : offers_)
+    if (o.patience.is_over(t)) over.push_back(cookie);
   for (auto& [cookie, d] : dials_) {
-    if (t >= d.deadline) {
+    if (d.has_turn) d.patience.renew(t);
+    if (d.patience.is_over(t)) {
       over.push_back(cookie);
     } else if (t >= d.next_look) {
       const IpAddress here = IpAddress::from(d.anchor.local);
@@ -703,9 +785,11 @@ void RdmaCm::keep_time() {
     const bool met =
         (dial != dials_.end() && dial->second.offer) ||
         (offered != offers_.end() && (offered->second.evidence.is_guessed_at() || !offered->second.evidence.is_said()));
+    const bool had_turn = dial != dials_.end() && dial->second.has_turn;
     withdraw(cookie);
-    tell(EventKind::unreachable, ConnId::none, cookie, met ? Reason::unproven : Reason::no_peer);
+    tell(EventKind::unreachable, ConnId::none, cookie, had_turn ? Reason::timed_out : met ? Reason::unproven : Reason::no_peer);
   }
+  make_offers(t);
   for (const std::uint64_t cookie : held_offers)
     if (const auto it = dials_.find(cookie); it != dials_.end()) consider(cookie, offer::Offer(*it->second.offer));
   for (const CmEvent& event : early_.take_due(t)) on_request(event, true);
@@ -743,6 +827,7 @@ void RdmaCm::progress() {
     if (o.hash == offer::hash_of(remote, local)) consider(cookie, o);
   });
   keep_time();
+  take_turns();
   while (!pending_.empty()) {
     Pending p = std::move(pending_.front());
     pending_.pop_front();
@@ -761,6 +846,7 @@ void RdmaCm::retire() noexcept {
   early_.clear();
   offers_.clear();
   dials_.clear();
+  turn_.clear();
   relay_.close_all();
   listeners_.clear();
   known_.clear();
