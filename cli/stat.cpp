@@ -32,6 +32,7 @@ nlohmann::json to_json(const ProcessStats& p) {
                            {"tcp", traffic(c.tcp)},
                            {"switches", {{"up", c.switches_up}, {"down", c.switches_down}}},
                            {"failures", {{"lanes", c.lanes_failed}, {"returned", c.lanes_returned}}},
+                           {"looks", {{"again", c.looks_again}, {"to_come", c.will_look ? 1 : 0}}},
                            {"credits", {{"send", c.credits_send}, {"recv", c.credits_recv}}}});
   }
   return {{"pid", p.pid}, {"program", p.program}, {"tracked", p.tracked}, {"connections", std::move(connections)}};
@@ -63,6 +64,8 @@ std::string state_of(const sdp::ConnView& c) {
     text += "; " + std::to_string(c.lanes_failed) + (c.lanes_failed == 1 ? " lane" : " lanes") + " failed, " +
             std::to_string(c.lanes_returned) + " came back";
   }
+  if (c.looks_again != 0) text += "; looked again " + std::to_string(c.looks_again) + (c.looks_again == 1 ? " time" : " times");
+  if (c.will_look) text += "; looks for a lane again from time to time";
   return text;
 }
 

@@ -129,7 +129,7 @@ void Service::run() noexcept {
     look_after_lanes();
     release_buffers();
     const bool leaving = see_to_leaving();
-    const int next_return_ms = tend_returns();
+    const int next_return_ms = tend_returns(), next_look_ms = tend_seekers();
     int timeout = cm_->next_timeout_ms();
     const bool busy = !handshakes_.empty() || !dying_.empty();
     const bool lingering = !engine::flush_lingering();
@@ -137,6 +137,7 @@ void Service::run() noexcept {
     if (busy || needs_looks_ || lingering) at_most(kTendMs);
     if (leaving) at_most(kLeaveMs);
     if (next_return_ms >= 0) at_most(next_return_ms);
+    if (next_look_ms >= 0) at_most(next_look_ms);
     if (releasing_.load(std::memory_order_relaxed)) at_most(kReleaseMs);
     if (const int ms = tend_held(); ms >= 0) at_most(ms);
     if (links_->strangers() != 0) {

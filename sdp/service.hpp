@@ -12,6 +12,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -20,6 +21,7 @@
 #include "sdp/engine.hpp"
 #include "sdp/peer_link.hpp"
 #include "sdp/return_pace.hpp"
+#include "sdp/second_looks.hpp"
 #include "sdp/stream_impl.hpp"
 
 namespace sdp {
@@ -71,6 +73,13 @@ class Service {
     std::int64_t begun_ns = 0;
     std::int64_t lane_since_ns = 0;  ///< the connection manager has found the peer; until then it keeps the time
     bool active = false;
+    bool answered = false;  ///< the peer speaks SDP
+  };
+  /// A stream that has had no lane yet, and whose search was in vain for a reason that may pass.
+  struct Seeker {
+    rdma::cm::IpAddress service;
+    SecondLooks looks;
+    std::int64_t due_ns = 0;
   };
   /// A lane that its stream can leave without a loss when it fails.
   struct Watched {
@@ -166,7 +175,7 @@ class Service {
   void rest(StreamImpl& stream, const Lane& spent);
   RestingAt resting_of(const StreamImpl* stream);
   void end_rest(RestingAt at);
-  void on_return(const StreamImpl* stream);
+  void on_return(StreamImpl* stream);
   bool rest_again(StreamImpl& stream, LaneReason why);
   void look_for_lane(const PeerLinks::Key& key, Resting& resting);
   void on_again(RestingAt at);
@@ -174,6 +183,11 @@ class Service {
   void hurry_returns();
   int tend_returns();
   void tend_resting();
+  static rdma::cm::IpAddress service_of(const Handshake& handshake) noexcept;
+  void remember_speaker(const Handshake& handshake);
+  bool seek_again(const Handshake& handshake, LaneReason why);
+  bool pursue_again(StreamImpl& stream);
+  int tend_seekers();
 
   Options options_;
   engine::Compose compose_;
@@ -194,6 +208,8 @@ class Service {
   std::map<PeerLinks::Key, Resting> resting_;
   std::map<rdma::cm::IpAddress, ReturnPace> paces_;  ///< by the peer's host
   std::int64_t returns_due_ns_ = 0;
+  std::unordered_map<StreamImpl*, Seeker> seekers_;
+  std::set<rdma::cm::IpAddress> speakers_;  ///< services whose processes, or clients, have answered as ours do
   // The thread, and its successors. One that is told to leave is waited for by the next.
   enum class Thread : std::uint8_t { fresh, stale, renewing };
   std::atomic<Thread> thread_{Thread::fresh};  ///< stale: its credentials are not the program's threads' any more

@@ -32,6 +32,7 @@ void Service::forget(StreamImpl* stream) noexcept {
     it = handshakes_.erase(it);
   }
   end_rest(resting_of(stream));
+  seekers_.erase(stream);
   if (stream->lane == nullptr) {
     const std::lock_guard guard(laned_lock_);
     std::erase(laned_, stream);

@@ -62,6 +62,8 @@ LaneReason reason_of(cm::Reason reason) noexcept {
       return LaneReason::protocol_error;
     case cm::Reason::peer_died:
       return LaneReason::peer_gone;
+    case cm::Reason::timed_out:
+      return LaneReason::too_late;
     default:
       return LaneReason::no_peer;
   }
@@ -94,7 +96,7 @@ void Service::begin(StreamImpl* stream, std::uint16_t generation) noexcept {
   stream->lock.unlock();
   if (current && refused != LaneReason::none) search_is_over(stream);
   if (!current || refused != LaneReason::none) return;
-  if (stream->stats != nullptr && !stream->lane_was_up.load())
+  if (stream->stats != nullptr && !stream->lane_was_up.load() && !seekers_.contains(stream))
     stream->stats->set_reason(LaneReason::no_peer);  // until somebody is found
   h.cookie = h.anchor.cookie;
   h.active = stream->role == Role::acceptor;
@@ -111,6 +113,7 @@ void Service::begin(StreamImpl* stream, std::uint16_t generation) noexcept {
                                                            if (found == handshakes_.end()) return {};
                                                            Handshake& mine = found->second;
                                                            mine.conn = conn;
+                                                           mine.answered = true;
                                                            mine.lane = make_lane(device, path);
                                                            mine.lane_since_ns = now_ns();
                                                            if (mine.lane == nullptr) return {};
@@ -136,7 +139,8 @@ void Service::search_is_over(StreamImpl* stream) noexcept {
 
 void Service::give_up(Handshake& h, LaneReason reason) noexcept {
   (void)h.stream->lock.lock();
-  if (h.stream->generation.load() == h.generation && h.stream->phase.load() == Phase::pursued && !rest_again(*h.stream, reason))
+  if (h.stream->generation.load() == h.generation && h.stream->phase.load() == Phase::pursued && !rest_again(*h.stream, reason) &&
+      !seek_again(h, reason))
     h.stream->take_down_locked(reason);
   h.stream->lock.unlock();
   search_is_over(h.stream);
@@ -180,6 +184,7 @@ void Service::on_cm_event(const cm::Event& event) noexcept {
       if (it == handshakes_.end() || it->second.lane != nullptr) return cm_->reject(event.conn, cm::Reason::refused, {});
       Handshake& h = it->second;
       h.conn = event.conn;
+      h.answered = true;
       h.lane = make_lane(*event.device, event.path);
       h.lane_since_ns = now_ns();
       if (h.lane == nullptr) {
@@ -212,8 +217,9 @@ void Service::on_cm_event(const cm::Event& event) noexcept {
     }
     case cm::EventKind::rejected:
     case cm::EventKind::unreachable:
-      if (it != handshakes_.end()) give_up(it->second, reason_of_end(reason_of(event.reason)));
-      return;
+      if (it == handshakes_.end()) return;
+      it->second.answered |= event.answered;
+      return give_up(it->second, reason_of_end(reason_of(event.reason)));
     case cm::EventKind::established:
       return;  // Hello decides
     case cm::EventKind::disconnected: {
@@ -261,7 +267,11 @@ void Service::poll_handshakes() noexcept {
       if (const auto it = handshakes_.find(cookie); it != handshakes_.end()) {
         if (it->second.conn != cm::ConnId::none) cm_->disconnect(it->second.conn);
         cm_->withdraw(cookie);
-        give_up(it->second, it->second.lane != nullptr ? LaneReason::protocol_error : LaneReason::no_peer);
+        const Lane* const lane = it->second.lane;
+        give_up(it->second, lane == nullptr    ? LaneReason::no_peer
+                            : lane->violated() ? LaneReason::protocol_error
+                            : lane->dead()     ? LaneReason::device_lost
+                                               : LaneReason::too_late);
       }
     if (pass == 0 && waiting) device_->arm_fence();  // other devices' arm() needs none
     if (!waiting) break;
@@ -278,6 +288,7 @@ void Service::finish(Handshake& h) noexcept {
     epoll_event ev{EPOLLIN | EPOLLRDHUP | EPOLLET, {.u64 = reinterpret_cast<std::uint64_t>(stream)}};
     sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_ADD, stream->fd, sys::arg(&ev));
     if (stream->stats != nullptr) stream->stats->set_transport(transport_of(h.lane->device()->attr()));
+    remember_speaker(h);
     begin_watch(h);
     stream->attach(h.lane);
     last_lane_up_ns_ = now_ns();

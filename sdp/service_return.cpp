@@ -2,10 +2,14 @@
 // both ends look for a new one. The two processes' own connection (peer_link.hpp) says when, so that they do it at the same time:
 // the side that has connected asks, at its pace (return_pace.hpp), and offers when it is answered; the side that has accepted dials
 // as it answers. Without that connection the stream stays with TCP.
+//
+// A stream whose first search was in vain has no such connection: both ends look again at times of their own (second_looks.hpp),
+// if there is reason to believe that the peer speaks SDP.
 #include <sys/socket.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "rdma_core/base/clock.hpp"
 #include "rdma_core/base/log.hpp"
@@ -30,6 +34,22 @@ bool may_carry(int fd) noexcept {
   const AnchorCounts counts = anchor_counts(fd);
   return counts.ok && (counts.may_send || !counts.has_end);
 }
+
+/// Another search may end better.
+bool may_pass(LaneReason why) noexcept {
+  switch (why) {
+    case LaneReason::other_host:  // a device or an address that is not there now
+    case LaneReason::no_peer:
+    case LaneReason::too_late:
+    case LaneReason::refused:
+    case LaneReason::no_resources:
+    case LaneReason::peer_gone:
+    case LaneReason::device_lost:
+      return true;
+    default:
+      return false;
+  }
+}
 }  // namespace
 
 /// The stream's lane is spent; the stream's lock is held.
@@ -48,6 +68,7 @@ void Service::rest(StreamImpl& s, const Lane& spent) {
   const std::int64_t now = now_ns();
   std::erase_if(paces_, [now](const auto& each) { return each.second.is_idle(now); });
   paces_[r.peer].on_lane_lost(now, now - w.up_ns);
+  if (s.stats != nullptr) s.stats->will_look.store(true, std::memory_order_relaxed);
   returns_due_ns_ = 0;
 }
 
@@ -64,7 +85,8 @@ void Service::end_rest(RestingAt at) {
   returns_due_ns_ = 0;
 }
 
-void Service::on_return(const StreamImpl* stream) {
+void Service::on_return(StreamImpl* stream) {
+  seekers_.erase(stream);
   const auto at = resting_of(stream);
   if (at == resting_.end()) return;
   paces_[at->second.peer].succeed();
@@ -78,7 +100,7 @@ bool Service::rest_again(StreamImpl& s, LaneReason why) {
   if (at == resting_.end() || why == LaneReason::exec || why == LaneReason::credentials) return false;
   s.phase.store(Phase::resting, std::memory_order_release);
   const bool is_path = why == LaneReason::no_peer || why == LaneReason::other_host || why == LaneReason::peer_gone;
-  if (s.stats != nullptr) s.stats->set_reason(is_path ? LaneReason::device_lost : why);
+  if (s.stats != nullptr) s.stats->set_reason(is_path ? LaneReason::device_lost : why, true);
   paces_[at->second.peer].fail(now_ns());
   at->second.step = Resting::Step::idle;
   returns_due_ns_ = 0;
@@ -91,14 +113,21 @@ void Service::look_for_lane(const PeerLinks::Key& key, Resting& r) {
   r.wanted = false;
   r.tried_ns = now_ns();
   returns_due_ns_ = 0;
+  if (!pursue_again(s)) return;
+  if (s.role == Role::acceptor) (void)links_->send({Kind::again, key, {}});
+  begin(&s, s.generation.load());
+}
+
+/// False: the stream needs no lane any more, or has been taken down.
+bool Service::pursue_again(StreamImpl& s) {
   (void)s.lock.lock();
   Phase expected = Phase::resting;
   const bool useful = s.names_us(s.fd) && may_carry(s.fd);
   const bool begins = s.phase.compare_exchange_strong(expected, useful ? Phase::pursued : Phase::final) && useful;
+  if (s.stats != nullptr && begins) s.stats->looks_again.add(1);
+  if (s.stats != nullptr && !useful) s.stats->will_look.store(false, std::memory_order_relaxed);
   s.lock.unlock();
-  if (!begins) return;
-  if (s.role == Role::acceptor) (void)links_->send({Kind::again, key, {}});
-  begin(&s, s.generation.load());
+  return begins;
 }
 
 /// The peer asks for another lane, or answers that it is about to look for one.
@@ -121,6 +150,7 @@ void Service::on_again(RestingAt at) {
 void Service::on_rest_lost(RestingAt at) {
   Phase expected = Phase::resting;
   at->second.stream->phase.compare_exchange_strong(expected, Phase::final);
+  if (ConnStats* stats = at->second.stream->stats) stats->will_look.store(false, std::memory_order_relaxed);
   end_rest(at);
 }
 
@@ -191,6 +221,58 @@ void Service::tend_resting() {
   if (answers == resting_.end()) return;
   paces_[answers->second.peer].begin();
   look_for_lane(answers->first, answers->second);
+}
+
+// --- streams whose first search was in vain
+
+/// What one program of a host serves, or is served by, is likely to speak what the others of that service speak.
+rdma::cm::IpAddress Service::service_of(const Handshake& h) noexcept {
+  const auto near = rdma::cm::IpAddress::from(h.anchor.local), far = rdma::cm::IpAddress::from(h.anchor.remote);
+  return far.with_port(h.active ? near.port : far.port);
+}
+
+void Service::remember_speaker(const Handshake& h) {
+  constexpr std::size_t kMany = 1024;
+  if (speakers_.size() >= kMany) speakers_.clear();
+  speakers_.insert(service_of(h));
+}
+
+/// The search is over without a lane; the stream's lock is held. False: that is final.
+bool Service::seek_again(const Handshake& h, LaneReason why) {
+  StreamImpl& s = *h.stream;
+  const auto known = seekers_.find(&s);
+  if (h.answered) remember_speaker(h);
+  const bool may_speak = h.answered || known != seekers_.end() || speakers_.contains(service_of(h));
+  if (!may_speak || !may_pass(why) || s.strict.load() || s.lane_was_up.load()) return false;
+  const auto at = known != seekers_.end() ? known : seekers_.emplace(&s, Seeker{service_of(h), SecondLooks(h.begun_ns)}).first;
+  if (!at->second.looks.failed(h.answered)) return false;
+  at->second.due_ns = at->second.looks.after(now_ns());
+  s.phase.store(Phase::resting, std::memory_order_release);
+  if (s.stats != nullptr) s.stats->set_reason(why, true);
+  return true;
+}
+
+/// As tend_returns().
+int Service::tend_seekers() {
+  if (seekers_.empty()) return -1;
+  const std::int64_t now = now_ns();
+  if (thread_.load() != Thread::fresh || leavers_.load() != 0) return 1000;
+  std::int64_t next = kNever;
+  std::map<rdma::cm::IpAddress, unsigned> looking;
+  std::vector<StreamImpl*> due;
+  std::erase_if(seekers_, [&](auto& each) {
+    const Phase phase = each.first->phase.load();
+    if (phase == Phase::pursued) ++looking[each.second.service];
+    if (phase == Phase::resting && each.second.due_ns <= now) due.push_back(each.first);
+    return phase != Phase::pursued && phase != Phase::resting;  // taken down meanwhile
+  });
+  for (StreamImpl* stream : due) {
+    Seeker& seeker = seekers_.at(stream);
+    seeker.due_ns = seeker.looks.after(now);
+    if (looking[seeker.service]++ < SecondLooks::kMost && pursue_again(*stream)) begin(stream, stream->generation.load());
+  }
+  for (const auto& [stream, seeker] : seekers_) next = std::min(next, seeker.due_ns);
+  return static_cast<int>(std::clamp<std::int64_t>((next - now) / 1'000'000 + 1, 1, 63'000));
 }
 
 }  // namespace sdp

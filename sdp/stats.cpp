@@ -57,11 +57,11 @@ constexpr ReasonRow kReasons[] = {
      "the process changed its credentials (setuid and its kin), which no RDMA device outlives", ""},
     {LaneReason::mode, "mode", "the socket is in a mode or made a call that no lane can have (MSG_OOB, SO_RCVLOWAT, O_ASYNC…)", ""},
     {LaneReason::peer_gone, "peer_gone", "the peer closed or died", ""},
-    {LaneReason::device_lost, "device_lost", "the device, or the path to the peer, failed",
-     "another lane is looked for from time to time; `rdma link` shows the devices"},
+    {LaneReason::device_lost, "device_lost", "the device, or the path to the peer, failed", "`rdma link` shows the devices"},
     {LaneReason::protocol_error, "protocol_error", "the peer broke the protocol", "SDP_LOG=info names the rule that it broke"},
     {LaneReason::not_connected, "not_connected", "never got connected", ""},
     {LaneReason::closed, "closed", "this side closed or shut it down", ""},
+    {LaneReason::too_late, "too_late", "the peer began to set up a lane and did not get through in time", ""},
 };
 constexpr bool in_order() noexcept {
   for (std::size_t i = 0; i < kLaneReasons; ++i)
@@ -219,6 +219,8 @@ void begin(ConnStats* s, int fd) noexcept {
   s->switches_down.reset();
   s->lanes_failed.reset();
   s->lanes_returned.reset();
+  s->looks_again.reset();
+  s->will_look.store(false, std::memory_order_relaxed);
   s->credits_send.store(0, std::memory_order_relaxed);
   s->credits_recv.store(0, std::memory_order_relaxed);
   s->reason.store(LaneReason::below_threshold, std::memory_order_relaxed);
@@ -361,6 +363,8 @@ ConnView view_of(const ConnStats& s) noexcept {
   v.switches_down = s.switches_down.get();
   v.lanes_failed = s.lanes_failed.get();
   v.lanes_returned = s.lanes_returned.get();
+  v.looks_again = s.looks_again.get();
+  v.will_look = s.will_look.load(std::memory_order_relaxed);
   v.credits_send = s.credits_send.load(std::memory_order_relaxed);
   v.credits_recv = s.credits_recv.load(std::memory_order_relaxed);
   v.reason = s.reason.load(std::memory_order_relaxed);

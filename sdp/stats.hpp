@@ -49,8 +49,9 @@ enum class LaneReason : std::uint8_t {
   protocol_error,
   not_connected,
   closed,
+  too_late,
 };
-inline constexpr std::size_t kLaneReasons = static_cast<std::size_t>(LaneReason::closed) + 1;
+inline constexpr std::size_t kLaneReasons = static_cast<std::size_t>(LaneReason::too_late) + 1;
 const char* to_string(LaneReason) noexcept;  ///< the enumerator's name, for programs
 const char* explain(LaneReason) noexcept;    ///< one clause for people
 const char* hint(LaneReason) noexcept;       ///< what to do for a lane; "" when nothing need or can be done
@@ -94,11 +95,13 @@ struct alignas(64) ConnStats {
   Counter switches_down;
   Counter lanes_failed;                        ///< path or device; what was under way came by TCP, or the connection was reset
   Counter lanes_returned;                      ///< lanes in place of those
+  Counter looks_again;                         ///< searches for a lane after the first had failed
   std::atomic<std::uint32_t> credits_send{0};  ///< messages that we may send now
   std::atomic<std::uint32_t> credits_recv{0};  ///< receive buffers posted for the peer
   std::atomic<LaneReason> reason{LaneReason::below_threshold};
   std::atomic<std::uint8_t> transport{0};  ///< of the lane it has: 1 + Transport; 0: none
   std::atomic<std::uint8_t> had_lanes{0};  ///< bit set by Transport: lanes it had at any time
+  std::atomic<bool> will_look{false};      ///< another look for a lane is to come
 
   void set_addresses(const sockaddr_storage& from, const sockaddr_storage& to) noexcept;
   /// A lane carries it from now on.
@@ -106,12 +109,14 @@ struct alignas(64) ConnStats {
     had_lanes.store(static_cast<std::uint8_t>(had_lanes.load(std::memory_order_relaxed) | 1U << static_cast<unsigned>(t)),
                     std::memory_order_relaxed);
     transport.store(static_cast<std::uint8_t>(1 + static_cast<unsigned>(t)), std::memory_order_relaxed);
+    will_look.store(false, std::memory_order_relaxed);
     reason.store(LaneReason::none, std::memory_order_relaxed);
   }
   /// It has no lane, or none any more.
-  void set_reason(LaneReason why) noexcept {
+  void set_reason(LaneReason why, bool looks_on = false) noexcept {
     if (why != LaneReason::none) transport.store(0, std::memory_order_relaxed);
     reason.store(why, std::memory_order_relaxed);
+    will_look.store(looks_on, std::memory_order_relaxed);
   }
 };
 static_assert(sizeof(ConnStats) == 192 && offsetof(ConnStats, lane) == 64 && offsetof(ConnStats, switches_up) == 128);
@@ -122,7 +127,7 @@ using ConnSlot = ConnStats;
 
 inline constexpr char kStatsName[] = "sdpreload-stats";              ///< of the memfd
 inline constexpr std::uint64_t kStatsMagic = 0x5354415453504453ULL;  // "SDPSTATS" in memory
-inline constexpr std::uint32_t kStatsVersion = 2;  ///< raise it with any change of StatsHeader, ConnStats or LaneReason's order
+inline constexpr std::uint32_t kStatsVersion = 3;  ///< raise it with any change of StatsHeader, ConnStats or LaneReason's order
 inline constexpr std::uint32_t kStatsSlots = 1024;
 
 struct StatsHeader {

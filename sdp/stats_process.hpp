@@ -20,7 +20,8 @@ struct ConnView {
   EndpointText local, remote;
   TrafficView lane, tcp;
   std::uint64_t switches_up = 0, switches_down = 0;
-  std::uint64_t lanes_failed = 0, lanes_returned = 0;
+  std::uint64_t lanes_failed = 0, lanes_returned = 0, looks_again = 0;
+  bool will_look = false;
   std::uint32_t credits_send = 0, credits_recv = 0;
   LaneReason reason = LaneReason::none;
   std::uint8_t transport = 0;  ///< 1 + Transport, 0: none

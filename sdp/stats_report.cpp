@@ -143,6 +143,7 @@ void emit_connection(Json& out, const ConnView& c, bool open) noexcept {
   emit_traffic(out, "tcp", c.tcp);
   out.object("switches").number("up", c.switches_up).number("down", c.switches_down).end_object();
   out.object("failures").number("lanes", c.lanes_failed).number("returned", c.lanes_returned).end_object();
+  out.object("looks").number("again", c.looks_again).number("to_come", c.will_look ? 1 : 0).end_object();
   out.object("credits").number("send", c.credits_send).number("recv", c.credits_recv).end_object();
   out.end_object();
 }

@@ -92,6 +92,7 @@ struct Event {
   Device* device = nullptr;                   ///< request, reply
   std::span<const std::byte> private_data{};  ///< request, reply, rejected. Valid during the handler only; untrusted
   Reason reason = Reason::none;
+  bool answered = false;  ///< unreachable: something came that only a user of a CM like this one sends: it may be there later
 };
 
 class ConnectionManager {

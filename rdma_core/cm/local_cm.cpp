@@ -23,11 +23,12 @@ Reason whereabouts(const Anchor& anchor, const Result<SocketOwner>& other_end) n
 
 }  // namespace
 
-void LocalCm::State::emit_unreachable(std::uint64_t cookie, Reason reason) {
+void LocalCm::State::emit_unreachable(std::uint64_t cookie, Reason reason, bool answered) {
   Event e;
   e.kind = EventKind::unreachable;
   e.anchor_cookie = cookie;
   e.reason = reason;
+  e.answered = answered;
   emit(e);
 }
 
@@ -61,7 +62,7 @@ void LocalCm::State::drop_channel(int fd, Reason reason) {
     dials.erase(channel.cookie);
     emit(e);
   } else if (channel.active && dials.erase(channel.cookie) != 0) {
-    emit_unreachable(channel.cookie, reason);
+    emit_unreachable(channel.cookie, reason, channel.step != Step::hello);
   }
 }
 
@@ -199,7 +200,7 @@ Result<Unit> LocalCm::offer(const Anchor& anchor, unsigned ttl_ms) {
     return fail(static_cast<int>(-r), "local cm: the name of this connection is taken by a stranger");
   }
   state_->end_offer(anchor.cookie);
-  state_->offers[anchor.cookie] = State::Offer{anchor, fd, now() + static_cast<Nanos>(ttl_ms) * kMillisecond};
+  state_->offers[anchor.cookie] = State::Offer{anchor, fd, now() + static_cast<Nanos>(ttl_ms) * kMillisecond, false};
   state_->listeners[fd] = anchor.cookie;
   state_->watch(fd);
   return Unit{};
@@ -341,8 +342,9 @@ void LocalCm::progress() {
   for (const auto& [cookie, offer] : state_->offers)
     if (t >= offer.deadline) late.push_back(cookie);
   for (const std::uint64_t cookie : late) {
+    const bool answered = state_->offers[cookie].answered;
     state_->end_offer(cookie);
-    state_->emit_unreachable(cookie, Reason::no_peer);
+    state_->emit_unreachable(cookie, Reason::no_peer, answered);
   }
   late.clear();
   for (const auto& [cookie, dial] : state_->dials) {

@@ -379,6 +379,7 @@ Reason LocalCm::State::passive_frame(int fd, Channel& channel, Frame& frame) {
       if (!owner) return Reason::peer_died;
       if (const Reason r = take_hello(fd, channel, frame, owner.value()); r != Reason::none) return r;
       channel.step = Step::link;
+      offer->second.answered = true;
       return say_hello(fd, channel.cookie, owner.value().cookie) ? Reason::none : Reason::peer_died;
     }
     case Step::link: {

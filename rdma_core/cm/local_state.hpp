@@ -51,6 +51,7 @@ struct LocalCm::State {
     Anchor anchor;
     int fd = -1;
     Nanos deadline = 0;
+    bool answered = false;  ///< its peer has begun a handshake
   };
   struct Dial {
     Anchor anchor;
@@ -116,7 +117,7 @@ struct LocalCm::State {
   void emit(const Event& event) {
     if (handler) handler(event);
   }
-  void emit_unreachable(std::uint64_t cookie, Reason reason);
+  void emit_unreachable(std::uint64_t cookie, Reason reason, bool answered = false);
   void end_offer(std::uint64_t cookie) noexcept;
   /// The handshake on `fd` is over without a connection.
   void drop_channel(int fd, Reason reason);

@@ -123,6 +123,7 @@ class RdmaCm final : public ConnectionManager {
     Nanos next_try = 0;
     std::size_t tries = 0;
     OfferedEvidence evidence;
+    bool noted = false;    ///< once at least
     bool asking = false;   ///< a try is under way; until next_try at the most
     bool waiting = false;  ///< due, but for the other offers to that host
   };
@@ -175,7 +176,8 @@ class RdmaCm final : public ConnectionManager {
     epoll_event event{EPOLLIN, {.u64 = 0}};
     sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_ADD, fd, sys::arg(&event));
   }
-  void tell(EventKind kind, ConnId conn, std::uint64_t cookie, Reason reason, std::span<const std::byte> data = {});
+  void tell(EventKind kind, ConnId conn, std::uint64_t cookie, Reason reason, std::span<const std::byte> data = {},
+            bool answered = false);
   Result<Unit> is_elsewhere(std::uint64_t cookie) {
     tell(EventKind::unreachable, ConnId::none, cookie, Reason::elsewhere);
     return Unit{};
@@ -236,12 +238,14 @@ class RdmaCm final : public ConnectionManager {
   EarlyRequests early_;
 };
 
-void RdmaCm::tell(EventKind kind, ConnId conn, std::uint64_t cookie, Reason reason, std::span<const std::byte> data) {
+void RdmaCm::tell(EventKind kind, ConnId conn, std::uint64_t cookie, Reason reason, std::span<const std::byte> data,
+                  bool answered) {
   Pending p;
   p.event.kind = kind;
   p.event.conn = conn;
   p.event.anchor_cookie = cookie;
   p.event.reason = reason;
+  p.event.answered = answered;
   p.data.assign(data.begin(), data.end());
   if (const auto it = conns_.find(conn); it != conns_.end() && (kind == EventKind::request || kind == EventKind::reply)) {
     p.event.device = it->second.device;
@@ -317,6 +321,7 @@ void RdmaCm::on_answer(std::uint64_t cookie, std::optional<offer::Code> code) {
   const Nanos t = now(), many = 1 + static_cast<Nanos>(offers_.size()) / kAtOnce;
   o.asking = false;
   if (code == offer::Code::noted) {
+    o.noted = true;
     o.patience.renew(t);
     o.next_try = t + kNotedPatience;
   } else {
@@ -617,7 +622,7 @@ void RdmaCm::end(ConnId id, Reason reason, std::span<const std::byte> data, bool
   tell(refused      ? EventKind::rejected
        : unanswered ? EventKind::unreachable
                     : EventKind::disconnected,
-       id, c.cookie, reason, data);
+       id, c.cookie, reason, data, true);
 }
 
 void RdmaCm::withdraw(std::uint64_t cookie) noexcept {
@@ -786,8 +791,10 @@ void RdmaCm::keep_time() {
         (dial != dials_.end() && dial->second.offer) ||
         (offered != offers_.end() && (offered->second.evidence.is_guessed_at() || !offered->second.evidence.is_said()));
     const bool had_turn = dial != dials_.end() && dial->second.has_turn;
+    const bool answered = (dial != dials_.end() && dial->second.offer) || (offered != offers_.end() && offered->second.noted);
     withdraw(cookie);
-    tell(EventKind::unreachable, ConnId::none, cookie, had_turn ? Reason::timed_out : met ? Reason::unproven : Reason::no_peer);
+    const Reason why = had_turn ? Reason::timed_out : met ? Reason::unproven : Reason::no_peer;
+    tell(EventKind::unreachable, ConnId::none, cookie, why, {}, answered);
   }
   make_offers(t);
   for (const std::uint64_t cookie : held_offers)

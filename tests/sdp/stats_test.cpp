@@ -138,9 +138,10 @@ BOOST_AUTO_TEST_CASE(open_and_closed_connections_are_counted_once) {
     a->switches_up.add(2);
     a->lanes_failed.add(3);
     a->lanes_returned.add(1);
+    a->looks_again.add(4);
     a->credits_send.store(9);
     ConnStats* b = acquire_stats(6);
-    b->set_reason(LaneReason::no_peer);
+    b->set_reason(LaneReason::no_peer, true);
     b->tcp.bytes_received.add(11);
 
     json j = report();
@@ -161,6 +162,8 @@ BOOST_AUTO_TEST_CASE(open_and_closed_connections_are_counted_once) {
     EXPECT(j["connections"][0]["reason"] == "none");
     EXPECT(j["connections"][0]["lane"]["bytes_sent"] == 5000000000);
     EXPECT(j["connections"][0]["credits"]["send"] == 9);
+    EXPECT(j["connections"][0]["looks"] == json({{"again", 4}, {"to_come", 0}}));
+    EXPECT(j["connections"][1]["looks"] == json({{"again", 0}, {"to_come", 1}}));
     EXPECT(j["connections"][1]["transport"] == "tcp");
     EXPECT(j["connections"][1]["reason"] == "no_peer");
 
