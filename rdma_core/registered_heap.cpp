@@ -117,9 +117,6 @@ namespace rdma {
 namespace {
 
 constexpr std::size_t kPageBytes = 4096;  // jemalloc's
-/// What the heap grows by: jemalloc asks for a few pages at a time, and gets them from extents of this size.
-constexpr std::size_t kExtentBytes = 2 * 1024 * 1024;
-
 struct Extent {
   std::unique_ptr<Mr> mr;
   std::byte* tail;  ///< not yet given to jemalloc from here on
@@ -146,7 +143,7 @@ struct RegisteredHeap::State {
     State* state;
   };
 
-  explicit State(Pd& p) : pd(p) {}
+  State(Pd& p, std::size_t first) : pd(p), first_extent(first) {}
   ~State();
 
   /// The extent that holds `addr`, or nullptr. Takes extents_mutex.
@@ -163,6 +160,7 @@ struct RegisteredHeap::State {
   static bool merge_extents(sdpje::ExtentHooks*, void*, std::size_t, void*, std::size_t, bool, unsigned) noexcept;
 
   Pd& pd;
+  const std::size_t first_extent;  ///< bytes
   // No dalloc: an Mr lives as long as the heap, for blocks point to it. No purge: a device may hold the pages, and a hole punched
   // under it would part the device's pages from ours.
   Hooks hooks{{.alloc = alloc_extent,
@@ -209,7 +207,9 @@ std::byte* RegisteredHeap::State::cut_or_map(std::size_t size, std::size_t align
   for (const auto& extent : extents)
     if (std::byte* piece = extent->cut(size, alignment)) return piece;
   const std::size_t slack = alignment > kPageBytes ? alignment - kPageBytes : 0;
-  auto mr = pd.map_extent(std::max(size + slack, kExtentBytes));
+  // jemalloc asks for a few pages at a time, and gets them from something larger.
+  const std::size_t step = std::clamp(mapped.load(std::memory_order_relaxed), first_extent, kExtentBytes);
+  auto mr = pd.map_extent(std::max(size + slack, step));
   if (!mr) return nullptr;
   std::byte* begin = (*mr)->addr;
   const std::size_t length = (*mr)->length;
@@ -251,8 +251,8 @@ bool RegisteredHeap::State::merge_extents(sdpje::ExtentHooks* table, void* a, st
 
 RegisteredHeap::RegisteredHeap(std::unique_ptr<State> state) : state_(std::move(state)) {}
 
-Result<std::unique_ptr<RegisteredHeap>> RegisteredHeap::create(Pd& pd) {
-  auto state = std::make_unique<State>(pd);
+Result<std::unique_ptr<RegisteredHeap>> RegisteredHeap::create(Pd& pd, std::size_t first_extent) {
+  auto state = std::make_unique<State>(pd, std::min(first_extent, kExtentBytes));
   std::uint32_t expected = 0;
   if (!user.compare_exchange_strong(expected, state->owner) && expected != state->owner)
     return fail(ENOTSUP, "heap: in a process made without fork()");

@@ -23,8 +23,11 @@ class RegisteredHeap {
     const Mr* mr = nullptr;  ///< the extent it lies in; lives as long as the heap
   };
 
-  static Result<std::unique_ptr<RegisteredHeap>> create(Pd& pd);  ///< the Pd must outlive the heap
-  ~RegisteredHeap();                                              ///< every block must be back
+  static constexpr std::size_t kExtentBytes = std::size_t{2} << 20;
+  /// The Pd must outlive the heap. `first_extent`: bytes that it grows by at first; then by as much as it has, up to kExtentBytes.
+  /// An extent stays as long as the heap.
+  static Result<std::unique_ptr<RegisteredHeap>> create(Pd& pd, std::size_t first_extent = kExtentBytes);
+  ~RegisteredHeap();  ///< every block must be back
 
   /// `alignment` is a power of two. Contents are undefined. Errors: ENOMEM, EDEADLK, EPERM; go on without.
   Result<Block> allocate(std::size_t bytes, std::size_t alignment);

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <bit>
 #include <cerrno>
 #include <cstring>
 #include <new>
@@ -46,15 +47,15 @@ Result<Unit> Lane::open(rdma::CompletionChannel* channel) noexcept {
   words_mr_view_.remote_base = words->mr->remote_base;
   words_mr_view_.rkey = words->mr->rkey;
 
-  auto cq = device_->create_cq(4 * kMaxBuffers, channel);
+  rdma::QpInit init;
+  init.send_depth = send_depth_ = unordered_ ? kWireDepth : kSendDepth;
+  init.recv_depth = unordered_ ? std::bit_ceil(std::min<std::uint32_t>(limits_.recv_buffers_max + 1U, kMaxBuffers)) : kRing;
+  init.max_inline = std::min({device_->attr().max_inline, limits_.conn.recv_size_max, unordered_ ? kWireInline : ~0U});
+  auto cq = device_->create_cq(init.send_depth + init.recv_depth, channel);
   if (!cq) return rdma::Err{cq.error()};
   cq_ = cq.value().release();
-  rdma::QpInit init;
   init.send_cq = cq_;
   init.recv_cq = cq_;
-  init.send_depth = kSendDepth;
-  init.recv_depth = kRing;
-  init.max_inline = std::min(device_->attr().max_inline, limits_.conn.recv_size_max);
   auto qp = peer.pd->create_qp(init);
   if (!qp) return rdma::Err{qp.error()};
   qp_ = qp.value().release();
@@ -139,6 +140,29 @@ void Lane::write_word(Word which, std::uint64_t value) noexcept {
 
 void Lane::release_buffer() noexcept {
   if (buffered() == 0) send_buffer_.release_large(*(*peer_)->heap);
+}
+
+void Lane::rest_if_idle(std::int64_t now_ns) noexcept {
+  const std::uint64_t moves = tx_messages_ + rx_arrivals_;
+  if (std::exchange(idle_moves_, moves) != moves || idle_since_ == 0) {
+    idle_since_ = now_ns;
+    awaits_idle_ = false;
+    return;
+  }
+  if (!unordered_ || dead() || conn.state() != ConnState::established || now_ns - idle_since_ < kIdleNs) return;
+  // The peer may have a message that our device would still send once more: its completion counts, too.
+  const bool device_is_done = !staging_.active() || staged_up_to_[reaped_ % kSendDepth] == staging_.position();
+  const bool owes_ack = arrived_in_all() != told_arrived_;
+  if (owes_ack && pending_posts_ != 0) flush_posts();
+  if (owes_ack && conn.credit().may_send_update()) {
+    conn.want_update();
+    send_control();
+  }
+  if (!device_is_done && !std::exchange(awaits_idle_, true)) {
+    signalled_ = requests_ - kSignalEvery;  // the next request asks for a completion: a word that tells the peer nothing
+    (void)write_peer(offsetof(LaneBlock, pulled), &rx_bytes_, 1, false);
+  }
+  if (staging_.active() && device_is_done && staging_.in_use() == 0 && held() == 0) staging_.close(*(*peer_)->heap);
 }
 
 void Lane::stop() noexcept {

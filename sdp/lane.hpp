@@ -96,17 +96,21 @@ class Lane {
   static constexpr std::uint16_t kMaxBuffers = 129;   ///< one more than the largest grant: Hello is outside the account
   static constexpr std::uint32_t kMaxInFlight = 256;  ///< messages that the peer has not acknowledged
   static constexpr std::uint32_t kSendDepth = 256;    ///< entries of the send queue
-  static constexpr std::uint32_t kSpareSends = 32;    ///< entries that payload leaves to control messages and switch words
-  static constexpr std::uint32_t kSignalEvery = 32;   ///< requests for which one completion is asked
-  static constexpr std::uint32_t kCutsToGrow = 8;     ///< see weigh_cuts()
-  static constexpr std::uint32_t kGatherFrom = 4;     ///< unacknowledged messages, behind which small sends wait for each other
-  static constexpr std::uint32_t kAckAtWait = 2;      ///< messages that a waiting reader acknowledges; at most kGatherFrom
-  static constexpr std::size_t kBurstSend = 16384;    ///< bytes: sends so small are a burst's, if many follow each other
-  static constexpr std::uint32_t kBurstBegins = 8;    ///< sends that go out as messages of their own first
-  static constexpr std::uint32_t kLeastInline = 32;   ///< bytes: what a device must take inline, for the words in the peer's block
-  static constexpr std::uint32_t kBulkPiece = 8192;   ///< bytes: payloads worth the choice of a copy
-  static constexpr std::size_t kLittle = 8192;        ///< bytes: a receive of less has caught up with the burst
-  static constexpr std::int64_t kGatherNs = 2500;     ///< between two looks of a reader that has caught up
+  /// Where the queue takes memory of the kernel's, for each lane: devices keep one entry back and round up to a power of two, with
+  /// room for the inline bytes in each.
+  static constexpr std::uint32_t kWireDepth = 127, kWireInline = 192;
+  static constexpr std::uint32_t kSpareSends = 32;   ///< entries that payload leaves to control messages and switch words
+  static constexpr std::uint32_t kSignalEvery = 32;  ///< requests for which one completion is asked
+  static constexpr std::uint32_t kCutsToGrow = 8;    ///< see weigh_cuts()
+  static constexpr std::uint32_t kGatherFrom = 4;    ///< unacknowledged messages, behind which small sends wait for each other
+  static constexpr std::uint32_t kAckAtWait = 2;     ///< messages that a waiting reader acknowledges; at most kGatherFrom
+  static constexpr std::size_t kBurstSend = 16384;   ///< bytes: sends so small are a burst's, if many follow each other
+  static constexpr std::uint32_t kBurstBegins = 8;   ///< sends that go out as messages of their own first
+  static constexpr std::uint32_t kLeastInline = 32;  ///< bytes: what a device must take inline, for the words in the peer's block
+  static constexpr std::uint32_t kBulkPiece = 8192;  ///< bytes: payloads worth the choice of a copy
+  static constexpr std::size_t kLittle = 8192;       ///< bytes: a receive of less has caught up with the burst
+  static constexpr std::int64_t kGatherNs = 2500;    ///< between two looks of a reader that has caught up
+  static constexpr std::int64_t kIdleNs = 1'000'000'000;  ///< without a byte: then an unordered lane keeps nothing to send from
 
   Lane(std::shared_ptr<PeerContext>* peer, const LaneLimits& limits) noexcept
       : conn(limits.conn),
@@ -164,7 +168,7 @@ class Lane {
   }
   /// A message may go; while the buffer holds bytes none may.
   bool may_send() const noexcept {
-    return may_post() && buffered() == 0 && (!staging_.active() || staging_.has_room(staging_.longest()));
+    return may_post() && buffered() == 0 && (!staging_.active() || staging_.may_grow() || staging_.has_room(staging_.longest()));
   }
   /// Bytes that recv() finds.
   std::uint64_t unread() const noexcept { return rx_bytes_queued_ + peer_buffer_.held(arrived_.load(std::memory_order_relaxed)); }
@@ -245,6 +249,10 @@ class Lane {
 
   std::uint16_t recv_credits() const noexcept { return conn.credit().posted(); }
   std::size_t memory_bytes() const noexcept { return buffer_bytes_; }
+  std::size_t staging_bytes() const noexcept { return staging_.bytes(); }  ///< registered to gather messages in
+  /// Called now and then: when nothing has gone by an unordered lane for kIdleNs, gives back what it gathers messages in, once the
+  /// peer has acknowledged all of them. What the peer waits for to do the same is said.
+  void rest_if_idle(std::int64_t now_ns) noexcept;
 
   Connection conn;
 
@@ -264,7 +272,7 @@ class Lane {
 
   std::uint32_t in_flight() const noexcept { return conn.credit().sent() - conn.credit().acked(); }
   bool may_post() const noexcept {
-    return conn.may_send_payload() && in_flight() < kMaxInFlight && requests_ - reaped_ < kSendDepth - kSpareSends && !dead();
+    return conn.may_send_payload() && in_flight() < kMaxInFlight && requests_ - reaped_ < send_depth_ - kSpareSends && !dead();
   }
   /// What is held has a buffer at the peer: it can go before the direction ends, unless control messages take that one.
   bool may_hold() const noexcept { return in_flight() >= kGatherFrom && may_post(); }
@@ -283,6 +291,7 @@ class Lane {
   bool has_left(bool posted, std::span<const std::byte> header, std::span<const std::byte> payload) noexcept;
   std::uint32_t longest_payload() noexcept;
   void weigh_cuts(std::size_t bytes, std::uint32_t cuts) noexcept;
+  bool make_room(std::size_t bytes) noexcept;
   bool post_data(rdma::Sge* sges, std::uint8_t count, std::uint32_t payload) noexcept;
   void send_control() noexcept;
   void home(std::uint32_t buffer) noexcept;
@@ -338,6 +347,7 @@ class Lane {
   std::uint32_t cuts_ = 0;         ///< ends of messages within a send, for the size of the peer's buffers; see weigh_cuts()
   std::uint32_t wished_size_ = 0;  ///< bytes: the last ChRcvBuf
   std::uint32_t max_sge_ = 1;
+  std::uint32_t send_depth_ = kSendDepth;
   std::uint32_t max_inline_ = 0;  ///< bytes; a longer message is gathered in staging_
 
   std::uint32_t rx_head_ = 0, rx_tail_ = 0;  ///< unread queue: [head, tail)
@@ -354,6 +364,9 @@ class Lane {
   std::uint64_t requests_ = 0;                ///< those and the RDMA Writes: what takes an entry of the send queue
   std::uint64_t signalled_ = 0, reaped_ = 0;  ///< the last of them that asked for a completion; that completed
   std::uint64_t awaited_ = 0;                 ///< the one that await_posts() made
+  std::uint64_t idle_moves_ = 0;              ///< messages with payload, both ways, at the last rest_if_idle() that saw news
+  std::int64_t idle_since_ = 0;               ///< when that was, ns
+  bool awaits_idle_ = false;                  ///< a completion behind all of them
 
   Capture* capture_ = nullptr;
   std::uint32_t capture_conn_ = Capture::kNoConnection;

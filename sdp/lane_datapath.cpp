@@ -71,10 +71,19 @@ bool Lane::ack_is_due() const noexcept { return unordered_ && arrived_in_all() -
 /// Without memory to gather in, no longer than what the device takes inline.
 std::uint32_t Lane::longest_payload() noexcept {
   constexpr auto kHead = static_cast<std::uint32_t>(wire::kBsdhBytes);
-  if (conn.max_payload() + kHead <= max_inline_) [[likely]]
+  if (conn.max_payload() + kHead <= max_inline_ && !unordered_) [[likely]]
     return conn.max_payload();
   const bool gathered = staging_.active() || staging_.open(*(*peer_)->heap);
   return std::min(conn.max_payload(), (gathered ? static_cast<std::uint32_t>(staging_.longest()) : max_inline_) - kHead);
+}
+
+/// False: what the peer has not acknowledged fills the memory to gather messages in, and there is no more of it.
+bool Lane::make_room(std::size_t bytes) noexcept {
+  if (!staging_.active() || !staging_.may_grow()) [[likely]]
+    return true;  // may_send() has asked
+  const bool is_short = std::min<std::size_t>(bytes, conn.max_payload()) + wire::kBsdhBytes > staging_.longest();
+  const bool has_room = staging_.has_room(staging_.longest());
+  return (has_room && !is_short) || staging_.grow(*(*peer_)->pd) || has_room;
 }
 
 /// One message that lies in staging_.
@@ -181,7 +190,7 @@ std::size_t Lane::send(IovCursor& from) noexcept {
     total = gather(from, bytes);
     if (held() != 0) return total;
   }
-  while (!from.done() && may_send()) {
+  while (!from.done() && may_send() && make_room(from.remaining())) {
     const IovCursor before = from;
     Sge sges[8];
     std::uint8_t count = 1;
@@ -243,6 +252,7 @@ bool Lane::send_at_once(const std::byte* bytes, std::uint32_t count) noexcept {
   Sge sges[2];
   sges[1] = Sge{bytes, count, {}};
   if (!post_data(sges, 2, count)) return false;
+  if (cuts_ != 0) weigh_cuts(count, 0);
   ++burst_;
   return true;
 }
@@ -251,7 +261,7 @@ bool Lane::write_peer(std::size_t offset, const std::uint64_t* words, unsigned c
   const Sge sge{reinterpret_cast<const std::byte*>(words), static_cast<std::uint32_t>(8 * count), {}};
   SendWr wr = to_peers_block(offset, sge, wake);
   number_request(wr);
-  if (requests_ - reaped_ >= kSendDepth / 2) [[unlikely]]
+  if (requests_ - reaped_ >= send_depth_ / 2) [[unlikely]]
     reap();
   if (qp_->post_send(wr) == Post::ok) [[likely]]
     return true;

@@ -20,6 +20,7 @@ constexpr auto kHead = static_cast<std::uint32_t>(wire::kBsdhBytes);
 /// False: there is no room.
 bool Lane::open_gathered() noexcept {
   if (!staging_.active() && !staging_.open(*(*peer_)->heap)) return false;
+  if (!make_room(conn.max_payload())) return false;
   const std::uint32_t most = longest_payload();
   if (!staging_.has_room(kHead + most)) return false;
   gathered_ = staging_.next_piece(kHead + most);

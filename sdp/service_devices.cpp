@@ -55,7 +55,10 @@ std::shared_ptr<PeerContext> Service::context_for(rdma::Device& device, const rd
   context->device = &device;
   context->path = path;
   context->pd = std::move(pd.value());
-  auto heap = rdma::RegisteredHeap::create(*context->pd);
+  // Where memory is pinned, a process with one lane pins no more than that needs.
+  constexpr std::size_t kFirstPinned = std::size_t{256} << 10;
+  const bool pins = !device.attr().maps_peer_memory;
+  auto heap = rdma::RegisteredHeap::create(*context->pd, pins ? kFirstPinned : rdma::RegisteredHeap::kExtentBytes);
   if (!heap) return nullptr;
   context->heap = std::move(heap.value());
   slot = context;

@@ -79,6 +79,7 @@ void Service::tend(StreamImpl* stream) noexcept {
 // Lanes that are over on both sides: the stream forgets its lane; memory goes back when the peer writes no more.
 void Service::look_after_lanes() noexcept {
   needs_looks_ = false;
+  const std::int64_t now = rdma::SteadyClock{}.now();
   for (std::size_t i = 0; i < laned_.size();) {
     StreamImpl* s = laned_[i];
     bool gone = false;
@@ -86,6 +87,7 @@ void Service::look_after_lanes() noexcept {
     (void)s->lock.lock();
     s->tend();
     wake_for_words(*s);
+    if (s->lane != nullptr && s->lane->unordered() && s->phase.load() == Phase::laned) s->lane->rest_if_idle(now);
     needs_looks_ = needs_looks_ || s->needs_looks();
     const Arrived last = s->lane != nullptr ? s->arrived() : Arrived{};
     const std::uint64_t conn = s->conn;

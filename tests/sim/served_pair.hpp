@@ -241,6 +241,7 @@ class ServedPair {
     if (stream.lane != nullptr && stream.tx.load() == TxState::lane && !stream.lane_is_over()) {
       stream.lane->drain();
       stream.lane->release_buffer();
+      stream.lane->rest_if_idle(looks_ += Lane::kIdleNs);
     }
     stream.lock.unlock();
   }
@@ -264,6 +265,7 @@ class ServedPair {
   StreamPair pair_;
   std::array<Served, 2> served_;
   Carried carried_;
+  std::int64_t looks_ = 0;  ///< the clock of those who look for idle lanes
 };
 
 }  // namespace sdp::sim

@@ -1,0 +1,128 @@
+#!/usr/bin/env python3
+"""What idle lanes hold of the machine: registered memory, which the kernel pins, and the queues that it keeps for their QPs.
+
+    idle_test.py --lib LIBRARY --transport ib|rnic [--connections N]
+
+Two processes have N lanes. What each of them has pinned is printed per lane: with no byte carried, after a few messages, after a load, and when
+that is over. Then it must have come back to what it was, and stay below a bound.
+"""
+import argparse
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, "..", "apps"))
+from harness import listening, wait_for  # noqa: E402
+
+NETWORKS = {"ib": ("10.77.0.1", "10.77.0.2"), "rnic": ("10.77.1.1", "10.77.1.2")}
+PORT = 12880
+LOAD = 2 << 20
+PATIENCE = 60
+BOUND = {"pinned": 96, "queues": 192}  # KiB per lane, at the end that was the sender
+
+
+def give(sock, count):
+    sock.sendall(bytes(count))
+
+
+def take(sock, count):
+    while count:
+        count -= len(sock.recv(min(count, 1 << 16)) or sys.exit("the connection ended"))
+
+
+def serve(near, count):
+    """Answers each command byte of the first connection on all of them: `m` by a message, `l` by a load."""
+    listener = socket.create_server((near, PORT), backlog=1024)
+    all_of_them = [listener.accept()[0] for _ in range(count)]
+    for sock in all_of_them:
+        take(sock, 1)
+        give(sock, 1)
+    while what := all_of_them[0].recv(1):
+        for sock in all_of_them:
+            give(sock, 200 if what == b"m" else LOAD)
+
+
+def ask(near, far, count):
+    all_of_them = [socket.create_connection((near, PORT), source_address=(far, 0)) for _ in range(count)]
+    for sock in all_of_them:
+        give(sock, 1)
+        take(sock, 1)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        all_of_them[0].sendall(line[:1].encode())
+        for sock in all_of_them:
+            take(sock, 200 if line[0] == "m" else LOAD)
+        print("done", flush=True)
+
+
+def held(pid):
+    """KiB: what the kernel has pinned for the process, and queues that it shares with it."""
+    with open(f"/proc/{pid}/status", encoding="ascii") as status:
+        pinned = next(int(line.split()[1]) for line in status if line.startswith("VmPin:"))
+    queues = 0
+    with open(f"/proc/{pid}/maps", encoding="ascii", errors="replace") as maps:
+        for line in maps:
+            if "uverbs" in line:
+                first, last = (int(end, 16) for end in line.split()[0].split("-"))
+                queues += (last - first) >> 10
+    return {"pinned": pinned, "queues": queues}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--lib")
+    parser.add_argument("--transport", choices=NETWORKS, required=True)
+    parser.add_argument("--connections", type=int, default=16)
+    parser.add_argument("--role", choices=("serve", "ask"))
+    args = parser.parse_args()
+    near, far = NETWORKS[args.transport]
+    if args.role:
+        return serve(near, args.connections) if args.role == "serve" else ask(near, far, args.connections)
+    processes = []
+    with tempfile.TemporaryDirectory(prefix="sdpreload-idle-") as folder:
+        env = dict(os.environ, LD_PRELOAD=os.path.abspath(args.lib), SDP_TRANSPORT=args.transport, SDP_POLICY="sdp",
+                   SDP_STATS=os.path.join(folder, "%p.json"))
+        try:
+            for role in ("serve", "ask"):
+                command = [sys.executable, __file__, "--transport", args.transport, "--connections", str(args.connections), "--role", role]
+                processes.append(subprocess.Popen(command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+                wait_for(lambda: role == "ask" or listening(PORT), 60, "the server")
+            asker = processes[1]
+
+            def show(when):
+                each = [held(process.pid) for process in processes]
+                print(f"{args.transport}, {when}, KiB per lane:",
+                      *(f"{end} {what} {have[what] / args.connections:.0f}" for end, have in zip(("sender", "reader"), each) for what in have), flush=True)
+                return each[0]
+
+            def do(what):
+                asker.stdin.write(f"{what}\n")
+                asker.stdin.flush()
+                assert asker.stdout.readline() == "done\n"
+
+            assert asker.stdout.readline() == "ready\n"
+            show("as made")
+            do("m")
+            show("after a message")
+            do("l")
+            loaded = show("after a load")
+            deadline = time.monotonic() + PATIENCE
+            while any(held(processes[0].pid)[what] > BOUND[what] * args.connections for what in BOUND):
+                assert time.monotonic() < deadline, f"does not go back: {show('in vain')}"
+                time.sleep(0.1)
+            idle = show("idle")
+            assert idle["pinned"] + args.connections * 128 < loaded["pinned"], "the load has pinned nothing: this proves nothing"
+            do("m")
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
