@@ -26,7 +26,7 @@ std::int64_t StreamImpl::send_at_once(const void* bytes, std::size_t count, int 
 
 std::int64_t StreamImpl::take_at_once(std::byte* to, std::size_t room, std::uint16_t gen) noexcept {
   if (generation.load(std::memory_order_relaxed) != gen || rx.load(std::memory_order_relaxed) != RxState::lane ||
-      phase.load(std::memory_order_relaxed) != Phase::laned || owner != engine::process_id())
+      phase.load(std::memory_order_relaxed) != Phase::laned || owner != engine::process_id() || lane->dead())
     return 0;
   const std::size_t n = lane->recv_at_once(to, room);
   if (n != 0 && stats != nullptr) {
