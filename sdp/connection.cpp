@@ -114,8 +114,8 @@ Rx Connection::on_message_slow(std::span<const std::byte> shared) noexcept {
       peer_recv_size_ = believable(granted.value().size);
       return Rx::resized;
     }
-    // No completion, cancel or mode of zero copy is expected while we advertise nothing; adverts of the peer's are answered with
-    // SendSm by the issue that brings zero copy. MaxAdverts 1 in Hello does not oblige it to advertise.
+    // No completion, cancel or mode of zero copy is expected while we advertise nothing. MaxAdverts 1 in Hello does not oblige the
+    // peer to advertise.
     case Mid::send_sm:
     case Mid::rdma_rd_compl:
     case Mid::src_avail_cancel:

@@ -19,7 +19,8 @@ struct IpAddress {
   std::uint32_t scope = 0;            ///< index of the network device, of a link-local address
   std::array<std::byte, 16> bytes{};  ///< IPv4: the first four
 
-  friend auto operator<=>(const IpAddress&, const IpAddress&) = default;
+  // clang-tidy 14 takes the operator for a comparison with 0.
+  friend auto operator<=>(const IpAddress&, const IpAddress&) = default;  // NOLINT(modernize-use-nullptr)
 
   /// Of another family: `family` is AF_UNSPEC.
   static IpAddress from(const sockaddr_storage& address) noexcept {

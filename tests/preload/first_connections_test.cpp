@@ -37,10 +37,12 @@ int listen_on(sockaddr_in& address) {
 
 /// What the preloaded process does: this test's own program, run again.
 BOOST_AUTO_TEST_CASE(connect_at_once, *boost::unit_test::disabled()) {
+  const char* const port = std::getenv("PORT");
+  BOOST_REQUIRE(port != nullptr);
   sockaddr_in address{};
   address.sin_family = AF_INET;
   address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  address.sin_port = htons(static_cast<std::uint16_t>(std::atoi(std::getenv("PORT"))));
+  address.sin_port = htons(static_cast<std::uint16_t>(std::atoi(port)));
   std::barrier ready(kThreads);
   std::vector<std::jthread> threads;
   for (int i = 0; i < kThreads; ++i)
