@@ -7,18 +7,13 @@ Two processes have N lanes. What each of them has pinned is printed per lane: wi
 that is over. Then it must have come back to what it was, and stay below a bound.
 """
 import argparse
-import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(HERE, "..", "apps"))
-from harness import listening, wait_for  # noqa: E402
+from two_roles import NETWORKS, two_roles
 
-NETWORKS = {"ib": ("10.77.0.1", "10.77.0.2"), "rnic": ("10.77.1.1", "10.77.1.2")}
 PORT = 12880
 LOAD = 2 << 20
 PATIENCE = 60
@@ -82,45 +77,32 @@ def main():
     near, far = NETWORKS[args.transport]
     if args.role:
         return serve(near, args.connections) if args.role == "serve" else ask(near, far, args.connections)
-    processes = []
-    with tempfile.TemporaryDirectory(prefix="sdpreload-idle-") as folder:
-        env = dict(os.environ, LD_PRELOAD=os.path.abspath(args.lib), SDP_TRANSPORT=args.transport, SDP_POLICY="sdp",
-                   SDP_STATS=os.path.join(folder, "%p.json"))
-        try:
-            for role in ("serve", "ask"):
-                command = [sys.executable, __file__, "--transport", args.transport, "--connections", str(args.connections), "--role", role]
-                processes.append(subprocess.Popen(command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
-                wait_for(lambda: role == "ask" or listening(PORT), 60, "the server")
-            asker = processes[1]
+    with two_roles(args.lib, PORT, args.transport, "--connections", args.connections,
+                   text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as run:
+        def show(when):
+            each = [held(process.pid) for process in (run.server, run.client)]
+            print(f"{args.transport}, {when}, KiB per lane:",
+                  *(f"{end} {what} {have[what] / args.connections:.0f}" for end, have in zip(("sender", "reader"), each) for what in have), flush=True)
+            return each[0]
 
-            def show(when):
-                each = [held(process.pid) for process in processes]
-                print(f"{args.transport}, {when}, KiB per lane:",
-                      *(f"{end} {what} {have[what] / args.connections:.0f}" for end, have in zip(("sender", "reader"), each) for what in have), flush=True)
-                return each[0]
+        def do(what):
+            run.client.stdin.write(f"{what}\n")
+            run.client.stdin.flush()
+            assert run.client.stdout.readline() == "done\n"
 
-            def do(what):
-                asker.stdin.write(f"{what}\n")
-                asker.stdin.flush()
-                assert asker.stdout.readline() == "done\n"
-
-            assert asker.stdout.readline() == "ready\n"
-            show("as made")
-            do("m")
-            show("after a message")
-            do("l")
-            loaded = show("after a load")
-            deadline = time.monotonic() + PATIENCE
-            while any(held(processes[0].pid)[what] > BOUND[what] * args.connections for what in BOUND):
-                assert time.monotonic() < deadline, f"does not go back: {show('in vain')}"
-                time.sleep(0.1)
-            idle = show("idle")
-            assert idle["pinned"] + args.connections * 128 < loaded["pinned"], "the load has pinned nothing: this proves nothing"
-            do("m")
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
+        assert run.client.stdout.readline() == "ready\n"
+        show("as made")
+        do("m")
+        show("after a message")
+        do("l")
+        loaded = show("after a load")
+        deadline = time.monotonic() + PATIENCE
+        while any(held(run.server.pid)[what] > BOUND[what] * args.connections for what in BOUND):
+            assert time.monotonic() < deadline, f"does not go back: {show('in vain')}"
+            time.sleep(0.1)
+        idle = show("idle")
+        assert idle["pinned"] + args.connections * 128 < loaded["pinned"], "the load has pinned nothing: this proves nothing"
+        do("m")
     return 0
 
 

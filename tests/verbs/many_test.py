@@ -6,36 +6,14 @@
 Nothing here measures: a slow machine makes it slow, and ends it after minutes.
 """
 import argparse
-import json
-import os
 import selectors
 import socket
-import subprocess
 import sys
-import tempfile
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(HERE, "..", "apps"))
-from harness import listening, wait_for  # noqa: E402
+from two_roles import NETWORKS, serve_echo, two_roles
 
-NETWORKS = {"ib": ("10.77.0.1", "10.77.0.2"), "rnic": ("10.77.1.1", "10.77.1.2")}
 PORT = 12879
 MESSAGE = bytes(range(100))
-
-
-def serve(near):
-    listener = socket.create_server((near, PORT), backlog=1024)
-    ready = selectors.DefaultSelector()
-    ready.register(listener, selectors.EVENT_READ)
-    while True:
-        for key, _ in ready.select():
-            if key.fileobj is listener:
-                ready.register(listener.accept()[0], selectors.EVENT_READ)
-            elif data := key.fileobj.recv(4096):
-                key.fileobj.sendall(data)
-            else:
-                ready.unregister(key.fileobj)
-                key.fileobj.close()
 
 
 def ask(near, far, count):
@@ -74,23 +52,10 @@ def main():
     args = parser.parse_args()
     near, far = NETWORKS[args.transport]
     if args.role:
-        return serve(near) if args.role == "serve" else ask(near, far, args.connections)
-    processes = []
-    with tempfile.TemporaryDirectory(prefix="sdpreload-many-") as folder:
-        env = dict(os.environ, LD_PRELOAD=os.path.abspath(args.lib), SDP_TRANSPORT=args.transport, SDP_POLICY="sdp",
-                   SDP_STATS=os.path.join(folder, "%p.json"))
-        try:
-            for role in ("serve", "ask"):
-                command = [sys.executable, __file__, "--transport", args.transport, "--connections", str(args.connections), "--role", role]
-                processes.append(subprocess.Popen(command, env=env))
-                wait_for(lambda: listening(PORT) or processes[0].poll() is not None, 60, "the server")
-            assert processes[1].wait(240) == 0
-        finally:
-            for each in processes:
-                each.kill()
-                each.wait()
-        with open(os.path.join(folder, f"{processes[1].pid}.json"), encoding="utf-8") as file:
-            report = json.load(file)
+        return serve_echo(near, PORT) if args.role == "serve" else ask(near, far, args.connections)
+    with two_roles(args.lib, PORT, args.transport, "--connections", args.connections) as run:
+        assert run.client.wait(240) == 0
+        report = run.report_of(run.client)
     assert report["bytes"]["lane"]["sent"] == 4 * len(MESSAGE) * args.connections and report["bytes"]["tcp"]["sent"] == 0, report["bytes"]
     return 0
 

@@ -6,36 +6,17 @@
 import argparse
 import json
 import os
-import selectors
 import socket
 import subprocess
 import sys
 import time
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(HERE, "..", "apps"))
-sys.path.insert(0, HERE)
-from fault_test import add, remove  # noqa: E402
-from harness import listening, wait_for  # noqa: E402
+from fault_test import add, remove
+from two_roles import NETWORKS, serve_echo, two_roles
 
-NETWORKS = {"ib": ("10.77.0.1", "10.77.0.2"), "rnic": ("10.77.1.1", "10.77.1.2")}
 PORT = 12881
 MESSAGE = bytes(range(100))
 PATIENCE = 150
-
-
-def serve(near):
-    listener = socket.create_server((near, PORT))
-    ready = selectors.DefaultSelector()
-    ready.register(listener, selectors.EVENT_READ)
-    while True:
-        for key, _ in ready.select():
-            if key.fileobj is listener:
-                ready.register(listener.accept()[0], selectors.EVENT_READ)
-            elif data := key.fileobj.recv(4096):
-                key.fileobj.sendall(data)
-            else:
-                ready.unregister(key.fileobj)
 
 
 def ask(near, far):
@@ -67,38 +48,34 @@ def main():
     args = parser.parse_args()
     near, far = NETWORKS[args.transport]
     if args.role:
-        return serve(near) if args.role == "serve" else ask(near, far)
-    env = dict(os.environ, LD_PRELOAD=os.path.abspath(args.lib), SDP_TRANSPORT=args.transport, SDP_POLICY="both", SDP_LANE_TIMEOUT="1")
-    processes = []
+        return serve_echo(near, PORT) if args.role == "serve" else ask(near, far)
+    settings = {"SDP_POLICY": "both", "SDP_LANE_TIMEOUT": "1"}
+    with two_roles(args.lib, PORT, args.transport, settings=settings, stdin=subprocess.PIPE) as run:
 
-    def look(count):
-        """What `sdp stat` says of the connections of each end, the oldest first; [] until there are so many."""
-        pids = [str(process.pid) for process in processes]
-        shown = subprocess.run([args.sdp, "stat", "--json", *pids], capture_output=True, check=False).stdout
-        ends = [sorted((c for c in process["connections"] if c["remote"]), key=lambda c: c["fd"])
-                for process in (json.loads(shown)["processes"] if shown else [])]
-        return ends if len(ends) == 2 and all(len(end) == count for end in ends) else []
+        def look(count):
+            """What `sdp stat` says of the connections of each end, the oldest first; [] until there are so many."""
+            pids = [str(process.pid) for process in (run.server, run.client)]
+            shown = subprocess.run([args.sdp, "stat", "--json", *pids], capture_output=True, check=False).stdout
+            ends = [sorted((c for c in process["connections"] if c["remote"]), key=lambda c: c["fd"])
+                    for process in (json.loads(shown)["processes"] if shown else [])]
+            return ends if len(ends) == 2 and all(len(end) == count for end in ends) else []
 
-    def await_(what, count, condition):
-        deadline = time.monotonic() + PATIENCE
-        while not ((ends := look(count)) and all(condition(end[-1]) for end in ends)):
-            assert all(process.poll() is None for process in processes), f"{what}: a program has ended"
-            assert time.monotonic() < deadline, f"{what}: not in time: {ends}"
-            time.sleep(0.05)
-        return ends
+        def await_(what, count, condition):
+            deadline = time.monotonic() + PATIENCE
+            while not ((ends := look(count)) and all(condition(end[-1]) for end in ends)):
+                assert all(process.poll() is None for process in (run.server, run.client)), f"{what}: a program has ended"
+                assert time.monotonic() < deadline, f"{what}: not in time: {ends}"
+                time.sleep(0.05)
+            return ends
 
-    def carries(connection):
-        return connection["transport"] == args.transport and connection["lane"]["bytes_received"] > 20 * len(MESSAGE)
-    try:
-        for role in ("serve", "ask"):
-            command = [sys.executable, __file__, "--transport", args.transport, "--role", role]
-            processes.append(subprocess.Popen(command, env=env, stdin=subprocess.PIPE))
-            wait_for(lambda: listening(PORT), 60, "the server")
+        def carries(connection):
+            return connection["transport"] == args.transport and connection["lane"]["bytes_received"] > 20 * len(MESSAGE)
+
         await_("the first connection's lane", 1, carries)
         remove(args.transport, 1)
         try:
-            processes[1].stdin.write(b"x")
-            processes[1].stdin.flush()
+            run.client.stdin.write(b"x")
+            run.client.stdin.flush()
             without = await_("the end of the first search", 2, lambda c: c["looks"]["to_come"] == 1)
             assert all(end[-1]["lane"]["bytes_received"] == 0 for end in without), without
         finally:
@@ -107,10 +84,6 @@ def main():
         assert all(end[-1]["looks"]["again"] >= 1 and end[-1]["looks"]["to_come"] == 0 for end in late), late
         assert all(end[-1]["failures"]["lanes"] == 0 for end in late), late
         print(f"{args.transport}: a lane after {late[0][-1]['looks']['again']} and {late[1][-1]['looks']['again']} more looks", flush=True)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
     return 0
 
 

@@ -8,24 +8,19 @@ Policy sdp: all of it goes by the lane.
 """
 import argparse
 import hashlib
-import json
-import os
 import random
 import socket
 import subprocess
 import sys
-import tempfile
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(HERE, "..", "apps"))
-from harness import listening, wait_for  # noqa: E402
+from two_roles import NETWORKS, two_roles
 
-NETWORKS = {"ib": ("v1", "10.77.0.1", "10.77.0.2"), "rnic": ("v3", "10.77.1.1", "10.77.1.2")}
+FAR_DEVICE = {"ib": "v1", "rnic": "v3"}
 PORT = 12878
 STREAM = random.Random(1).randbytes(6000000)
 
 
-def serve(near, _far):
+def serve(near):
     listener = socket.socket()
     listener.bind((near, PORT))
     listener.listen()
@@ -51,28 +46,18 @@ def main():
     parser.add_argument("--transport", choices=NETWORKS, required=True)
     parser.add_argument("--role", choices=("serve", "send"))
     args = parser.parse_args()
-    device, near, far = NETWORKS[args.transport]
+    near, far = NETWORKS[args.transport]
+    device = FAR_DEVICE[args.transport]
     if args.role:
-        return (serve if args.role == "serve" else send)(near, far)
+        return serve(near) if args.role == "serve" else send(near, far)
     subprocess.run(["tc", "qdisc", "add", "dev", device, "root", "netem", "delay", "30ms"], check=True)
-    processes = []
-    with tempfile.TemporaryDirectory(prefix="sdpreload-slow-") as folder:
-        env = dict(os.environ, LD_PRELOAD=os.path.abspath(args.lib), SDP_TRANSPORT=args.transport, SDP_POLICY="sdp",
-                   SDP_STATS=os.path.join(folder, "%p.json"))
-        try:
-            for role in ("serve", "send"):
-                command = [sys.executable, __file__, "--transport", args.transport, "--role", role]
-                processes.append(subprocess.Popen(command, env=env))
-                wait_for(lambda: listening(PORT) or processes[0].poll() is not None, 60, "the server")
-            codes = [each.wait(100) for each in reversed(processes)]
-        finally:
-            for each in processes:
-                each.kill()
-                each.wait()
-            subprocess.run(["tc", "qdisc", "del", "dev", device, "root"], check=True)
-        assert codes == [0, 0], codes
-        with open(os.path.join(folder, f"{processes[1].pid}.json"), encoding="utf-8") as file:
-            report = json.load(file)
+    try:
+        with two_roles(args.lib, PORT, args.transport, roles=("serve", "send")) as run:
+            codes = [each.wait(100) for each in (run.client, run.server)]
+            assert codes == [0, 0], codes
+            report = run.report_of(run.client)
+    finally:
+        subprocess.run(["tc", "qdisc", "del", "dev", device, "root"], check=True)
     assert report["bytes"]["lane"]["sent"] == len(STREAM) and report["bytes"]["tcp"]["sent"] == 0, report
     return 0
 
