@@ -487,7 +487,7 @@ std::size_t Lane::recv_at_once(std::byte* to, std::size_t room) noexcept {
   burst_ = 0;
   caught_up_at_ = 0;
   took(n, 0);
-  if (may_not_wait()) settle();
+  if (may_not_wait()) return_buffers();
   return n;
 }
 

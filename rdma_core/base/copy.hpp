@@ -1,7 +1,10 @@
-// Copies of many bytes between two cores: memcpy, but for two things that it does not know. `to` and `from` never overlap.
+// Copies of many bytes between two cores: memcpy, but for two things that it does not know, and on other CPUs than x86 just memcpy.
+// `to` and `from` never overlap.
 #pragma once
 
+#if defined(__SSE2__)
 #include <emmintrin.h>
+#endif
 
 #include <algorithm>
 #include <cstddef>
@@ -13,6 +16,7 @@ namespace rdma {
 inline constexpr std::size_t kCacheLine = 64;       ///< bytes
 inline constexpr std::size_t kStringCopies = 2048;  ///< bytes: memcpy uses no string instructions for less
 
+#if defined(__SSE2__)
 namespace detail {
 
 template <bool PastCaches>
@@ -60,5 +64,10 @@ inline void copy_past_caches(std::byte* to, const std::byte* from, std::size_t n
   detail::copy_lines<true>(to, from, n);
   _mm_sfence();
 }
+
+#else
+inline void copy_bytes(std::byte* to, const std::byte* from, std::size_t n) noexcept { std::memcpy(to, from, n); }
+inline void copy_past_caches(std::byte* to, const std::byte* from, std::size_t n) noexcept { std::memcpy(to, from, n); }
+#endif
 
 }  // namespace rdma
