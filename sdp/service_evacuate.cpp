@@ -194,7 +194,7 @@ bool Service::is_evacuated() noexcept {
       s->lane->drain();
       s->tend();
       const bool evacuated = s->is_evacuated() || s->lane_is_over();
-      through = through && evacuated && (!exec || (s->resend.empty() && s->last_words_arrived()));
+      through = through && evacuated && s->last_words_arrived() && (!exec || s->resend.empty());
       if (evacuated) s->lane->wake_sleepers();
     }
     s->lock.unlock();
