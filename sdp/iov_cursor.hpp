@@ -4,6 +4,7 @@
 #include <sys/uio.h>
 
 #include <cstddef>
+#include <span>
 
 namespace sdp {
 
@@ -35,10 +36,12 @@ class IovCursor {
     return sum - offset_;
   }
   static constexpr std::size_t kMost = 1024;  ///< IOV_MAX
-  /// What is left, for a system call: the caller's own iovecs, or, if the first is used up in part, those in `copy`.
-  void show_rest(iovec (&copy)[kMost], iovec** out, std::size_t* count) const noexcept {
-    *out = offset_ == 0 ? const_cast<iovec*>(iov_) : copy;
-    *count = offset_ == 0 ? static_cast<std::size_t>(end_ - iov_) : rest(copy, kMost);
+  /// What is left, for a system call: `call` gets the caller's own iovecs or, if the first is used up in part, a copy.
+  template <class Call>
+  auto with_rest(Call call) const {
+    if (offset_ == 0) [[likely]]
+      return call(std::span(const_cast<iovec*>(iov_), static_cast<std::size_t>(end_ - iov_)));
+    return with_copy(call);
   }
   /// What is left as iovecs of its own, at most `max`; returns how many were written.
   std::size_t rest(iovec* out, std::size_t max) const noexcept {
@@ -52,6 +55,12 @@ class IovCursor {
   }
 
  private:
+  // Its frame is for those who need it: handlers may run on small stacks.
+  template <class Call>
+  [[gnu::noinline]] auto with_copy(Call& call) const {
+    iovec copy[kMost];
+    return call(std::span(copy, rest(copy, kMost)));
+  }
   void skip_empty() noexcept {
     while (iov_ != end_ && iov_->iov_len == 0) ++iov_;
   }

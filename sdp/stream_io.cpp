@@ -64,38 +64,41 @@ void StreamImpl::count_tcp(bool sent, std::int64_t bytes) noexcept {
 // the lane, or the switch sees the caller.
 std::int64_t StreamImpl::kernel_send(int at, IovCursor& from, int flags) {
   const Counted here(kernel_senders);
-  iovec copy[IovCursor::kMost];
-  msghdr msg{};
-  from.show_rest(copy, &msg.msg_iov, &msg.msg_iovlen);
-  const iovec& first = msg.msg_iov[0];
-  const long n = msg.msg_iovlen == 1
-                     ? sys::blocking_call(SYS_sendto, at, sys::arg(first.iov_base), static_cast<long>(first.iov_len), flags)
-                     : sys::blocking_call(SYS_sendmsg, at, sys::arg(&msg), flags);
-  if (n > 0 && transcript.sent.is_open()) {
-    if (flags & MSG_OOB) transcript.sent.close();
-    transcript.sent.add({msg.msg_iov, msg.msg_iovlen}, static_cast<std::size_t>(n), kernel_senders.load(std::memory_order_acquire));
-  }
-  count_tcp(true, n);
-  return n;
+  return from.with_rest([&](std::span<iovec> pieces) -> std::int64_t {
+    msghdr msg{};
+    msg.msg_iov = pieces.data();
+    msg.msg_iovlen = pieces.size();
+    const iovec& first = pieces[0];
+    const long n = pieces.size() == 1
+                       ? sys::blocking_call(SYS_sendto, at, sys::arg(first.iov_base), static_cast<long>(first.iov_len), flags)
+                       : sys::blocking_call(SYS_sendmsg, at, sys::arg(&msg), flags);
+    if (n > 0 && transcript.sent.is_open()) {
+      if (flags & MSG_OOB) transcript.sent.close();
+      transcript.sent.add(pieces, static_cast<std::size_t>(n), kernel_senders.load(std::memory_order_acquire));
+    }
+    count_tcp(true, n);
+    return n;
+  });
 }
 
 std::int64_t StreamImpl::kernel_recv(int at, IovCursor& to, int flags) {
   const Counted here(kernel_receivers);
-  iovec copy[IovCursor::kMost];
-  msghdr msg{};
-  to.show_rest(copy, &msg.msg_iov, &msg.msg_iovlen);
-  const iovec& first = msg.msg_iov[0];
-  const long n = msg.msg_iovlen == 1
-                     ? sys::blocking_call(SYS_recvfrom, at, sys::arg(first.iov_base), static_cast<long>(first.iov_len), flags)
-                     : sys::blocking_call(SYS_recvmsg, at, sys::arg(&msg), flags);
-  if (flags & (MSG_PEEK | MSG_OOB | MSG_ERRQUEUE)) return n;
-  if (n > 0 && transcript.received.is_open()) {
-    if (flags & MSG_TRUNC) transcript.received.close();
-    transcript.received.add({msg.msg_iov, msg.msg_iovlen}, static_cast<std::size_t>(n),
-                            kernel_receivers.load(std::memory_order_acquire));
-  }
-  count_tcp(false, n);
-  return n;
+  return to.with_rest([&](std::span<iovec> pieces) -> std::int64_t {
+    msghdr msg{};
+    msg.msg_iov = pieces.data();
+    msg.msg_iovlen = pieces.size();
+    const iovec& first = pieces[0];
+    const long n = pieces.size() == 1
+                       ? sys::blocking_call(SYS_recvfrom, at, sys::arg(first.iov_base), static_cast<long>(first.iov_len), flags)
+                       : sys::blocking_call(SYS_recvmsg, at, sys::arg(&msg), flags);
+    if (flags & (MSG_PEEK | MSG_OOB | MSG_ERRQUEUE)) return n;
+    if (n > 0 && transcript.received.is_open()) {
+      if (flags & MSG_TRUNC) transcript.received.close();
+      transcript.received.add(pieces, static_cast<std::size_t>(n), kernel_receivers.load(std::memory_order_acquire));
+    }
+    count_tcp(false, n);
+    return n;
+  });
 }
 
 bool StreamImpl::usable_here() noexcept {
