@@ -9,6 +9,7 @@
 #include "preload/dispatch.hpp"
 #include "preload/epoll_set.hpp"
 #include "rdma_core/base/sys.hpp"
+#include "rdma_core/base/user_memory.hpp"
 #include "sdp/engine.hpp"
 
 using preload::EpollSet;
@@ -105,7 +106,7 @@ SDP_EXPORT int ioctl(int fd, unsigned long request, ...) noexcept {
   void* const arg = va_arg(args, void*);
   va_end(args);
   if (const Stream stream = fds().find(fd)) {
-    if ((request == FIONREAD || request == SIOCOUTQ || request == SIOCATMARK) && arg != nullptr) {
+    if ((request == FIONREAD || request == SIOCOUTQ || request == SIOCATMARK) && rdma::can_overwrite(arg, sizeof(int))) {
       const int n = request == FIONREAD ? stream.inq(fd) : request == SIOCOUTQ ? stream.outq(fd) : stream.at_mark(fd);
       if (n >= 0) *static_cast<int*>(arg) = n;
       return n >= 0 ? 0 : preload::to_libc<int>(n);

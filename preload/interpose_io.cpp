@@ -5,6 +5,7 @@
 
 #include "preload/dispatch.hpp"
 #include "rdma_core/base/sys.hpp"
+#include "rdma_core/base/user_memory.hpp"
 
 using preload::dispatch;
 using preload::dispatch_cancellable;
@@ -16,7 +17,7 @@ namespace sys = rdma::sys;
 namespace {
 /// False: the kernel has an error for these iovecs, or nothing to do.
 bool moves_bytes(const iovec* iov, int count) noexcept {
-  if (iov == nullptr || count <= 0 || count > IOV_MAX) return false;
+  if (count <= 0 || count > IOV_MAX || !rdma::is_readable(iov, static_cast<size_t>(count) * sizeof *iov)) return false;
   size_t sum = 0;
   for (int i = 0; i < count; ++i) {
     if (static_cast<ssize_t>(iov[i].iov_len) < 0) return false;
@@ -50,7 +51,7 @@ SDP_EXPORT ssize_t recvfrom(int fd, void* buf, size_t len, int flags, sockaddr* 
       [&](Stream s) -> std::int64_t {
         const auto n = s.recv(fd, buf, len, flags);
         if (n < 0 || from == nullptr) return n;
-        if (from_len == nullptr) return -EFAULT;
+        if (!rdma::is_readable(from_len, sizeof *from_len)) return -EFAULT;
         if (static_cast<int>(*from_len) < 0) return -EINVAL;
         *from_len = 0;
         return n;

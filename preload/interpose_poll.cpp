@@ -11,6 +11,7 @@
 #include "rdma_core/base/blocking_call.hpp"
 #include "rdma_core/base/clock.hpp"
 #include "rdma_core/base/sys.hpp"
+#include "rdma_core/base/user_memory.hpp"
 #include "sdp/engine.hpp"
 #include "sdp/spinner.hpp"
 
@@ -183,7 +184,7 @@ bool any_stream(const pollfd* set, nfds_t count) noexcept {
 template <class Plain>
 [[gnu::noinline]] int wait_for(pollfd* set, nfds_t count, std::int64_t timeout_ns, const sigset_t* mask, Plain plain) {
   constexpr nfds_t kOnStack = 64;
-  if (set == nullptr || count > (1U << 20) || !any_stream(set, count)) return plain();
+  if (count > (1U << 20) || !rdma::is_readable(set, count * sizeof *set) || !any_stream(set, count)) return plain();
   if (!any_lane(set, count)) {
     PlainWait counted(set, count);
     if (!any_lane(set, count)) return plain();  // either we saw the lane, or the switch sees us
@@ -212,6 +213,8 @@ bool valid(const timespec* ts) noexcept {
 template <class Plain>
 int select_for(int n, fd_set* r, fd_set* w, fd_set* e, std::int64_t timeout_ns, const sigset_t* mask, Plain plain) {
   const auto in = [](int fd, const fd_set* s) { return s != nullptr && FD_ISSET(fd, s); };
+  for (const fd_set* const s : {r, w, e})
+    if (s != nullptr && n > 0 && !rdma::is_readable(s, (static_cast<std::size_t>(std::min(n, FD_SETSIZE)) + 7) / 8)) return plain();
   bool tracked = false;
   nfds_t count = 0;
   for (int fd = 0; fd < n && fd < FD_SETSIZE; ++fd) {
@@ -338,7 +341,8 @@ SDP_EXPORT int epoll_ctl(int epfd, int op, int fd, epoll_event* event) noexcept 
   }
   EpollSet* set = EpollSet::find(epfd);
   int result = 0;
-  if (op == EPOLL_CTL_MOD && set != nullptr && event != nullptr && set->modify(fd, *event, &result)) return result;
+  if (op == EPOLL_CTL_MOD && set != nullptr && rdma::is_readable(event, sizeof *event) && set->modify(fd, *event, &result))
+    return result;
   result = libc().epoll_ctl(epfd, op, fd, event);
   if (result != 0) return result;
   if (op == EPOLL_CTL_DEL && set != nullptr) set->removed(fd);
@@ -359,9 +363,12 @@ namespace {
 template <class Plain>
 int epoll_for(int epfd, epoll_event* events, int max, std::int64_t timeout_ns, const sigset_t* mask, Plain plain) {
   EpollSet* set = EpollSet::find(epfd);
-  if (set == nullptr || !set->must_filter() || events == nullptr || max <= 0) return plain();
+  if (set == nullptr || !set->must_filter() || max <= 0) return plain();
   pthread_testcancel();
-  const int r = set->wait(events, max, timeout_ns, mask);
+  epoll_event unseen;
+  const bool bad = !rdma::is_readable(events, sizeof *events);
+  const int r = bad ? set->wait(&unseen, 1, timeout_ns, mask) : set->wait(events, max, timeout_ns, mask);
+  if (bad && r > 0) return preload::to_libc<int>(-EFAULT);
   if (r < 0 && errno == EINTR) pthread_testcancel();
   return r;
 }

@@ -8,6 +8,7 @@
 #include <grp.h>
 #include <poll.h>
 #include <sched.h>
+#include <signal.h>
 #include <spawn.h>
 #include <sys/epoll.h>
 #include <sys/fsuid.h>
@@ -70,6 +71,9 @@ struct Libc {
   FILE* (*popen)(const char*, const char*);
   int (*fclose)(FILE*);
   FILE* (*freopen)(const char*, const char*, FILE*);
+  decltype(&::sigaction) sigaction;
+  decltype(&::signal) signal;
+  decltype(&::sysv_signal) sysv_signal;
   decltype(&::setuid) setuid;
   decltype(&::setgid) setgid;
   decltype(&::seteuid) seteuid;

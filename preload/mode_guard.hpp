@@ -5,10 +5,12 @@
 #include <netinet/in.h>
 #include <sys/socket.h>
 
+#include "rdma_core/base/user_memory.hpp"
+
 namespace preload {
 
 inline bool no_lane_with(int level, int name, const void* value, socklen_t len) noexcept {
-  const int number = value != nullptr && len >= sizeof(int) ? *static_cast<const int*>(value) : 0;
+  const int number = len >= sizeof(int) && rdma::is_readable(value, sizeof(int)) ? *static_cast<const int*>(value) : 0;
   if (level == SOL_SOCKET) {
     switch (name) {
       case SO_RCVLOWAT:

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "preload/epoll_set.hpp"
+#include "preload/faults.hpp"
 #include "preload/fd_table.hpp"
 #include "preload/libc.hpp"
 #include "rdma_core/base/log.hpp"
@@ -83,6 +84,7 @@ void start() noexcept {
 
 sdp::Stream track(int fd, sdp::Role role) noexcept {
   start();
+  take_faults();
   had_connections.store(true, std::memory_order_relaxed);
   return sdp::engine::track(fd, role);
 }

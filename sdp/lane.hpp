@@ -149,8 +149,9 @@ class Lane {
   /// The send buffer has memory that is worth to be given back when it is empty.
   bool has_large_buffer() const noexcept { return send_buffer_.has_large(); }
   void release_buffer() noexcept;
-  /// Copies unread payload; `consume` false leaves it (MSG_PEEK). Returns the bytes copied.
-  std::size_t recv(IovCursor& to, bool consume) noexcept;
+  /// Copies unread payload; `consume` false leaves it (MSG_PEEK). Returns the bytes copied; -EFAULT if there are some and the first
+  /// piece of them cannot be written where `to` says.
+  std::int64_t recv(IovCursor& to, bool consume) noexcept;
   /// recv() of what one message holds, where that is all there is or all that was asked for. 0: nothing is taken, and recv() knows
   /// what there is.
   std::size_t recv_at_once(std::byte* to, std::size_t room) noexcept;

@@ -1,11 +1,13 @@
 // The per-message code of a lane: no allocation but when buffers grow, no lock, no system call beyond the device's bell.
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 #include <utility>
 
 #include "rdma_core/base/clock.hpp"
 #include "rdma_core/base/copy.hpp"
 #include "rdma_core/base/log.hpp"
+#include "rdma_core/base/user_memory.hpp"
 #include "sdp/lane.hpp"
 
 namespace sdp {
@@ -477,6 +479,7 @@ std::size_t Lane::recv_at_once(std::byte* to, std::size_t room) noexcept {
   const std::size_t n = std::min<std::size_t>(u.length, room);
   // A read that is shorter than it could be says that there is no more.
   if (n < room && (rx_tail_ - rx_head_ != 1 || cq_->maybe_ready() || peer_buffer_.holds_more_than(rx_bytes_ + n))) return 0;
+  if (!rdma::can_overwrite(to, n)) return 0;
   rdma::copy_bytes(to, buffers_[u.buffer].addr + u.offset, n);
   u.offset += static_cast<std::uint32_t>(n);
   u.length -= static_cast<std::uint32_t>(n);
@@ -491,7 +494,7 @@ std::size_t Lane::recv_at_once(std::byte* to, std::size_t room) noexcept {
   return n;
 }
 
-std::size_t Lane::recv(IovCursor& to, bool consume) noexcept {
+std::int64_t Lane::recv(IovCursor& to, bool consume) noexcept {
   burst_ = 0;
   if (held() != 0) [[unlikely]]
     (void)flush();
@@ -499,7 +502,7 @@ std::size_t Lane::recv(IovCursor& to, bool consume) noexcept {
   std::size_t total = 0, pulled = 0;
   std::uint32_t at = rx_head_;
   std::uint32_t offset_in_front = 0;
-  bool last = false;
+  bool last = false, bad_address = false;
   while (!to.done() && !last) {
     if (at == rx_tail_) {
       if (caught_up_at_ != 0 && total == 0) let_gather();
@@ -508,6 +511,7 @@ std::size_t Lane::recv(IovCursor& to, bool consume) noexcept {
         const std::span<const std::byte> piece = peer_bytes(rx_bytes_ + total, &last);
         if (piece.empty()) break;
         const std::size_t n = std::min(piece.size(), to.chunk());
+        if (bad_address = !rdma::can_overwrite(to.data(), n); bad_address) break;
         rdma::copy_bytes(to.data(), piece.data(), n);
         to.advance(n);
         total += n;
@@ -519,6 +523,7 @@ std::size_t Lane::recv(IovCursor& to, bool consume) noexcept {
     Unread& u = unread_[at % kRing];
     const std::uint32_t skip = consume ? 0 : offset_in_front;
     const std::size_t n = std::min<std::size_t>(u.length - skip, to.chunk());
+    if (bad_address = !rdma::can_overwrite(to.data(), n); bad_address) break;
     rdma::copy_bytes(to.data(), buffers_[u.buffer].addr + u.offset + skip, n);
     to.advance(n);
     total += n;
@@ -548,7 +553,7 @@ std::size_t Lane::recv(IovCursor& to, bool consume) noexcept {
     took(total, pulled);
     if (may_not_wait()) return_buffers();
   }
-  return total;
+  return bad_address && total == 0 ? -EFAULT : static_cast<std::int64_t>(total);
 }
 
 /// The program has read `total` bytes, the last `pulled` of them from the peer's buffer.

@@ -13,6 +13,7 @@
 #include <climits>
 
 #include "rdma_core/base/sys.hpp"
+#include "rdma_core/base/user_memory.hpp"
 #include "sdp/engine.hpp"
 #include "sdp/stream_impl.hpp"
 
@@ -37,6 +38,12 @@ void end_sending(StreamImpl& s) noexcept {
   s.end_tx_locked();
   if (s.lane->buffered() == 0) s.lane->conn.want_disconn();
   s.lane->send_due_control();
+}
+
+/// Else the kernel has an error for it.
+bool is_sound(const msghdr* msg) noexcept {
+  return rdma::is_readable(msg, sizeof *msg) && msg->msg_iovlen <= IOV_MAX &&
+         rdma::is_readable(msg->msg_iov, msg->msg_iovlen * sizeof *msg->msg_iov);
 }
 
 }  // namespace
@@ -68,8 +75,9 @@ std::int64_t Stream::recv_nothing(int fd, int flags) const {
 }
 
 std::int64_t Stream::sendmsg(int fd, const msghdr* msg, int flags) const {
-  if (msg == nullptr || msg->msg_iovlen > IOV_MAX || (msg->msg_controllen != 0 && msg->msg_control != nullptr)) {
-    if (msg != nullptr) take_down(LaneReason::mode);
+  const bool sound = is_sound(msg);
+  if (!sound || (msg->msg_controllen != 0 && msg->msg_control != nullptr)) {
+    if (sound) take_down(LaneReason::mode);
     return sys::call(SYS_sendmsg, fd, sys::arg(msg), flags);
   }
   IovCursor from(msg->msg_iov, msg->msg_iovlen);
@@ -78,7 +86,7 @@ std::int64_t Stream::sendmsg(int fd, const msghdr* msg, int flags) const {
 }
 
 std::int64_t Stream::recvmsg(int fd, msghdr* msg, int flags) const {
-  if (msg == nullptr || msg->msg_iovlen > IOV_MAX) return sys::call(SYS_recvmsg, fd, sys::arg(msg), flags);
+  if (!is_sound(msg)) return sys::call(SYS_recvmsg, fd, sys::arg(msg), flags);
   IovCursor to(msg->msg_iov, msg->msg_iovlen);
   const std::int64_t n = to.done() ? recv_nothing(fd, flags) : impl()->recv(fd, to, flags, generation());
   if (n >= 0) {

@@ -2,6 +2,7 @@
 // looked at. Whatever else there is to do, stream_io.cpp does.
 #include <sys/socket.h>
 
+#include "rdma_core/base/user_memory.hpp"
 #include "sdp/engine.hpp"
 #include "sdp/stream_impl.hpp"
 
@@ -15,7 +16,8 @@ std::int64_t StreamImpl::send_at_once(const void* bytes, std::size_t count, int 
   const bool open = generation.load(std::memory_order_relaxed) == gen && tx.load(std::memory_order_relaxed) == TxState::lane &&
                     phase.load(std::memory_order_relaxed) == Phase::laned && owner == engine::process_id() &&
                     !tx_blocked.load(std::memory_order_relaxed) && !lane->said(kAbandon) && !lane_is_left();
-  const bool sent = open && lane->send_at_once(static_cast<const std::byte*>(bytes), static_cast<std::uint32_t>(count));
+  const bool sent = open && rdma::is_readable(bytes, count) &&
+                    lane->send_at_once(static_cast<const std::byte*>(bytes), static_cast<std::uint32_t>(count));
   if (sent && stats != nullptr) {
     stats->lane.bytes_sent.add(count);
     stats->lane.messages_sent.add(1);

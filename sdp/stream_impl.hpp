@@ -283,6 +283,8 @@ class alignas(64) StreamImpl {
   std::int64_t take_from_lane(Receiving& r) noexcept;
   std::int64_t take_from_anchor(Receiving& r, RxState state) noexcept;
   std::int64_t lane_send(int fd, IovCursor& from, int flags, std::uint16_t gen);
+  /// lane_send() of what can be sent where only the first `bytes` of it can be read.
+  std::int64_t send_readable(int fd, IovCursor& from, std::size_t bytes, int flags, std::uint16_t gen);
   std::int64_t lane_recv(int fd, IovCursor& to, int flags, std::uint16_t gen);
 };
 

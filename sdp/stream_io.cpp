@@ -15,6 +15,7 @@
 #include "rdma_core/base/clock.hpp"
 #include "rdma_core/base/log.hpp"
 #include "rdma_core/base/sys.hpp"
+#include "rdma_core/base/user_memory.hpp"
 #include "sdp/engine.hpp"
 #include "sdp/spinner.hpp"
 #include "sdp/stream_impl.hpp"
@@ -39,6 +40,18 @@ class Counted {
  private:
   std::atomic<std::int32_t>& count_;
 };
+
+/// Of what is left, up to the first page that cannot be read.
+std::size_t readable_bytes(IovCursor from) noexcept {
+  std::size_t total = 0;
+  while (!from.done()) {
+    const std::size_t n = rdma::readable_bytes(from.data(), from.chunk());
+    total += n;
+    if (n != from.chunk()) break;
+    from.advance(n);
+  }
+  return total;
+}
 
 }  // namespace
 
@@ -176,7 +189,8 @@ std::int64_t StreamImpl::send(int at, IovCursor& from, int flags, std::uint16_t 
     if (phase.load(std::memory_order_seq_cst) != Phase::laned) return kernel_send(at, from, flags);
     kernel_senders.fetch_sub(1, std::memory_order_release);
   }
-  return lane_send(at, from, flags, gen);
+  const std::size_t readable = readable_bytes(from);
+  return readable == from.remaining() ? lane_send(at, from, flags, gen) : send_readable(at, from, readable, flags, gen);
 }
 
 std::size_t StreamImpl::keep_unsent(IovCursor& from, std::size_t limit) noexcept {
@@ -192,6 +206,21 @@ std::size_t StreamImpl::keep_unsent(IovCursor& from, std::size_t limit) noexcept
     engine::buffer_is_large();
   }
   return kept;
+}
+
+// As the kernel does, which takes what it copies in pieces of about that size, whole or not at all.
+[[gnu::noinline]] std::int64_t StreamImpl::send_readable(int at, IovCursor& from, std::size_t bytes, int flags, std::uint16_t gen) {
+  constexpr std::size_t kPiece = 32768;
+  // Of a direction that is shut the kernel says so first, and touches nothing.
+  if (bytes < kPiece) return tx_shut ? lane_send(at, from, flags, gen) : -EFAULT;
+  iovec part[IovCursor::kMost];
+  std::size_t count = 0;
+  for (std::size_t left = bytes - bytes % kPiece; left != 0; left -= part[count++].iov_len) {
+    part[count] = {from.data(), std::min(left, from.chunk())};
+    from.advance(part[count].iov_len);
+  }
+  IovCursor readable(part, count);
+  return lane_send(at, readable, flags, gen);
 }
 
 std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint16_t gen) {
@@ -370,7 +399,7 @@ struct StreamImpl::Receiving {
     r.to.skip(static_cast<std::size_t>(n));
   } else {
     if (r.peek) r.to = r.start;
-    n = static_cast<std::int64_t>(lane->recv(r.to, !r.peek));
+    n = lane->recv(r.to, !r.peek);
     if (r.peek && n > 0) {
       r.total = 0;
       if (r.all && !r.to.done() && !r.nowait && !end_reached() && !peer_gone) n = 0;
@@ -471,6 +500,10 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
       r.total += n;
       if (!r.all || r.peek) break;
       continue;
+    }
+    if (n < 0) {
+      r.result = static_cast<int>(n);
+      break;
     }
     // Nothing there. Was it the end?
     if (rx.load(std::memory_order_relaxed) == RxState::lane) {

@@ -252,23 +252,6 @@ CASE(addresses) {
   peer.call(Do::send, 0, 10);
   told("recvfrom with a negative length", recvfrom(c.fd, data, 10, 0, reinterpret_cast<sockaddr*>(&from), &len));
 }
-// On a lane the buffers are read and written by the program itself: a bad one faults (README, limits).
-CASE(tcp_bad_buffers) {
-  Peer peer;
-  Conn c = cold(peer);
-  char* const nowhere = static_cast<char*>(mmap(nullptr, 3 * 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-  told("send", send(c.fd, nowhere, 100, 0));
-  told("recv nothing there", recv(c.fd, nowhere, 100, MSG_DONTWAIT));
-  peer.call(Do::send, 0, 50);
-  told("recv", recv(c.fd, nowhere, 100, 0));
-  told("still there", c.recv(100));
-  told("sendmsg", sendmsg(c.fd, nullptr, 0));
-  told("recvmsg", recvmsg(c.fd, nullptr, MSG_DONTWAIT));
-  mprotect(nowhere, 4096, PROT_READ | PROT_WRITE);
-  fill(nowhere, 4096, c.tx);
-  const ssize_t n = send(c.fd, nowhere + 2048, 8192, 0);  // half of the first page, then nothing
-  say("straddling send: %d", n == 2048 || (n < 0 && errno == EFAULT));
-}
 CASE(huge_count) {
   Peer peer;
   Conn c = connection(peer);

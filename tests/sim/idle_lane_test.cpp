@@ -26,7 +26,7 @@ class Lanes {
       hosts_.release_all();
       iovec room{in.data(), in.size()};
       IovCursor to(&room, 1);
-      const std::size_t n = (*this)[1 - from].recv(to, true);
+      const auto n = static_cast<std::size_t>((*this)[1 - from].recv(to, true));
       std::vector<std::byte> expected(n);
       fill(expected.data(), n, from, received);
       BOOST_REQUIRE(std::equal(expected.begin(), expected.end(), in.begin()));

@@ -121,7 +121,7 @@ class Rig {
     const std::size_t pieces = cut(iov, in_);
     IovCursor to(iov.data(), pieces);
     const std::uint64_t unread = lane.unread();
-    const std::size_t n = lane.recv(to, !peek);
+    const auto n = static_cast<std::size_t>(lane.recv(to, !peek));
     if (n < std::min<std::size_t>(unread, bytes)) broken("recv gave ", n, " of ", unread, " unread bytes");
     verify(in_.data(), n, stream(1 - i), received_[1 - i], peek ? "peek" : "recv");
     if (!peek) received_[1 - i] += n;
