@@ -11,6 +11,7 @@
 
 #include "preload/dispatch.hpp"
 #include "preload/runtime.hpp"
+#include "rdma_core/base/sys.hpp"
 
 using preload::before_spawn;
 using preload::Exec;
@@ -87,6 +88,13 @@ SDP_EXPORT int execlp(const char* file, const char* arg, ...) noexcept {
   va_end(args);
   return execvpe(file, argv, environ);
 }
+
+// --- ends without exit handlers. The kernel sends on what TCP has taken; what RDMA devices have taken dies with the process.
+SDP_EXPORT void _exit(int status) {
+  preload::before_quick_end();
+  for (;;) rdma::sys::call(SYS_exit_group, status);
+}
+SDP_EXPORT void _Exit(int status) noexcept { _exit(status); }
 
 SDP_EXPORT int posix_spawn(pid_t* pid, const char* path, const posix_spawn_file_actions_t* actions, const posix_spawnattr_t* attr,
                            char* const argv[], char* const envp[]) {

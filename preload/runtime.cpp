@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <cstdlib>
 #include <vector>
 
 #include "preload/epoll_set.hpp"
@@ -76,6 +77,7 @@ std::atomic<bool> had_connections{false};
 void start() noexcept {
   pthread_once(&started, [] {
     sdp::engine::configure(&Composed::make, &EpollSet::on_lane_changed);
+    std::at_quick_exit(before_quick_end);
     pthread_atfork(before_fork, after_fork_parent, after_fork_child);
   });
 }
@@ -87,6 +89,11 @@ sdp::Stream track(int fd, sdp::Role role) noexcept {
   take_faults();
   had_connections.store(true, std::memory_order_relaxed);
   return sdp::engine::track(fd, role);
+}
+
+void before_quick_end() noexcept {
+  if (!had_connections.load(std::memory_order_acquire) || sdp::engine::in_vfork_child()) return;
+  sdp::engine::finish_lanes();
 }
 
 namespace {

@@ -11,6 +11,9 @@ namespace preload {
 /// starts the library, unless its constructor has: any number of threads may bring the first ones at the same time.
 sdp::Stream track(int fd, sdp::Role role) noexcept;
 
+/// Before an end of the process that no exit handler sees. Does nothing in a vfork child.
+void before_quick_end() noexcept;
+
 /// Every stream that another program would inherit (no FD_CLOEXEC) goes back to TCP: called before a spawn.
 void before_spawn() noexcept;
 

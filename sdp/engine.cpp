@@ -53,6 +53,7 @@ struct Engine {
   StreamImpl* free_streams = nullptr;
   StreamImpl* leaving_streams = nullptr;  ///< closed while a thread was inside: free when it has left
   std::atomic<Service*> service{nullptr};
+  std::atomic<bool> finishes{false};  ///< a thread is in finish_lanes()
   bool service_failed = false;
   std::unique_ptr<Capture> capture;  ///< made by the service thread
   bool capture_tried = false;
@@ -497,7 +498,7 @@ void after_fork_child() noexcept {
     parents->abandon_in_child();
   }
   e->service.store(nullptr);
-  e->service_failed = false;
+  e->finishes = e->service_failed = false;
   e->free_streams = e->leaving_streams = nullptr;                                         // the parent's cells
   for (Lingering* l = std::exchange(e->lingering, nullptr); l != nullptr; l = l->next) {  // the parent sends their bytes
     forget_helper_fd(l->fd);
@@ -532,10 +533,10 @@ void reset_lingering() noexcept {
 }
 }  // namespace
 
-void at_exit() noexcept {
+void finish_lanes() noexcept {
   constexpr int kStepMs = 5;
   Engine* e = engine_pointer.load(std::memory_order_acquire);
-  if (e == nullptr) return;
+  if (e == nullptr || e->finishes.exchange(true)) return;
   // The kernel sends on after a process has ended, we cannot: what the lanes' readers gave back gets a moment.
   // On devices whose posts are lost with the process their readers get it to acknowledge that they have everything.
   Service* const running = e->service.load(std::memory_order_acquire);
@@ -548,6 +549,13 @@ void at_exit() noexcept {
   const int patience_ms = static_cast<int>(e->options.exit_timeout_s) * 1000;
   for (int waited = 0; !done() && waited < patience_ms; waited += kStepMs) sys::call(SYS_poll, 0, 0, kStepMs);
   reset_lingering();
+  e->finishes.store(false);
+}
+
+void at_exit() noexcept {
+  finish_lanes();
+  const Engine* e = engine_pointer.load(std::memory_order_acquire);
+  if (e == nullptr) return;
   if (e->capture != nullptr) e->capture->flush();
   if (!e->options.stats_file.empty()) write_stats_report(e->options);
 }

@@ -118,7 +118,10 @@ class ExecAttempt {
   Service* service_;
 };
 
-/// exit: says END on every lane (the peer fetches what send() took and no message carries), writes SDP_STATS.
+/// The process is about to end: says END on every lane, and waits until what send() took needs this process no more, for
+/// SDP_EXIT_TIMEOUT at the most. Also in a signal handler, whatever it has interrupted; a call in a call does nothing.
+void finish_lanes() noexcept;
+/// exit(): that, and the reports, SDP_PCAP and SDP_STATS.
 void at_exit() noexcept;
 
 }  // namespace sdp::engine

@@ -7,6 +7,7 @@ for as long as it likes; nothing, with the peer's buffers full; end the connecti
 The reader makes no call while the sender sends, so that nothing is acknowledged. The policy is `sdp`: what has no lane has no connection.
 """
 import argparse
+import ctypes
 import glob
 import json
 import os
@@ -17,7 +18,8 @@ import tempfile
 
 ADDRESSES = {"ib": ("10.77.0.1", "10.77.0.2"), "rnic": ("10.77.1.1", "10.77.1.2")}
 PATIENCE = 100  # seconds
-WAYS = ("computes", "fills", "shuts", "closes", "exits", "forks", "execs")
+WAYS = ("computes", "fills", "shuts", "closes", "exits", "exits_at_once", "exits_quickly", "forks", "execs")
+ENDS = ("shuts", "closes", "exits", "exits_at_once", "exits_quickly")
 SENDS = 50
 
 
@@ -84,7 +86,11 @@ def connect(own, server, port, way):
         s.set_inheritable(True)
         os.execv(sys.executable, [sys.executable, __file__, "after-exec", str(s.fileno())])
     say(sent)
-    if way != "exits":
+    if way == "exits_at_once":
+        os._exit(0)
+    elif way == "exits_quickly":
+        ctypes.CDLL(None).quick_exit(0)
+    elif way != "exits":
         sys.stdin.readline()
 
 
@@ -113,7 +119,7 @@ def run(args, way):
             assert server.stdout.readline() == "met\n"
             tell(client, "")
             sent = int(client.stdout.readline())
-            tell(server, 0 if way in ("shuts", "closes", "exits") else sent)
+            tell(server, 0 if way in ENDS else sent)
             said = server.stdout.readline().split()
             assert said == [str(sent), "True"], f"{way}: {sent} bytes sent, the reader said {said}"
             for process in (client, server):
