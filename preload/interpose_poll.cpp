@@ -49,6 +49,11 @@ class LaneWait {
       if (kernel < 0) return kernel;
       if (const int ready = total(); ready > 0 || timeout_ns == 0) return ready;
       if (spin(mask)) continue;
+      if (const int slept = sleep_alone(deadline, timeout_ns >= 0, mask); slept == -EINTR) {
+        return slept;
+      } else if (slept == 0) {
+        continue;
+      }
       sdp::engine::prepare_sleep();
       arm();
       sdp::engine::arm_fence();
@@ -85,6 +90,19 @@ class LaneWait {
     int n = 0;
     for (nfds_t i = 0; i < count_; ++i) n += fds_[i].revents != 0;
     return n;
+  }
+
+  /// Where bytes of one stream are all that is waited for. Once in a call: what wakes it and is none of these may stay. As
+  /// Stream::sleep_for_bytes(), but 0 also at the end of the time.
+  int sleep_alone(std::int64_t deadline, bool has_deadline, const sigset_t* mask) {
+    constexpr int kBytes = POLLIN | POLLRDNORM | POLLPRI | POLLRDHUP | POLLERR | POLLHUP;
+    if (count_ != 1 || mask != nullptr || (fds_[0].events & POLLIN) == 0 || (fds_[0].events & ~kBytes) != 0 || has_slept_)
+      return -ENOTSUP;
+    const Stream s = stream(0);
+    if (!s) return -ENOTSUP;
+    has_slept_ = true;
+    const int slept = s.sleep_for_bytes(has_deadline ? std::max<std::int64_t>(deadline - now_ns(), 0) : -1);
+    return slept == -EAGAIN ? 0 : slept;
   }
 
   void arm() const noexcept {
@@ -134,6 +152,7 @@ class LaneWait {
   pollfd* fds_;
   nfds_t count_;
   pollfd* shadow_;
+  bool has_slept_ = false;
 };
 
 /// Counts the calling thread as a waiter that has no bell, on every tracked stream of the set.

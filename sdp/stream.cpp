@@ -12,6 +12,7 @@
 #include <cerrno>
 #include <climits>
 
+#include "rdma_core/base/clock.hpp"
 #include "rdma_core/base/sys.hpp"
 #include "rdma_core/base/user_memory.hpp"
 #include "sdp/engine.hpp"
@@ -338,6 +339,21 @@ bool Stream::is_named_by(int fd) const noexcept { return impl()->names_us(fd); }
 
 bool Stream::has_lane() const noexcept {
   return impl()->phase.load(std::memory_order_acquire) == Phase::laned || impl()->strictly_waiting();
+}
+
+int Stream::sleep_for_bytes(std::int64_t timeout_ns) const {
+  StreamImpl* s = impl();
+  if (!s->lock.enter()) return -ENOTSUP;
+  int result = -ENOTSUP;
+  if (s->generation.load(std::memory_order_relaxed) == generation() && s->phase.load(std::memory_order_relaxed) == Phase::laned &&
+      s->rx.load(std::memory_order_relaxed) == RxState::lane && s->usable_here() && !s->lane_is_over()) {
+    // Always with a limit: a sleep without one would go on after a handler with SA_RESTART, and a wait for events does not.
+    constexpr std::int64_t kLongNs = 3'600'000'000'000;
+    const std::int64_t limit = timeout_ns >= 0 ? std::min(timeout_ns, kLongNs) : kLongNs;
+    result = s->wait(false, rdma::SteadyClock{}.now() + limit, true, StreamImpl::Patience::sleep);
+  }
+  s->lock.unlock();
+  return result;
 }
 
 std::uint32_t Stream::poll(std::uint32_t events) const noexcept {

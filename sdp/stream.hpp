@@ -83,6 +83,10 @@ class Stream {
   /// A wait in the kernel that does not have the bell in its set begins and ends (counted, so that no switch strands it).
   void enter_plain_wait() const noexcept;
   void leave_plain_wait() const noexcept;
+  /// The sleep of a wait for nothing but bytes of this stream: as a receive sleeps, woken by what concerns this stream alone. For
+  /// `timeout_ns` at the most, an hour if negative. 0: look again; -EINTR, whatever the handler's SA_RESTART; -EAGAIN: the time is
+  /// over; -ENOTSUP: the bell is needed.
+  int sleep_for_bytes(std::int64_t timeout_ns) const;
   /// An entry of the program into a wait: the moment at which a reader may be switched over (architecture: READY).
   void on_wait_entry(int fd) const noexcept;
 
@@ -100,4 +104,5 @@ class Stream {
 //   2. spin for engine::spin_budget(): maybe_ready() of each, then poll() where true; the kernel every few microseconds.
 //   3. engine::prepare_sleep(); arm() each; engine::arm_fence(); poll() each once more.
 //   4. sleep in the kernel on kernel_events() of each and engine::bell_fd(); then back to 1.
+// Who waits for bytes of one stream alone may sleep_for_bytes() in the place of 3 and 4: a bell is heard by all that wait for one.
 }  // namespace sdp

@@ -257,10 +257,10 @@ class alignas(64) StreamImpl {
   static constexpr int kNothingYet = 1;
   static constexpr std::int64_t kEndsHere = -1, kLookAgain = -2;
   int wait_for_room(bool nowait, std::int64_t& deadline);  ///< as wait()
-  enum class Patience : std::uint8_t { spin, sleep };
+  enum class Patience : std::uint8_t { spin, sleep, spin_and_sleep };
   /// Waits for changed(for_send); the lock is held on entry and exit. 0, -EINTR, or -EAGAIN when `deadline_ns` (0: none) has
   /// passed.
-  int wait(bool for_send, std::int64_t deadline_ns, bool has_timeout, Patience patience = Patience::sleep);
+  int wait(bool for_send, std::int64_t deadline_ns, bool has_timeout, Patience patience = Patience::spin_and_sleep);
   /// O_NONBLOCK of the program's descriptor. The kernel is asked once, by the first call that must know.
   bool is_nonblocking(int at) noexcept {
     const Blocking known = blocking.load(std::memory_order_relaxed);

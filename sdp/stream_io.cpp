@@ -617,9 +617,10 @@ int StreamImpl::wait(bool for_send, std::int64_t deadline, bool has_timeout, Pat
   // Nearly always it is a message that ends the wait, and each look at all the rest is time in which one may have come.
   constexpr unsigned kGlances = 8;
   unsigned looks = 0;
-  const bool found = Spinner().run([&]() noexcept { return l->maybe_ready() || (++looks % kGlances == 0 && woken()); });
+  const bool found = patience != Patience::sleep &&
+                     Spinner().run([&]() noexcept { return l->maybe_ready() || (++looks % kGlances == 0 && woken()); });
   if (!found && patience == Patience::spin) result = kNothingYet;
-  if (!found && patience == Patience::sleep) {
+  if (!found && patience != Patience::spin) {
     std::atomic<std::uint32_t>* word = l->wake_word();
     const std::uint32_t seen = word->load(std::memory_order_acquire);
     l->arm(rdma::kWakeWord);

@@ -109,6 +109,51 @@ CASE(poll_wakes_for_the_end) {
   peer.answer();
   told("recv", c.recv(10));
 }
+// A wait for one connection alone; everything that can end it comes while it sleeps.
+CASE(poll_alone) {
+  Peer peer;
+  Conn c = connection(peer);
+  struct sigaction action {};
+  action.sa_handler = ignore_signal;
+  action.sa_flags = SA_RESTART;
+  sigaction(SIGALRM, &action, nullptr);
+  for (const int limit : {-1, 5000}) {
+    const itimerval soon{.it_interval = {1, 0}, .it_value = {0, 80'000}}, never{};
+    setitimer(ITIMER_REAL, &soon, nullptr);
+    polled("a signal", c.fd, POLLIN, limit);
+    setitimer(ITIMER_REAL, &never, nullptr);
+    peer.later(80, Do::send, 0, 5);
+    polled("bytes", c.fd, POLLIN, limit);
+    peer.answer();
+    told("recv", c.recv(10));
+  }
+  const Stopwatch watch;
+  polled("nothing", c.fd, POLLIN | POLLPRI | POLLRDHUP, 200);
+  say("waited: %d", watch.waited(200));
+  {
+    std::thread reader([&] {
+      settle(80);
+      peer.call(Do::send, 0, 5);
+    });
+    polled("and another thread that sends a little later", c.fd, POLLIN, 3000);
+    reader.join();
+    told("recv", c.recv(10));
+  }
+  peer.later(80, Do::shutdown, 0, SHUT_WR);
+  polled("half an end", c.fd, POLLIN | POLLRDHUP, -1);
+  peer.answer();
+  told("recv", c.recv(10));
+  Conn other = connection(peer, 1);
+  peer.later(80, Do::reset, 1);
+  polled("reset", other.fd, POLLIN, -1);
+  peer.answer();
+  told("recv", other.recv(10));
+  Conn third = connection(peer, 2);
+  peer.later(80, Do::oob, 2);
+  polled("urgent", third.fd, POLLIN | POLLPRI, 3000);
+  peer.answer();
+  told("recv", third.recv(10, MSG_DONTWAIT));
+}
 CASE(poll_many) {
   Peer peer;
   Conn a = connection(peer, 0), b = connection(peer, 1), c = connection(peer, 2);
