@@ -61,6 +61,7 @@ struct Engine {
   std::atomic<std::uint64_t> helper_fds[64] = {};  ///< bit set of descriptors 0..4095
   std::atomic<std::uint32_t> spin_success{128};    ///< 0..255: how often spinning paid lately
   std::atomic<std::uint32_t> spin_probe{0};
+  std::atomic<std::int64_t> full_spin_ns{std::int64_t{options.spin_us} * 1000};
   Lingering* lingering = nullptr;  ///< guarded by `lock`
   Grace grace;
 };
@@ -460,7 +461,7 @@ void ring_bell() noexcept {
 // something decides: below a quarter the budget shrinks with it, and near nothing only one wait in 16 still tries.
 std::int64_t spin_budget() noexcept {
   Engine& e = engine();
-  const std::int64_t full = static_cast<std::int64_t>(e.options.spin_us) * 1000;
+  const std::int64_t full = e.full_spin_ns.load(std::memory_order_relaxed);
   const std::uint32_t success = e.spin_success.load(std::memory_order_relaxed);
   if (success >= 64) return full;
   if (success < 8) return (e.spin_probe.fetch_add(1, std::memory_order_relaxed) & 15) == 0 ? full : 0;
@@ -471,6 +472,13 @@ void spin_result(bool found) noexcept {
   Engine& e = engine();
   const std::uint32_t success = e.spin_success.load(std::memory_order_relaxed);
   e.spin_success.store(found ? success + (255 - success) / 8 : success - success / 8 - (success != 0 ? 1 : 0),
+                       std::memory_order_relaxed);
+}
+
+void spin_turn_takes(std::int64_t ns) noexcept {
+  constexpr std::int64_t kFastTurnNs = 1250, kSlowestTurnNs = 20 * kFastTurnNs;
+  Engine& e = engine();
+  e.full_spin_ns.store(std::int64_t{e.options.spin_us} * 1000 * std::clamp(ns, kFastTurnNs, kSlowestTurnNs) / kFastTurnNs,
                        std::memory_order_relaxed);
 }
 

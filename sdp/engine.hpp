@@ -76,6 +76,9 @@ void ring_bell() noexcept;
 /// How long to spin now, in nanoseconds, adapted to what spinning brought lately; report the outcome.
 std::int64_t spin_budget() noexcept;
 void spin_result(bool found) noexcept;
+/// How long one of Spinner's turns takes. A slow machine, an emulated one above all, is slow to put a thread to sleep and to wake
+/// it as well: there SDP_SPIN_US stands for as many turns as a fast machine makes in that time, which is up to 20 times as long.
+void spin_turn_takes(std::int64_t ns) noexcept;
 /// Of the machine, as it was at the first call.
 bool has_one_processor() noexcept;
 

@@ -242,8 +242,9 @@ constexpr Row kTable[] = {
                                     "a path of less than 1024 bytes without control characters"),
     row<Path<&Options::pcap_file>>("SDP_PCAP", "file for a capture that tshark decodes (%p: process id)", "",
                                    "a path of less than 1024 bytes without control characters"),
-    row<Number<&Options::spin_us, 0, 1'000'000>>("SDP_SPIN_US", "how long a waiting thread looks before it sleeps; 0: not at all",
-                                                 "microseconds", "a number from 0 to 1000000"),
+    row<Number<&Options::spin_us, 0, 1'000'000>>(
+        "SDP_SPIN_US", "how long a waiting thread looks before it sleeps, on a fast machine; 0: not at all", "microseconds",
+        "a number from 0 to 1000000"),
     row<Number<&Options::recv_buffer_bytes, 512, 1U << 20, true>>("SDP_RECV_BUFFER", "size of a lane's receive buffers at first",
                                                                   "bytes", "a power of two from 512 to 1M"),
     row<Number<&Options::recv_buffer_max, 512, 1U << 20, true>>("SDP_RECV_BUFFER_MAX", "size to which they grow with the traffic",

@@ -11,6 +11,7 @@
 #include "rdma_core/base/log.hpp"
 #include "rdma_core/base/sys.hpp"
 #include "sdp/service.hpp"
+#include "sdp/spinner.hpp"
 
 namespace sdp {
 
@@ -185,7 +186,7 @@ Lane* Service::make_lane(rdma::Device& device, const rdma::Path& path) noexcept 
     return nullptr;
   }
   if (lane->unordered()) {
-    had_unordered_lane_.store(true, std::memory_order_release);
+    if (!had_unordered_lane_.exchange(true, std::memory_order_release)) Spinner::measure([lane] { return lane->maybe_ready(); });
     left_host_.store(true);
   }
   return lane;
