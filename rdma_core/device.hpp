@@ -93,7 +93,8 @@ class CompletionChannel {
 class Cq {
  public:
   virtual ~Cq() = default;
-  /// Up to out.size() completions, oldest first per QP. No allocation, no lock, no system call.
+  /// Up to out.size() completions, oldest first per QP, but that an RDMA Read may come behind requests posted after it. No
+  /// allocation, no lock, no system call.
   virtual unsigned poll(std::span<Wc> out) noexcept = 0;
   /// False: nothing was there at the time of the call. True: poll() is worth its price. A few loads; for spinning.
   virtual bool maybe_ready() const noexcept = 0;

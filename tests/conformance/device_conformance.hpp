@@ -358,6 +358,34 @@ BOOST_AUTO_TEST_CASE_TEMPLATE(reads_beyond_the_outstanding_limit_wait_their_turn
   }
 }
 
+BOOST_AUTO_TEST_CASE_TEMPLATE(a_read_completes_once_whatever_is_posted_behind_it, F, DeviceFixtures) {
+  constexpr std::uint32_t kSends = 12, kReads = 2;
+  Ends<F> ends({.recvs = kSends});
+  for (std::uint32_t round = 0; round < 4; ++round) {
+    for (std::uint32_t i = 0; i < kReads; ++i) {
+      ends.b.fill(20 + i, kSlotBytes, 60 + round + i);
+      BOOST_REQUIRE_EQUAL(ends.a.post(WrOpcode::rdma_read, 20 + i, kSlotBytes, kSignalled, 100 + i,
+                                      ends.b.remote(ends.b.slot(20 + i)), ends.b.memory->rkey),
+                          Post::ok);
+    }
+    for (std::uint32_t i = 0; i < kSends; ++i) BOOST_REQUIRE_EQUAL(ends.a.send(i, 8, kSignalled, i), Post::ok);
+    BOOST_TEST(ends.wait(*ends.b.recv_cq, kSends).size() == kSends);
+    const auto done = ends.wait(*ends.a.send_cq, kSends + kReads);
+    BOOST_REQUIRE_EQUAL(done.size(), kSends + kReads);
+    std::uint32_t sends = 0, reads = 0;
+    for (const Wc& wc : done) {
+      BOOST_TEST(wc.status == WcStatus::success);
+      if (wc.opcode == WcOpcode::rdma_read)
+        BOOST_TEST(wc.wr_id == 100 + reads++);
+      else
+        BOOST_TEST(wc.wr_id == sends++);
+    }
+    BOOST_TEST(reads == kReads);
+    for (std::uint32_t i = 0; i < kReads; ++i) BOOST_TEST(ends.a.holds(20 + i, kSlotBytes, 60 + round + i));
+    for (std::uint32_t i = 0; i < kSends; ++i) BOOST_REQUIRE_EQUAL(ends.b.post_recv(i), Post::ok);
+  }
+}
+
 BOOST_AUTO_TEST_CASE_TEMPLATE(a_fenced_send_starts_after_the_reads_before_it, F, DeviceFixtures) {
   Ends<F> ends({.recvs = 1});
   ends.b.fill(7, 3000, 8);

@@ -69,6 +69,8 @@ constexpr int kLookAhead = 16;
 Post VerbsQp::post_send(const SendWr& wr) noexcept {
   if (state_ != QpState::rts) return Post::qp_error;
   if (sends_posted_ - sends_done_ >= send_depth_) return Post::queue_full;
+  const bool is_read = wr.opcode == WrOpcode::rdma_read;
+  if (is_read && read_count_ == kMostReads) return Post::queue_full;
   if (wr.sge_count > kMaxSge) return Post::qp_error;
   ibv_sge sges[kMaxSge];
   for (unsigned i = 0; i < wr.sge_count; ++i)
@@ -88,6 +90,7 @@ Post VerbsQp::post_send(const SendWr& wr) noexcept {
   const int failed = ibv_post_send(qp_, &request, &bad);
   if (failed == ENOMEM) return Post::queue_full;
   if (failed != 0) return Post::qp_error;
+  if (is_read) reads_[read_count_++] = {sends_posted_, wr.wr_id};
   ++sends_posted_;
   return Post::ok;
 }
@@ -126,7 +129,24 @@ Post VerbsQp::hand_over(std::span<const RecvWr> wrs) noexcept {
   return Post::ok;
 }
 
+/// False: the request is no Read. What was posted behind it may have completed already.
+bool VerbsQp::complete_read(std::uint64_t number, bool success, std::uint64_t& wr_id) noexcept {
+  const auto end = reads_.begin() + read_count_;
+  const auto read = std::find_if(reads_.begin(), end, [&](const Read& r) { return r.number == number; });
+  if (read == end) return false;
+  wr_id = read->wr_id;
+  std::copy(read + 1, end, read);
+  --read_count_;
+  sends_done_ = std::max(sends_done_, number + 1);
+  if (!success) state_ = QpState::error;
+  return true;
+}
+
 bool VerbsQp::complete(bool receive, std::uint64_t number, bool success, std::uint64_t& wr_id, WcOpcode& opcode) noexcept {
+  if (!receive && read_count_ != 0 && complete_read(number, success, wr_id)) {
+    opcode = WcOpcode::rdma_read;
+    return true;
+  }
   std::uint64_t& done = receive ? recvs_done_ : sends_done_;
   if (number < done || number >= (receive ? recvs_posted_ : sends_posted_)) return false;
   done = number + 1;

@@ -335,6 +335,7 @@ Result<Unit> VerbsQp::modify(const QpAttributes& attr) {
   if (state_ == QpState::reset) {
     drop_completions();
     sends_posted_ = sends_done_ = recvs_posted_ = recvs_done_ = 0;
+    read_count_ = 0;
     early_.clear();
   } else if (!early_.empty()) {
     const std::vector<RecvWr> wrs = std::exchange(early_, {});

@@ -1,6 +1,7 @@
 // The classes behind Pd, Mr, Cq and Qp of the verbs driver. Private to drivers/verbs.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <memory>
 #include <vector>
@@ -134,6 +135,11 @@ class VerbsQp final : public Qp {
     std::uint64_t wr_id = 0;
     WcOpcode opcode = WcOpcode::send;
   };
+  static constexpr unsigned kMostReads = 32;  ///< under way at one time
+  struct Read {
+    std::uint64_t number = 0, wr_id = 0;
+  };
+  bool complete_read(std::uint64_t number, bool success, std::uint64_t& wr_id) noexcept;
   void drop_completions() noexcept;
   Result<Unit> apply(const QpAttributes& attr);
   Post hand_over(std::span<const RecvWr> wrs) noexcept;
@@ -149,9 +155,11 @@ class VerbsQp final : public Qp {
   // Requests are numbered from 0; those in [done, posted) are the device's.
   std::uint64_t sends_posted_ = 0, sends_done_ = 0, recvs_posted_ = 0, recvs_done_ = 0;
   std::uint32_t send_depth_, recv_depth_;
-  std::vector<Request> sends_;        ///< a power of two of them
-  std::vector<std::uint64_t> recvs_;  ///< likewise
-  std::vector<RecvWr> early_;         ///< receives posted in reset, where the device takes none: handed over with the move to init
+  std::vector<Request> sends_;            ///< a power of two of them
+  std::vector<std::uint64_t> recvs_;      ///< likewise
+  std::array<Read, kMostReads> reads_{};  ///< RDMA Reads under way: some devices complete them behind Sends that were posted later
+  unsigned read_count_ = 0;
+  std::vector<RecvWr> early_;  ///< receives posted in reset, where the device takes none: handed over with the move to init
 };
 
 }  // namespace rdma::verbs
