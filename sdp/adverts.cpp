@@ -121,7 +121,7 @@ SinkAdverts::Rx SinkAdverts::on_src_avail(const wire::SrcAvail& advert, std::uin
 }
 
 SinkAdverts::Rx SinkAdverts::drop_all() noexcept {
-  cancelled_ = false;
+  cancelled_ = cut_ = false;
   if (open_.empty()) return Rx::nothing;
   open_.clear();
   report_is_whole_ = true;
@@ -135,9 +135,10 @@ SinkAdverts::Rx SinkAdverts::on_src_avail_cancel() noexcept {
   return Rx::nothing;
 }
 
-void SinkAdverts::read_done(std::uint32_t bytes) noexcept {
-  const bool cut_short = bytes != reading_;
-  reading_ = 0;
+void SinkAdverts::read_done(std::uint32_t started, std::uint32_t bytes) noexcept {
+  reading_ -= started;
+  if (cut_) bytes = 0;
+  cut_ = cut_ || bytes != started;
   Source& source = open_.front();
   source.address += bytes;
   source.left -= bytes;
@@ -147,7 +148,7 @@ void SinkAdverts::read_done(std::uint32_t bytes) noexcept {
     report_is_whole_ = source.left == 0;
   }
   if (source.left == 0) open_.pop();
-  if (cancelled_ || cut_short) drop_all();
+  if (reading_ == 0 && (cancelled_ || cut_)) drop_all();
 }
 
 bool SinkAdverts::want_send_sm() noexcept {

@@ -235,9 +235,16 @@ class SinkAdverts {
   };
   const Source& front() const noexcept { return open_.front(); }
   bool is_reading() const noexcept { return reading_ != 0; }
-  void read_started(std::uint32_t bytes) noexcept { reading_ = bytes; }
-  /// The bytes are here: only now may they be reported. Fewer than started: the rest could not be had, and SendSm follows.
-  void read_done(std::uint32_t bytes) noexcept;
+  /// What of front() no read under way is to bring. left 0: nothing is to be read now.
+  Source next_read() const noexcept {
+    if (open_.empty() || cancelled_ || cut_) return {};
+    const Source& s = open_.front();
+    return {s.address + reading_, s.rkey, s.left - reading_};
+  }
+  void read_started(std::uint32_t bytes) noexcept { reading_ += bytes; }  ///< the first of next_read()
+  /// The oldest read under way, of `started` bytes, has brought `bytes`: only now may they be reported. Fewer than started: the
+  /// rest could not be had, reads behind it bring nothing, and SendSm follows.
+  void read_done(std::uint32_t started, std::uint32_t bytes) noexcept;
   /// The rest of what is advertised is to come as Data. False: nothing is open, or a read is under way.
   bool want_send_sm() noexcept;
 
@@ -284,7 +291,8 @@ class SinkAdverts {
   bool send_sm_ = false;    ///< due; what comes until it is sent is void, too
   Cancel cancel_ = Cancel::no;
   unsigned limit_ = 1, peer_limit_ = 1;
-  std::uint32_t reading_ = 0;
+  std::uint32_t reading_ = 0;  ///< bytes of the oldest advert that reads under way are to bring
+  bool cut_ = false;           ///< one of them has brought less
   AdvertQueue<Source> open_;
   AdvertQueue<std::uint32_t> reports_;  ///< bytes per advert that the source has to be told
   bool report_is_whole_ = true;         ///< the last of them is of an advert that is finished

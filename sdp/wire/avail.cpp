@@ -21,9 +21,14 @@ bool is_range(std::uint64_t address, std::uint32_t len) noexcept {
 
 rdma::Result<SrcAvail, WireError> parse_src_avail(std::span<const std::byte> msg) noexcept {
   if (const auto error = detail::check_is(Mid::src_avail, msg)) return Err{*error};
-  const SrcAvail v{load_be32(msg.data() + 16), load_be32(msg.data() + 20), load_be64(msg.data() + 24)};
+  return parse_src_avail_headers(msg.first<payload_offset(Mid::src_avail)>(), msg.size());
+}
+
+rdma::Result<SrcAvail, WireError> parse_src_avail_headers(std::span<const std::byte, payload_offset(Mid::src_avail)> headers,
+                                                          std::size_t message_bytes) noexcept {
+  const SrcAvail v{load_be32(headers.data() + 16), load_be32(headers.data() + 20), load_be64(headers.data() + 24)};
   if (!is_range(v.address, v.len)) return Err{WireError::bad_range};
-  if (msg.size() - payload_offset(Mid::src_avail) >= v.len) return Err{WireError::bad_payload};
+  if (message_bytes - payload_offset(Mid::src_avail) >= v.len) return Err{WireError::bad_payload};
   return v;
 }
 

@@ -33,6 +33,10 @@ struct SinkAvail {
 /// are the whole buffer or more.
 rdma::Result<SrcAvail, WireError> parse_src_avail(std::span<const std::byte> msg) noexcept;
 rdma::Result<SinkAvail, WireError> parse_sink_avail(std::span<const std::byte> msg) noexcept;
+/// The same of a copy of the headers alone, for who cannot let the peer change them meanwhile. The caller has judged the base
+/// header; `message_bytes` is the whole message's length, at least that of the headers.
+rdma::Result<SrcAvail, WireError> parse_src_avail_headers(std::span<const std::byte, payload_offset(Mid::src_avail)> headers,
+                                                          std::size_t message_bytes) noexcept;
 
 /// Write the extended header: the bytes that follow the base header.
 void emit_extended(const SrcAvail&, std::span<std::byte, 16> out) noexcept;

@@ -161,12 +161,12 @@ BOOST_AUTO_TEST_CASE(bytes_are_reported_after_the_read_and_by_advert) {
   BOOST_TEST((s.on_src_avail(kAdvert, 0) == SinkRx::opened));
   s.read_started(600);
   BOOST_TEST((s.next().kind == Kind::none));
-  s.read_done(600);
+  s.read_done(600, 600);
   BOOST_TEST(s.front().address == kAdvert.address + 600);
   s.read_started(400);
-  s.read_done(400);
+  s.read_done(400, 400);
   s.read_started(1);
-  s.read_done(1);
+  s.read_done(1, 1);
   BOOST_TEST((s.next() == DueAdvert{.kind = Kind::rd_compl, .bytes = 1000}));
   s.sent(s.next(), 1);
   BOOST_TEST((s.next() == DueAdvert{.kind = Kind::rd_compl, .bytes = 1}));
@@ -178,11 +178,39 @@ BOOST_AUTO_TEST_CASE(a_cancel_waits_for_the_read_and_drops_the_rest) {
   s.read_started(500);
   BOOST_TEST((s.on_src_avail_cancel() == SinkRx::nothing));
   BOOST_TEST((s.next().kind == Kind::none));
-  s.read_done(500);
+  s.read_done(500, 500);
   BOOST_TEST(!s.is_open());
   BOOST_TEST((send(s) == Kind::rd_compl));
   BOOST_TEST((send(s) == Kind::send_sm));
   BOOST_TEST((send(s) == Kind::none));
+}
+
+BOOST_AUTO_TEST_CASE(several_reads_are_under_way_and_a_cancel_waits_for_all) {
+  SinkAdverts s = sink();
+  BOOST_TEST((s.on_src_avail(kAdvert, 10) == SinkRx::opened));
+  s.read_started(100);
+  BOOST_TEST(s.next_read().address == kAdvert.address + 110);
+  s.read_started(200);
+  s.read_done(100, 100);
+  BOOST_TEST((s.next() == DueAdvert{.kind = Kind::rd_compl, .bytes = 100}));
+  BOOST_TEST((s.on_src_avail_cancel() == SinkRx::nothing));
+  BOOST_TEST(s.next_read().left == 0U);
+  s.read_done(200, 200);
+  BOOST_TEST((s.next() == DueAdvert{.kind = Kind::rd_compl, .bytes = 300}));
+  BOOST_TEST((send(s) == Kind::rd_compl));
+  BOOST_TEST((send(s) == Kind::send_sm));
+}
+
+BOOST_AUTO_TEST_CASE(nothing_behind_a_read_that_was_cut_short_counts) {
+  SinkAdverts s = sink();
+  BOOST_TEST((s.on_src_avail(kAdvert, 10) == SinkRx::opened));
+  s.read_started(100);
+  s.read_started(200);
+  s.read_done(100, 60);
+  s.read_done(200, 200);
+  BOOST_TEST((s.next() == DueAdvert{.kind = Kind::rd_compl, .bytes = 60}));
+  BOOST_TEST((send(s) == Kind::rd_compl));
+  BOOST_TEST((send(s) == Kind::send_sm));
 }
 
 BOOST_AUTO_TEST_CASE(a_cancel_of_nothing_is_not_answered) {
@@ -195,7 +223,7 @@ BOOST_AUTO_TEST_CASE(a_read_that_is_cut_short_asks_for_the_rest) {
   SinkAdverts s = sink();
   BOOST_TEST((s.on_src_avail(kAdvert, 10) == SinkRx::opened));
   s.read_started(990);
-  s.read_done(0);
+  s.read_done(990, 0);
   BOOST_TEST((send(s) == Kind::send_sm));
   BOOST_TEST(!s.is_open());
 }
