@@ -18,8 +18,19 @@ bool Connection::move(ConnEvent event) noexcept {
   const auto next = next_state(state_, event);
   if (!next) return false;
   state_ = *next;
-  sending_ = state_ == ConnState::established || state_ == ConnState::disconn_rcvd;
+  see_adverts();
   return true;
+}
+
+/// What the state and the adverts together allow.
+void Connection::see_adverts() noexcept {
+  sending_ = (state_ == ConnState::established || state_ == ConnState::disconn_rcvd) && !source_.is_open();
+  takes_data_ = state_ == ConnState::established && !sink_.is_open();
+}
+
+void Connection::start_adverts(unsigned of_peer) noexcept {
+  source_.start(of_peer / kAdverts, 0);
+  sink_.start(1, 0);
 }
 
 Rx Connection::fail(const char* why) noexcept {
@@ -30,7 +41,7 @@ Rx Connection::fail(const char* why) noexcept {
 
 void Connection::emit_hello(const wire::HelloHeader& addresses, std::span<std::byte, wire::kHelloBytes> out) noexcept {
   wire::HelloHeader hello = addresses;
-  hello.max_adverts = 1;
+  hello.max_adverts = kAdverts;
   hello.local_rcv_size = recv_size_;
   hello.desired_remote_rcv_size = recv_size_;
   wire::emit_hello(hello, limits_.recv_buffers, out);
@@ -41,7 +52,7 @@ void Connection::await_hello() noexcept { move(ConnEvent::await_hello); }
 
 void Connection::emit_hello_ack(std::span<std::byte, wire::kHelloAckBytes> out) noexcept {
   wire::HelloAckHeader ack;
-  ack.max_adverts = 1;
+  ack.max_adverts = kAdverts;
   ack.actual_rcv_size = recv_size_;
   wire::emit_hello_ack(ack, limits_.recv_buffers, out);
   hello_ack_due_ = false;
@@ -59,6 +70,7 @@ Rx Connection::on_message_slow(std::span<const std::byte> shared) noexcept {
     if (!hello) return fail(to_string(hello.error()));
     peer_recv_size_ = believable(hello.value().local_rcv_size);
     credit_.start(rdma::load_be16(copy + 2), limits_.recv_buffers);
+    start_adverts(hello.value().adverts());
     hello_ack_due_ = true;
     move(ConnEvent::rx_hello);
     return Rx::established;
@@ -68,6 +80,7 @@ Rx Connection::on_message_slow(std::span<const std::byte> shared) noexcept {
     if (!ack) return fail(to_string(ack.error()));
     peer_recv_size_ = believable(ack.value().actual_rcv_size);
     credit_.start(rdma::load_be16(copy + 2), limits_.recv_buffers);
+    start_adverts(ack.value().max_adverts);
     move(ConnEvent::rx_hello_ack);
     return Rx::established;
   }
@@ -84,9 +97,11 @@ Rx Connection::on_message_slow(std::span<const std::byte> shared) noexcept {
   const bool update = mid == Mid::data && shared.size() == wire::kBsdhBytes;
   if (!credit_.on_receive(head.mseq(), head.mseq_ack(), head.bufs(), update)) return fail("sequence or credit error");
 
+  sink_.on_ack(head.mseq_ack());
   switch (mid) {
     case Mid::data:
       if (shared.size() == wire::kBsdhBytes) return Rx::control;
+      if (sink_.is_open()) return fail("data passes an advert");
       if (state_ == ConnState::disconn_rcvd || state_ == ConnState::closed) return fail("data after DisConn");
       if (head.flags() & wire::kOobPres) return fail("urgent data on a lane: the anchor carries it");
       return Rx::payload;
@@ -114,13 +129,18 @@ Rx Connection::on_message_slow(std::span<const std::byte> shared) noexcept {
       peer_recv_size_ = believable(granted.value().size);
       return Rx::resized;
     }
-    // No completion, cancel or mode of zero copy is expected while we advertise nothing. MaxAdverts 1 in Hello does not oblige the
-    // peer to advertise.
-    case Mid::send_sm:
-    case Mid::rdma_rd_compl:
+    case Mid::src_avail:
+      return on_src_avail(msg, shared.size());
     case Mid::src_avail_cancel:
-    case Mid::sink_avail_cancel:
+      (void)sink_.on_src_avail_cancel();
+      see_adverts();
       return Rx::control;
+    case Mid::rdma_rd_compl:
+      return on_source(source_.on_rdma_rd_compl(rdma::load_be32(copy + wire::kBsdhBytes)));
+    case Mid::send_sm:
+      return on_source(source_.on_send_sm());
+    // No buffer of ours is advertised, and we stay in Combined mode.
+    case Mid::sink_avail_cancel:
     case Mid::susp_comm:
     case Mid::susp_comm_ack:
       return Rx::control;
@@ -129,6 +149,66 @@ Rx Connection::on_message_slow(std::span<const std::byte> shared) noexcept {
     default:
       return fail("message that is illegal here");
   }
+}
+
+Rx Connection::on_src_avail(std::span<const std::byte> msg, std::size_t bytes) noexcept {
+  constexpr std::size_t kHeaders = wire::payload_offset(Mid::src_avail);
+  if (state_ == ConnState::disconn_rcvd || state_ == ConnState::closed) return fail("advert after DisConn");
+  const auto advert = wire::parse_src_avail_headers(msg.first<kHeaders>(), bytes);
+  if (!advert) return fail(to_string(advert.error()));
+  if (sink_.on_src_avail(advert.value(), static_cast<std::uint32_t>(bytes - kHeaders)) == SinkAdverts::Rx::error)
+    return fail("an advert that is illegal here");
+  had_adverts_ = true;
+  want_src_cancel();  // both programs send: neither may wait for the other to read
+  see_adverts();
+  return Rx::advert;
+}
+
+Rx Connection::on_source(SourceAdverts::Rx rx) noexcept {
+  if (rx == SourceAdverts::Rx::error) return fail("more is read than was advertised");
+  see_adverts();
+  return rx == SourceAdverts::Rx::nothing ? Rx::control : Rx::answered;
+}
+
+void Connection::emit_src_avail(const wire::SrcAvail& advert, std::uint32_t in_line,
+                                std::span<std::byte, wire::payload_offset(Mid::src_avail)> out) noexcept {
+  wire::Bsdh h;
+  h.mid = Mid::src_avail;
+  h.bufs = credit_.posted();
+  h.len = static_cast<std::uint32_t>(out.size()) + in_line;
+  h.mseq_ack = credit_.received();
+  h.mseq = credit_.on_send();
+  wire::emit_bsdh(h, out.first<wire::kBsdhBytes>());
+  wire::emit_extended(advert, out.last<out.size() - wire::kBsdhBytes>());
+  source_.on_advert_sent(advert.len, in_line);
+  had_adverts_ = true;
+  see_adverts();
+}
+
+void Connection::want_send_sm() noexcept {
+  (void)sink_.want_send_sm();
+  see_adverts();
+}
+
+void Connection::read_done(std::uint32_t started, std::uint32_t bytes) noexcept {
+  sink_.read_done(started, bytes);
+  see_adverts();
+}
+
+/// Of what the adverts have to say, which is what the peer waits for.
+std::size_t Connection::next_advert_control(std::byte* out) noexcept {
+  if (const DueAdvert due = sink_.next(); due.kind != DueAdvert::Kind::none) {
+    const bool is_report = due.kind == DueAdvert::Kind::rd_compl;
+    const std::size_t n = emit_control(is_report ? Mid::rdma_rd_compl : Mid::send_sm, due.bytes, is_report, out);
+    sink_.sent(due, credit_.sent());
+    return n;
+  }
+  if (const DueAdvert due = source_.next(); due.kind != DueAdvert::Kind::none) {
+    const std::size_t n = emit_control(Mid::src_avail_cancel, 0, false, out);
+    source_.sent(due, credit_.sent());
+    return n;
+  }
+  return 0;
 }
 
 void Connection::resize_done(std::uint32_t bytes) noexcept {
@@ -155,6 +235,8 @@ std::size_t Connection::next_control(std::span<std::byte, kControlBytes> out) no
     return 0;
   if (hello_ack_due_) return 0;
   if (credit_.may_send_control()) {
+    if (had_adverts_) [[unlikely]]
+      if (const std::size_t n = next_advert_control(out.data()); n != 0) return n;
     if (ack_recv_size_ != 0) {
       const std::uint32_t size = ack_recv_size_;
       ack_recv_size_ = 0;

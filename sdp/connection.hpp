@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <span>
 
+#include "sdp/adverts.hpp"
 #include "sdp/conn_state.hpp"
 #include "sdp/credit.hpp"
 #include "sdp/wire/bsdh.hpp"
@@ -28,12 +29,14 @@ struct ConnLimits {
 
 /// What on_message() found; anything the caller must act on.
 enum class Rx : std::uint8_t {
-  payload,      ///< payload bytes follow the header: queue them (Data; the inline part of an advert comes with a later issue)
+  payload,      ///< payload bytes follow the header: queue them
+  advert,       ///< likewise behind a SrcAvail's headers; sink() may have more to read
   control,      ///< consumed; the buffer can go home
   established,  ///< Hello or HelloAck completed the set-up; the buffer can go home
   disconn,      ///< the peer's half is closed, after the payload queued so far
   resize,       ///< the peer asks for larger buffers: wanted_recv_size(); answer when the last small one is gone (resize_done)
   resized,      ///< our wish was granted: max_payload() grew
+  answered,     ///< the peer has told of our advert: source() has changed
   abort,        ///< AbortConn or an illegal message: error() says which; the lane is over
 };
 
@@ -65,8 +68,7 @@ class Connection {
     if (msg.size() >= wire::kBsdhBytes) {
       std::byte head[wire::kBsdhBytes];
       std::memcpy(head, msg.data(), sizeof head);
-      if (state_ == ConnState::established &&
-          std::to_integer<std::uint8_t>(head[0]) == static_cast<std::uint8_t>(wire::Mid::data) &&
+      if (takes_data_ && std::to_integer<std::uint8_t>(head[0]) == static_cast<std::uint8_t>(wire::Mid::data) &&
           std::to_integer<std::uint8_t>(head[1]) == 0 && rdma::load_be32(head + 4) == msg.size()) [[likely]] {
         if (!credit_.on_receive(rdma::load_be32(head + 8), rdma::load_be32(head + 12), rdma::load_be16(head + 2),
                                 msg.size() == wire::kBsdhBytes))
@@ -83,6 +85,20 @@ class Connection {
   void emit_hello_ack(std::span<std::byte, wire::kHelloAckBytes> out) noexcept;
   bool hello_ack_due() const noexcept { return hello_ack_due_; }
 
+  // --- adverts (adverts.hpp), in Combined mode: one SrcAvail at a time, and while it is open no payload may be sent
+  /// What Hello says that we hold at once: one of each half-pipe's. To a peer that says less than two nothing is advertised.
+  static constexpr std::uint8_t kAdverts = 2;
+  const SourceAdverts& source() const noexcept { return source_; }
+  const SinkAdverts& sink() const noexcept { return sink_; }
+  bool may_advertise() const noexcept { return may_send_payload() && source_.may_advertise(sink_.is_open()); }
+  /// Writes both headers; `in_line` bytes of payload follow. may_advertise() must hold.
+  void emit_src_avail(const wire::SrcAvail& advert, std::uint32_t in_line,
+                      std::span<std::byte, wire::payload_offset(wire::Mid::src_avail)> out) noexcept;
+  void want_src_cancel() noexcept { (void)source_.want_cancel(); }
+  void want_send_sm() noexcept;  ///< the rest of the peer's advert is to come as Data; not while it is read
+  void read_started(std::uint32_t bytes) noexcept { sink_.read_started(bytes); }
+  void read_done(std::uint32_t started, std::uint32_t bytes) noexcept;
+
   // --- control. The largest control message:
   static constexpr std::size_t kControlBytes = 24;
   /// Length of the next control message that is due and may be sent now, written to `out`; 0: none. Post it before asking again.
@@ -98,12 +114,19 @@ class Connection {
   Rx on_message_slow(std::span<const std::byte> msg) noexcept;
   Rx fail(const char* why) noexcept;
   bool move(ConnEvent event) noexcept;
+  void start_adverts(unsigned of_peer) noexcept;
+  void see_adverts() noexcept;
+  Rx on_src_avail(std::span<const std::byte> copy, std::size_t bytes) noexcept;
+  Rx on_source(SourceAdverts::Rx rx) noexcept;
   std::size_t emit_control(wire::Mid mid, std::uint32_t value, bool has_value, std::byte* out) noexcept;
+  std::size_t next_advert_control(std::byte* out) noexcept;
 
   ConnLimits limits_;
   CreditWindow credit_;
   ConnState state_ = ConnState::idle;
-  bool sending_ = false;  ///< established and our half open
+  bool sending_ = false;      ///< established, our half open, and no advert of ours
+  bool takes_data_ = false;   ///< established, and no advert of the peer's
+  bool had_adverts_ = false;  ///< of either side
   bool hello_ack_due_ = false;
   bool update_wanted_ = false;
   bool disconn_due_ = false;
@@ -113,6 +136,8 @@ class Connection {
   std::uint32_t wanted_recv_size_ = 0;
   std::uint32_t ack_recv_size_ = 0;  ///< ChRcvBufAck due with this size
   std::uint32_t ask_recv_size_ = 0;  ///< ChRcvBuf due with this size
+  SourceAdverts source_;
+  SinkAdverts sink_;
   const char* error_ = "";
 };
 

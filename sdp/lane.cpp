@@ -38,6 +38,9 @@ Result<Unit> Lane::open(rdma::CompletionChannel* channel) noexcept {
   may_buffer_ = device_->attr().maps_peer_memory;
   unordered_ = !device_->attr().posts_arrive_at_once;
   max_sge_ = device_->attr().max_sge < 8 ? device_->attr().max_sge : 8;
+  // Where memory is mapped by both, one copy by one side is no gain over two that overlap.
+  if (limits_.zero_copy_from != 0 && unordered_ && !device_->attr().maps_peer_memory && !device_->attr().recv_needs_extent)
+    zero_copy_from_ = limits_.zero_copy_from;
   auto words = peer.heap->allocate(sizeof(LaneBlock), 64);
   if (!words) return rdma::Err{words.error()};
   block_ = new (words->addr) LaneBlock{};
@@ -75,6 +78,7 @@ void Lane::close() noexcept {
   if (device_ == nullptr && peer_ == nullptr) return kept_.clear();
   if (capture_ != nullptr) capture_->remove_connection(capture_conn_);
   delete qp_;
+  zero_copy_.clear();
   delete cq_;
   qp_ = nullptr;
   cq_ = nullptr;
@@ -174,21 +178,23 @@ void Lane::stop() noexcept {
   // What came before stands in the Cq before what is flushed now.
   const rdma::SteadyClock clock;
   const std::int64_t begun = clock.now();
-  for (std::int64_t heard = begun; clock.now() - heard < kQuiet && clock.now() - begun < kLongest;) {
+  for (std::int64_t heard = begun; (clock.now() - heard < kQuiet || is_reading()) && clock.now() - begun < kLongest;) {
     if (!cq_->maybe_ready()) continue;
     reap();
     heard = clock.now();
   }
   if (held() != 0) (void)close_gathered();  // one more that the peer does not acknowledge
   fail("stopped");
+  if (is_offering() || is_reading()) leave_programs_memory();
 }
 
 bool Lane::read_back(std::uint64_t from, std::byte* out, std::size_t bytes) const noexcept {
   if (device_ == nullptr) return read_kept(from, out, bytes);
   const CreditWindow& credit = conn.credit();
   const std::uint64_t pulled = block_->pulled.load(std::memory_order_acquire);
-  // Messages first, then the buffer: no message follows bytes that it holds.
-  const std::uint64_t by_messages = buffered() != 0 ? send_buffer_.front(pulled) : tx_bytes_;
+  // Messages first, then the buffer, or what was offered: no message follows these bytes.
+  const bool has_rest = !zero_copy_.rest.empty();
+  const std::uint64_t by_messages = has_rest ? zero_copy_.rest_from : buffered() != 0 ? send_buffer_.front(pulled) : tx_bytes_;
   const std::size_t posted = from < by_messages ? std::min<std::uint64_t>(by_messages - from, bytes) : 0;
   std::size_t done = 0;
   // The oldest unread message is at most kMaxInFlight back; walk forward from there.
@@ -197,15 +203,19 @@ bool Lane::read_back(std::uint64_t from, std::byte* out, std::size_t bytes) cons
     const Sent& s = sent_[mseq % kMaxInFlight];
     const std::uint64_t want = from + done;
     if (s.payload == 0 || want < s.start || want >= s.start + s.payload) continue;
-    const auto msg = unordered_ ? staging_.piece(s.staged, wire::kBsdhBytes + s.payload) : qp_->sent_message(s.number);
-    if (msg.size() != wire::kBsdhBytes + s.payload) return false;
+    const auto msg = unordered_ ? staging_.piece(s.staged, s.headers + s.payload) : qp_->sent_message(s.number);
+    if (msg.size() != s.headers + s.payload) return false;
     const std::size_t skip = want - s.start;
     const std::size_t n = std::min<std::size_t>(s.payload - skip, posted - done);
-    std::memcpy(out + done, msg.data() + wire::kBsdhBytes + skip, n);
+    std::memcpy(out + done, msg.data() + s.headers + skip, n);
     done += n;
   }
   if (done != posted) return false;
-  if (done < bytes) send_buffer_.copy_from(from + done, out + done);
+  if (done == bytes) return true;
+  if (!has_rest)
+    send_buffer_.copy_from(from + done, out + done);
+  else
+    std::memcpy(out + done, zero_copy_.rest.data() + (from + done - zero_copy_.rest_from), bytes - done);
   return true;
 }
 

@@ -25,6 +25,7 @@
 #include "sdp/kept_bytes.hpp"
 #include "sdp/send_buffer.hpp"
 #include "sdp/staging.hpp"
+#include "sdp/zero_copy.hpp"
 
 namespace sdp {
 
@@ -89,6 +90,7 @@ struct LaneLimits {
   std::uint16_t recv_buffers_max = 64;           ///< grown to under load
   std::size_t staging = std::size_t{512} << 10;  ///< bytes to gather messages in, on a device that cannot take them inline
   BulkCopy bulk_copy = BulkCopy::tried;          ///< on a device where this side copies into the peer's memory
+  std::uint32_t zero_copy_from = 0;              ///< bytes of a send that is worth to be offered in place; 0: none is
 };
 
 class Lane {
@@ -187,6 +189,45 @@ class Lane {
   bool violated() const noexcept { return violated_; }  ///< dead by a message that breaks the protocol; the words still go through
   bool peer_disconn() const noexcept { return peer_disconn_; }
 
+  // --- sends and receives in place, on devices where a copy is worth to be saved (lane_zcopy.cpp)
+  static constexpr std::uint32_t kLongestOffer = 4U << 20;  ///< bytes
+  static constexpr std::uint32_t kLongestRead = 4U << 20;   ///< bytes, in one receive
+  static constexpr std::uint32_t kLeastRead = 16384;        ///< bytes: for less the copy is cheaper than to register the memory
+  static constexpr std::uint32_t kReadPiece = 65536;        ///< bytes of one RDMA Read
+  static constexpr std::uint32_t kReadsAhead = 4;           ///< reads under way, if the device can have so many
+  /// Bytes that lie together and are worth to be offered; more than any send has: none are.
+  std::size_t zero_copy_from() const noexcept { return zero_copy_from_; }
+  enum class Offered : std::uint8_t { yes, not_now, unregistered };
+  /// Offers `count` bytes to the peer's reader, the first of them in line. yes: the caller waits until the offer is over and then
+  /// takes its end; the memory stays as it is until then, and nobody sends anything behind it.
+  Offered offer(const std::byte* bytes, std::uint32_t count) noexcept;
+  bool is_offering() const noexcept { return zero_copy_.offer.is_open; }
+  std::uint32_t offer_crossed() const noexcept { return zero_copy_.offer.crossed; }  ///< bytes, so far
+  void cancel_offer() noexcept;                                                      ///< over when the peer has answered
+  /// Cancels, and waits for the answer for 20 ms at the most. False: there was none.
+  bool settle_offer() noexcept;
+  /// An offer that is not cancelled yet, though the peer has said `which`.
+  bool may_cancel_for(Word which) const noexcept { return is_offering() && !zero_copy_.offer.is_cancelled && said(which); }
+  struct OfferEnd {
+    std::uint32_t sent;      ///< bytes from the first on. Of the others nobody reads any more
+    std::uint32_t in_place;  ///< of those the peer has read so many by RDMA
+    bool whole, cancelled;
+  };
+  OfferEnd take_offer() noexcept;
+  bool has_offer_end() const noexcept { return zero_copy_.offer.has_owner && !zero_copy_.offer.is_open; }
+  ZeroCopy& zero_copy() noexcept { return zero_copy_; }
+
+  bool has_advert() const noexcept { return conn.sink().is_open(); }  ///< the peer has more to be read in place
+  /// Reads what the peer offers next into `to`. True: the caller waits until !is_reading() and then takes the bytes. False: it is
+  /// not worth it, or cannot be.
+  bool begin_read(std::byte* to, std::size_t room) noexcept;
+  bool is_reading() const noexcept { return zero_copy_.read.under_way != 0; }
+  std::uint32_t read_done() const noexcept { return zero_copy_.read.done; }  ///< bytes, so far
+  bool has_read() const noexcept { return zero_copy_.read.has_owner && !is_reading(); }
+  std::uint32_t take_read() noexcept;  ///< bytes
+  void end_read() noexcept;            ///< the program's memory is left in any case; waits for 50 ms at the most
+  void refuse_advert() noexcept;       ///< the rest is to come as messages; not while it is read
+
   // --- small sends that wait for others, to go in one message (lane_gather.cpp)
   /// Bytes that send() took and that wait. Any thread.
   std::uint32_t held() const noexcept { return held_.load(std::memory_order_relaxed); }
@@ -209,8 +250,10 @@ class Lane {
   std::uint64_t rx_arrived() const noexcept { return arrived_.load(std::memory_order_relaxed); }
   /// As if the peer had said it; the lane is stopped.
   void suppose(Word which, std::uint64_t value) noexcept { words_->word[which].store(value + 1, std::memory_order_release); }
-  /// Messages whose arrival the peer has not acknowledged yet, the one that is held among them.
-  std::uint32_t unacknowledged() const noexcept { return in_flight() + (held() != 0 ? 1 : 0); }
+  /// Messages whose arrival the peer has not acknowledged yet; the one that is held, and an offer, are among them.
+  std::uint32_t unacknowledged() const noexcept {
+    return in_flight() + (held() != 0 ? 1 : 0) + (is_offering() || !zero_copy_.rest.empty() ? 1 : 0);
+  }
 
   // --- switch words
   /// What the anchor carries later may arrive earlier than what was posted here, and what is posted here may be lost with its
@@ -296,12 +339,26 @@ class Lane {
   bool post_data(rdma::Sge* sges, std::uint8_t count, std::uint32_t payload) noexcept;
   void send_control() noexcept;
   void home(std::uint32_t buffer) noexcept;
+  void queue(std::uint32_t buffer, std::uint32_t headers, std::uint32_t bytes) noexcept;
+  void follow_offer() noexcept;
+  void continue_read() noexcept;
+  void on_read_done(bool success) noexcept;
+  void leave_programs_memory() noexcept;
   bool may_not_wait() const noexcept;
   void flush_posts() noexcept;
   void show(bool outgoing, std::span<const std::byte> header, std::span<const std::byte> payload) noexcept;
   void show_read(bool outgoing, IovCursor at, std::size_t bytes) noexcept;
   void grow_count() noexcept;
-  void number_request(rdma::SendWr& wr) noexcept;
+  /// Entries of the send queue come back only when a completion behind them is polled.
+  void number_request(rdma::SendWr& wr) noexcept {
+    wr.wr_id = ++requests_;
+    if (requests_ - signalled_ >= kSignalEvery) [[unlikely]] {
+      signalled_ = requests_;
+      wr.flags |= rdma::kSignalled;
+    }
+    if (staging_.active()) [[unlikely]]
+      remember_staged(wr);
+  }
   void remember_staged(rdma::SendWr& wr) noexcept;
   void free_staged() noexcept;
   void fail(const char* why) noexcept;
@@ -350,6 +407,7 @@ class Lane {
   std::uint32_t max_sge_ = 1;
   std::uint32_t send_depth_ = kSendDepth;
   std::uint32_t max_inline_ = 0;  ///< bytes; a longer message is gathered in staging_
+  std::size_t zero_copy_from_ = ~std::size_t{0};
 
   std::uint32_t rx_head_ = 0, rx_tail_ = 0;  ///< unread queue: [head, tail)
   std::uint64_t rx_bytes_queued_ = 0, rx_bytes_ = 0, rx_arrivals_ = 0;
@@ -380,6 +438,7 @@ class Lane {
   SwitchWords* words_ = nullptr;  ///< block_'s
   SendBuffer send_buffer_;
   Staging staging_;
+  ZeroCopy zero_copy_;
   std::byte* gathered_ = nullptr;                         ///< the message that is open: where staging_ has its next piece
   std::uint32_t gathered_most_ = 0;                       ///< bytes of payload that it may get
   std::atomic<std::uint32_t> held_{0};                    ///< bytes of payload that it has; 0: none is open
@@ -402,6 +461,7 @@ class Lane {
     std::uint64_t start;    ///< lane position of the first payload byte
     std::uint64_t number;   ///< which Send of the QP
     std::uint32_t payload;  ///< bytes; 0: control
+    std::uint32_t headers;  ///< bytes before it
     std::uint64_t staged;   ///< Staging::position() behind it
   };
   std::array<Sent, kMaxInFlight> sent_{};  ///< by MSeq, for read_back

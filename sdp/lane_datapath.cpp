@@ -31,17 +31,6 @@ void Lane::show_read(bool outgoing, IovCursor at, std::size_t bytes) noexcept {
   }
 }
 
-// Entries of the send queue come back only when a completion behind them is polled.
-inline void Lane::number_request(SendWr& wr) noexcept {
-  wr.wr_id = ++requests_;
-  if (requests_ - signalled_ >= kSignalEvery) [[unlikely]] {
-    signalled_ = requests_;
-    wr.flags |= rdma::kSignalled;
-  }
-  if (staging_.active()) [[unlikely]]
-    remember_staged(wr);
-}
-
 void Lane::remember_staged(SendWr& wr) noexcept {
   const std::uint64_t position = staging_.position();
   staged_up_to_[requests_ % kSendDepth] = position;
@@ -152,7 +141,7 @@ bool Lane::post_data(Sge* sges, std::uint8_t count, std::uint32_t payload) noexc
   sges[0] = Sge{head, sizeof head, {}};
   conn.emit_data(payload, head);
   Sent& sent = sent_[conn.credit().sent() % kMaxInFlight];
-  sent = Sent{tx_bytes_, sends_, payload, staging_.position()};
+  sent = Sent{tx_bytes_, sends_, payload, wire::kBsdhBytes, staging_.position()};
   const bool is_bulk = may_buffer_ && payload >= kBulkPiece;
   if (!post_message(sges, count, is_bulk && copy_.direct() ? rdma::kInline | rdma::kDirect : rdma::kInline)) return false;
   if (is_bulk) copy_.copied(payload, [] { return rdma::SteadyClock{}.now(); });
@@ -325,7 +314,7 @@ void Lane::send_control() noexcept {
   }
   std::array<std::byte, Connection::kControlBytes> message;
   while (const std::size_t n = conn.next_control(message)) {
-    sent_[conn.credit().sent() % kMaxInFlight] = Sent{tx_bytes_, sends_, 0, staging_.position()};
+    sent_[conn.credit().sent() % kMaxInFlight] = Sent{tx_bytes_, sends_, 0, 0, staging_.position()};
     const Sge sge{message.data(), static_cast<std::uint32_t>(n), {}};
     if (!post_message(&sge, 1)) return;
   }
@@ -396,13 +385,25 @@ void Lane::grow_count() noexcept {
   }
 }
 
+/// Payload waits in the buffer in which it came.
+inline void Lane::queue(std::uint32_t index, std::uint32_t headers, std::uint32_t bytes) noexcept {
+  unread_[rx_tail_++ % kRing] = Unread{index, headers, bytes - headers};
+  rx_bytes_queued_ += bytes - headers;
+  arrived_.store(arrived_.load(std::memory_order_relaxed) + bytes - headers, std::memory_order_relaxed);
+  ++rx_arrivals_;
+}
+
 void Lane::on_completion(const Wc& wc) noexcept {
-  if (wc.status != rdma::WcStatus::success) [[unlikely]]
+  if (wc.status != rdma::WcStatus::success) [[unlikely]] {
+    if (wc.opcode == rdma::WcOpcode::rdma_read) on_read_done(false);
     return fail(to_string(wc.status));
+  }
   if (wc.opcode != rdma::WcOpcode::recv) {
-    reaped_ = wc.wr_id;
+    reaped_ = std::max(reaped_, wc.wr_id);  // a Read may come behind what was posted after it
     if (staging_.active()) [[unlikely]]
       free_staged();
+    if (wc.opcode == rdma::WcOpcode::rdma_read) [[unlikely]]
+      on_read_done(true);
     return;
   }
   const auto index = static_cast<std::uint32_t>(wc.wr_id);
@@ -415,15 +416,14 @@ void Lane::on_completion(const Wc& wc) noexcept {
   const Rx rx = conn.on_message({b.addr, wc.byte_len});
   if (unordered_ && staging_.active()) [[unlikely]]
     free_staged();
-  if (rx == Rx::payload) [[likely]] {
-    constexpr auto kHead = static_cast<std::uint32_t>(wire::kBsdhBytes);
-    unread_[rx_tail_++ % kRing] = Unread{index, kHead, wc.byte_len - kHead};
-    rx_bytes_queued_ += wc.byte_len - kHead;
-    arrived_.store(arrived_.load(std::memory_order_relaxed) + wc.byte_len - kHead, std::memory_order_relaxed);
-    ++rx_arrivals_;
-    return;
-  }
+  if (rx == Rx::payload) [[likely]]
+    return queue(index, wire::kBsdhBytes, wc.byte_len);
   switch (rx) {
+    case Rx::advert:
+      return queue(index, wire::payload_offset(wire::Mid::src_avail), wc.byte_len);
+    case Rx::answered:
+      follow_offer();
+      break;
     case Rx::established:
       return;  // Hello's buffer was outside the account and is not posted again
     case Rx::disconn:
@@ -478,7 +478,8 @@ std::size_t Lane::recv_at_once(std::byte* to, std::size_t room) noexcept {
   Unread& u = unread_[rx_head_ % kRing];
   const std::size_t n = std::min<std::size_t>(u.length, room);
   // A read that is shorter than it could be says that there is no more.
-  if (n < room && (rx_tail_ - rx_head_ != 1 || cq_->maybe_ready() || peer_buffer_.holds_more_than(rx_bytes_ + n))) return 0;
+  if (n < room && (rx_tail_ - rx_head_ != 1 || cq_->maybe_ready() || has_advert() || peer_buffer_.holds_more_than(rx_bytes_ + n)))
+    return 0;
   if (!rdma::can_overwrite(to, n)) return 0;
   rdma::copy_bytes(to, buffers_[u.buffer].addr + u.offset, n);
   u.offset += static_cast<std::uint32_t>(n);

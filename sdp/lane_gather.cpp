@@ -56,7 +56,7 @@ rdma::Sge Lane::close_gathered() noexcept {
   const std::uint32_t payload = held();
   conn.emit_data(payload, gathered_);
   staging_.take_at(gathered_, kHead + payload);
-  sent_[conn.credit().sent() % kMaxInFlight] = Sent{tx_bytes_ - payload, sends_, payload, staging_.position()};
+  sent_[conn.credit().sent() % kMaxInFlight] = Sent{tx_bytes_ - payload, sends_, payload, kHead, staging_.position()};
   held_.store(0, std::memory_order_relaxed);
   return {gathered_, kHead + payload, staging_.lkey()};
 }

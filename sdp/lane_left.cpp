@@ -2,6 +2,7 @@
 // what each side has said, in memory of this process's own.
 #include <linux/futex.h>
 
+#include <algorithm>
 #include <climits>
 #include <cstring>
 #include <new>
@@ -51,6 +52,7 @@ Lane* Lane::outlive_device(void* cell) const noexcept {
   std::uint64_t first = tx_bytes_;
   for (std::uint32_t mseq = credit.sent(); mseq != credit.acked(); --mseq)
     if (const Sent& s = sent_[mseq % kMaxInFlight]; s.payload != 0) first = s.start;
+  if (!zero_copy_.rest.empty()) first = std::min(first, zero_copy_.rest_from);
   const std::size_t unread = rx_bytes_queued_, sent = tx_bytes_ - first;
   KeptBytes kept;
   std::byte* const memory = kept.room(sizeof(LaneBlock) + unread + sent);
@@ -67,6 +69,7 @@ Lane* Lane::outlive_device(void* cell) const noexcept {
 
   Lane* const left = new (cell) Lane(nullptr, limits_);
   left->conn = conn;
+  left->zero_copy_.inherit(zero_copy_);
   kept.added(sizeof(LaneBlock) + unread + sent);
   left->kept_ = kept;
   left->kept_from_ = first;

@@ -125,6 +125,122 @@ BOOST_AUTO_TEST_CASE(buffers_grow_on_request) {
   BOOST_TEST(p.a.max_payload() == 65536 - wire::kBsdhBytes);
 }
 
+namespace {
+Message advert(Connection& from, std::uint32_t bytes, std::uint32_t in_line) {
+  Message m(wire::payload_offset(wire::Mid::src_avail) + in_line, std::byte{7});
+  from.emit_src_avail(
+      {bytes, 0x77, 0x10000}, in_line,
+      std::span<std::byte, wire::payload_offset(wire::Mid::src_avail)>(m.data(), wire::payload_offset(wire::Mid::src_avail)));
+  return m;
+}
+std::vector<wire::Mid> mids(const std::deque<Message>& messages) {
+  std::vector<wire::Mid> all;
+  for (const Message& m : messages) all.push_back(static_cast<wire::Mid>(m[0]));
+  return all;
+}
+}  // namespace
+
+BOOST_AUTO_TEST_CASE(an_advert_is_read_and_reported_and_nothing_passes_it) {
+  Pair p;
+  BOOST_TEST(p.a.may_advertise());
+  const Message m = advert(p.a, 5000, 1000);
+  BOOST_TEST(!p.a.may_send_payload());
+  BOOST_TEST((p.b.on_message(m) == Rx::advert), p.b.error());
+  BOOST_TEST(p.b.sink().next_read().address == 0x10000U + 1000);
+  BOOST_TEST(p.b.sink().next_read().left == 4000U);
+  p.b.read_started(4000);
+  p.b.read_done(4000, 4000);
+  Pair::control(p.b, p.to_a);
+  BOOST_TEST((mids(p.to_a) == std::vector{wire::Mid::rdma_rd_compl}));
+  BOOST_TEST((p.a.on_message(p.to_a.front()) == Rx::answered));
+  BOOST_TEST(p.a.source().moved() == 4000U);
+  BOOST_TEST(p.a.may_send_payload());
+}
+
+BOOST_AUTO_TEST_CASE(what_nobody_reads_comes_as_data) {
+  Pair p;
+  BOOST_TEST((p.b.on_message(advert(p.a, 5000, 1)) == Rx::advert));
+  p.a.want_disconn();
+  Pair::control(p.a, p.to_b);
+  BOOST_TEST(p.to_b.empty());  // not before the end of the advert
+  p.b.want_send_sm();
+  Pair::control(p.b, p.to_a);
+  BOOST_TEST((mids(p.to_a) == std::vector{wire::Mid::send_sm}));
+  BOOST_TEST((p.a.on_message(p.to_a.front()) == Rx::answered));
+  BOOST_TEST((p.b.on_message(Pair::data(p.a, 100)) == Rx::payload), p.b.error());
+  Pair::control(p.a, p.to_b);
+  BOOST_TEST((mids(p.to_b) == std::vector{wire::Mid::disconn}));
+}
+
+BOOST_AUTO_TEST_CASE(two_that_advertise_to_each_other_come_down_to_data) {
+  Pair p;
+  const Message from_a = advert(p.a, 5000, 1), from_b = advert(p.b, 5000, 1);
+  BOOST_TEST((p.a.on_message(from_b) == Rx::advert));
+  BOOST_TEST((p.b.on_message(from_a) == Rx::advert));
+  for (int round = 0; round < 3; ++round) {
+    Pair::control(p.a, p.to_b);
+    Pair::control(p.b, p.to_a);
+    for (; !p.to_a.empty(); p.to_a.pop_front()) BOOST_TEST((p.a.on_message(p.to_a.front()) != Rx::abort), p.a.error());
+    for (; !p.to_b.empty(); p.to_b.pop_front()) BOOST_TEST((p.b.on_message(p.to_b.front()) != Rx::abort), p.b.error());
+  }
+  BOOST_TEST(p.a.may_send_payload());
+  BOOST_TEST(p.b.may_send_payload());
+}
+
+BOOST_AUTO_TEST_CASE(adverts_that_break_the_rules_abort) {
+  const auto refused = [](auto break_it) {
+    Pair p;
+    BOOST_TEST((break_it(p) == Rx::abort));
+    BOOST_TEST(std::string(p.b.error()) != "");
+  };
+  refused([](Pair& p) {  // Data that passes one
+    Message data = Pair::data(p.a, 10);
+    rdma::store_be32(data.data() + 8, 2);
+    Pair other;
+    BOOST_TEST((p.b.on_message(advert(other.a, 5000, 1)) == Rx::advert));
+    return p.b.on_message(data);
+  });
+  refused([](Pair& p) { return p.b.on_message(advert(p.a, 5000, 0)); });  // nothing in line
+  refused([](Pair& p) {                                                   // all of it in line
+    Message m = advert(p.a, 5000, 10);
+    rdma::store_be32(m.data() + 16, 10);
+    return p.b.on_message(m);
+  });
+  refused([](Pair& p) {  // a report of more than there is
+    Message m = advert(p.b, 5000, 10);
+    BOOST_TEST((p.a.on_message(m) == Rx::advert));
+    p.a.read_started(4990);
+    p.a.read_done(4990, 4990);
+    Pair::control(p.a, p.to_b);
+    rdma::store_be32(p.to_b.front().data() + 16, 4991);
+    return p.b.on_message(p.to_b.front());
+  });
+  refused([](Pair& p) {  // after DisConn
+    Pair other;
+    other.a.want_disconn();
+    Pair::control(other.a, other.to_b);
+    BOOST_TEST((p.b.on_message(other.to_b.front()) == Rx::disconn));
+    Message m = advert(p.a, 5000, 10);
+    rdma::store_be32(m.data() + 8, 2);
+    return p.b.on_message(m);
+  });
+}
+
+BOOST_AUTO_TEST_CASE(nothing_is_advertised_to_a_peer_that_holds_one_advert) {
+  Connection a{kLimits}, b{kLimits};
+  std::array<std::byte, wire::kHelloBytes> hello;
+  std::array<std::byte, wire::kHelloAckBytes> ack;
+  b.await_hello();
+  a.emit_hello({}, hello);
+  BOOST_TEST((b.on_message(hello) == Rx::established));
+  b.emit_hello_ack(ack);
+  ack[19] = std::byte{1};  // as others say, among them one that takes a SrcAvail for Data
+  BOOST_TEST((a.on_message(ack) == Rx::established));
+  BOOST_TEST(a.may_send_payload());
+  BOOST_TEST(!a.may_advertise());
+  BOOST_TEST(b.may_advertise());
+}
+
 // Whatever the order in which both sides send, read and hand buffers back: no illegal message, no deadlock, nothing lost.
 BOOST_AUTO_TEST_CASE(random_traffic_both_ways_always_drains) {
   for (unsigned seed = 1; seed <= 2000; ++seed) {

@@ -21,12 +21,25 @@ struct Case {
   LaneLimits limits;
   Fault fault = Fault::none;
   std::uint32_t far_size_max = 0;  ///< bytes: side 1's recv_size_max; 0: that of `limits`
+  unsigned in_place = 0;           ///< per cent of sends and receives that go without a copy
+};
+
+/// A program's call that sends or receives in place, and the memory that it has given.
+struct InPlaceCall {
+  std::vector<std::byte> memory;
+  std::uint64_t from = 0;  ///< position in the stream
+  bool is_under_way = false;
+};
+
+/// Sums over the seeds: a test in which nothing crosses in place is none.
+struct InPlaceTotals {
+  std::uint64_t offers = 0, whole = 0, cancelled = 0, refused = 0, bytes = 0, crossings = 0, in_the_middle = 0;
 };
 
 class Rig {
  public:
   Rig(std::uint64_t seed, const Case& c)
-      : seed_(seed), fault_(c.fault), chance_(seed ^ 0x5EED), fabric_(c.fabric), limits_(c.limits) {
+      : seed_(seed), fault_(c.fault), in_place_(c.in_place), chance_(seed ^ 0x5EED), fabric_(c.fabric), limits_(c.limits) {
     for (unsigned i : {0U, 1U}) {
       host_[i].open(fabric_.device(side(i)), fabric_.path(side(i)));
       LaneLimits limits = c.limits;
@@ -52,7 +65,10 @@ class Rig {
       fabric_.at_step(chance_.pick(1, 400), [this] { strike(); });
     const std::uint64_t actions = chance_.pick(10, 250);
     const unsigned reading = static_cast<unsigned>(chance_.pick(0, 100));
-    for (std::uint64_t i = 0; i < actions; ++i) act(reading);
+    for (std::uint64_t i = 0; i < actions; ++i) {
+      act(reading);
+      see_ends();
+    }
     if (fault_ == Fault::none)
       finish();
     else
@@ -98,7 +114,56 @@ class Rig {
     if (!rules.empty()) broken(rules);
   }
 
+  /// What send() in place does, up to its wait. False: not offered.
+  bool offer(unsigned i, std::size_t bytes) {
+    InPlaceCall& call = offer_[i];
+    Lane& lane = *lane_[i];
+    if (call.is_under_way || bytes == 0 || !fabric_.alive(side(i))) return false;
+    call.memory.resize(bytes);
+    call.from = sent_[i];
+    fill(call.memory.data(), bytes, stream(i), sent_[i]);
+    if (lane.offer(call.memory.data(), static_cast<std::uint32_t>(bytes)) != Lane::Offered::yes) return false;
+    call.is_under_way = true;
+    ++totals_.offers;
+    totals_.crossings += offer_[1 - i].is_under_way;
+    return true;
+  }
+  /// What recv() in place does, likewise.
+  bool read_in_place(unsigned i, std::size_t bytes) {
+    InPlaceCall& call = read_[i];
+    if (call.is_under_way || !fabric_.alive(side(i))) return false;
+    if (std::any_of(call.memory.begin(), call.memory.end(), [](std::byte b) { return b != kLeft; }))
+      broken("side ", i, "'s device wrote to memory that was the program's again");
+    call.memory.assign(bytes, kLeft);
+    if (!lane_[i]->begin_read(call.memory.data(), bytes)) return false;
+    call.is_under_way = true;
+    return true;
+  }
+  /// The calls return that can; their programs write to the memory at once.
+  void see_ends() {
+    for (unsigned i : {0U, 1U}) {
+      if (offer_[i].is_under_way && lane_[i]->has_offer_end()) {
+        const Lane::OfferEnd end = lane_[i]->take_offer();
+        sent_[i] = offer_[i].from + end.sent;
+        totals_.whole += end.whole;
+        totals_.cancelled += end.cancelled;
+        totals_.refused += !end.whole && !end.cancelled;
+        totals_.bytes += end.in_place;
+        std::fill(offer_[i].memory.begin(), offer_[i].memory.end(), kLeft);
+        offer_[i].is_under_way = false;
+      }
+      if (read_[i].is_under_way && lane_[i]->has_read()) {
+        const std::uint32_t n = lane_[i]->take_read();
+        verify(read_[i].memory.data(), n, stream(1 - i), received_[1 - i], "read in place");
+        received_[1 - i] += n;
+        std::fill(read_[i].memory.begin(), read_[i].memory.end(), kLeft);
+        read_[i].is_under_way = false;
+      }
+    }
+  }
+
   Lane& lane(unsigned i) { return *lane_[i]; }
+  const InPlaceTotals& totals() const { return totals_; }
   SimFabric& fabric() { return fabric_; }
   std::size_t send(unsigned i, std::size_t bytes) {
     Lane& lane = *lane_[i];
@@ -112,6 +177,7 @@ class Rig {
     if (dead && n != 0) broken("a dead lane took bytes");
     if (n > bytes || (n < bytes && lane.may_send() && !lane.dead())) broken("send stopped before it had to");
     sent_[i] += n;
+    if (n != 0 && offer_[i].is_under_way) broken("bytes passed an offer");
     return n;
   }
   std::size_t receive(unsigned i, std::size_t bytes, bool peek = false) {
@@ -130,12 +196,17 @@ class Rig {
   void drain_all() {
     for (bool more = true; more;) {
       more = false;
-      for (unsigned i : {0U, 1U})
+      for (unsigned i : {0U, 1U}) {
         while (receive(i, 1 << 16) != 0) more = true;
+        if (lane_[i]->has_advert() && !(chance_.percent(50) && read_in_place(i, chance_.size(200'000)))) lane_[i]->refuse_advert();
+      }
       if (fabric_.step()) more = true;
+      see_ends();
       patience("while both sides read");
     }
     settle();
+    for (unsigned i : {0U, 1U})
+      if (offer_[i].is_under_way || read_[i].is_under_way) broken("side ", i, " waits though both sides read");
   }
   /// Nobody sends payload or reads: the lanes must fall silent.
   void settle() {
@@ -173,6 +244,8 @@ class Rig {
     }
     if (chance_.percent(50)) {
       for (std::uint64_t n = chance_.pick(0, 30); n > 0; --n) fabric_.step();
+    } else if (chance_.percent(in_place_)) {
+      act_in_place(i);
     } else if (chance_.percent(50)) {
       send(i, chance_.size(100'000));
     } else if (chance_.percent(reading)) {
@@ -189,6 +262,40 @@ class Rig {
       }
     } else {
       lane_[i]->drain();
+    }
+  }
+
+  void act_in_place(unsigned i) {
+    const std::uint64_t what = chance_.pick(0, 29);
+    if (what == 0 && lane_[i]->is_offering())
+      lane_[i]->cancel_offer();
+    else if (what == 1)
+      lane_[i]->refuse_advert();
+    else if (what < 20)
+      (void)read_in_place(i, chance_.size(300'000));
+    else
+      (void)offer(i, chance_.size(300'000));
+  }
+
+  /// Both have stopped their lanes and tell each other how far they are: what one does not have the other does.
+  void recover() {
+    for (unsigned i : {0U, 1U}) lane_[i]->stop();
+    for (unsigned i : {0U, 1U}) {
+      see_ends();
+      if (offer_[i].is_under_way || read_[i].is_under_way) broken("side ", i, " waits on a lane that is stopped");
+    }
+    for (unsigned i : {0U, 1U}) {
+      receive_rest(1 - i);
+      const std::uint64_t arrived = lane_[1 - i]->rx_arrived(), sent = lane_[i]->tx_bytes();
+      if (sent != sent_[i]) broken("side ", i, " counts ", sent, " bytes, its calls have sent ", sent_[i]);
+      if (arrived != received_[i] || arrived > sent) broken("side ", i, ": ", arrived, " of ", sent, " bytes arrived");
+      std::vector<std::byte> rest(sent - arrived);
+      if (!lane_[i]->read_back(arrived, rest.data(), rest.size())) broken("bytes of side ", i, " are not to be had again");
+      verify(rest.data(), rest.size(), stream(i), arrived, "read_back");
+    }
+  }
+  void receive_rest(unsigned i) {
+    while (receive(i, 1 << 16) != 0) {
     }
   }
 
@@ -210,6 +317,7 @@ class Rig {
     if (lane_[0] == nullptr) return;  // the test was faster
     const auto i = static_cast<unsigned>(chance_.pick(0, 1));
     struck_ = true;
+    totals_.in_the_middle += offer_[0].is_under_way || offer_[1].is_under_way;
     if (fault_ == Fault::broken_link)
       fabric_.break_qp(lane_[i]->qp());
     else if (fault_ == Fault::removed_device)
@@ -225,10 +333,15 @@ class Rig {
       more = fabric_.step();
       for (unsigned i : {0U, 1U})
         while (fabric_.alive(side(i)) && receive(i, 1 << 16) != 0) more = true;
+      see_ends();
       patience("after the fault");
     }
-    for (unsigned i : {0U, 1U})
+    if (in_place_ != 0 && fault_ != Fault::dead_peer) return recover();
+    for (unsigned i : {0U, 1U}) {
+      if (lane_[i]->is_offering()) lane_[i]->stop();
+      see_ends();
       if (received_[i] > sent_[i]) broken("more arrived than was sent");
+    }
     if (fault_ == Fault::refused_posts) {
       for (unsigned i : {0U, 1U})
         if (lane_[i]->dead()) expect_reason(i);
@@ -260,14 +373,19 @@ class Rig {
       broken("side ", i, " is dead without a reason, state ", to_string(lane_[i]->conn.state()));
   }
 
+  static constexpr std::byte kLeft{0x5A};  ///< what programs write to memory that is theirs again
+
   std::uint64_t seed_;
   Fault fault_;
+  unsigned in_place_;
   Chance chance_;
   SimFabric fabric_;
   LaneLimits limits_;
   std::array<LaneHost, 2> host_;
   std::array<Lane*, 2> lane_{};
   std::array<std::uint64_t, 2> sent_{}, received_{};  ///< by sending side
+  std::array<InPlaceCall, 2> offer_, read_;
+  InPlaceTotals totals_;
   std::vector<std::byte> out_, in_;
   std::uint64_t actions_ = 0;
   bool struck_ = false;
@@ -307,6 +425,64 @@ void run_seeds(const char* name, Fault fault, std::uint64_t count) {
 }
 
 }  // namespace
+
+namespace {
+
+/// Sends and receives in place, among others. Half of the devices take only few reads at a time.
+Case in_place_case(std::uint64_t seed, Fault fault) {
+  Case c = case_of(seed, fault);
+  Chance chance(seed * 31 + 11);
+  c.in_place = static_cast<unsigned>(chance.pick(10, 100));
+  c.limits.zero_copy_from = 1;
+  c.fabric.recv_needs_extent = false;
+  c.fabric.max_read_outstanding = static_cast<std::uint32_t>(chance.pick(1, 8));
+  return c;
+}
+
+InPlaceTotals run_in_place(const char* name, Fault fault, std::uint64_t count) {
+  InPlaceTotals all;
+  for_each_seed(name, count, [&](std::uint64_t seed) {
+    Rig rig(seed, in_place_case(seed, fault));
+    rig.run();
+    const InPlaceTotals& t = rig.totals();
+    all.offers += t.offers;
+    all.whole += t.whole;
+    all.cancelled += t.cancelled;
+    all.refused += t.refused;
+    all.bytes += t.bytes;
+    all.crossings += t.crossings;
+    all.in_the_middle += t.in_the_middle;
+  });
+  BOOST_TEST_MESSAGE(name << ": " << all.offers << " offers, " << all.whole << " whole, " << all.cancelled << " cancelled, "
+                          << all.refused << " refused, " << all.crossings << " crossing, " << all.bytes << " bytes in place, "
+                          << all.in_the_middle << " faults in the middle");
+  return all;
+}
+
+}  // namespace
+
+BOOST_AUTO_TEST_CASE(what_crosses_in_place_is_whole_and_the_memory_is_left_alone_afterwards) {
+  const InPlaceTotals all = run_in_place("in_place", Fault::none, 3000);
+  if (Seeds(3000).count < 1000) return;  // a replay
+  BOOST_TEST(all.whole > 400U);
+  BOOST_TEST(all.cancelled > 400U);
+  BOOST_TEST(all.refused > 400U);
+  BOOST_TEST(all.crossings > 200U);
+  BOOST_TEST(all.bytes > 10'000'000U);
+}
+
+BOOST_AUTO_TEST_CASE(a_lane_that_fails_in_the_middle_of_an_offer_loses_nothing) {
+  for (const Fault fault : {Fault::refused_posts, Fault::broken_link, Fault::removed_device}) {
+    const InPlaceTotals all = run_in_place("in_place_fault", fault, 1000);
+    if (Seeds(1000).count < 1000) continue;
+    BOOST_TEST(all.bytes > 1'000'000U);
+    if (fault != Fault::refused_posts) BOOST_TEST(all.in_the_middle > 20U);
+  }
+}
+
+BOOST_AUTO_TEST_CASE(a_peer_that_dies_in_the_middle_of_an_offer_leaves_nobody_waiting) {
+  BOOST_TEST(run_in_place("in_place_death", Fault::dead_peer, 1000).offers > 0U);
+}
 
 BOOST_AUTO_TEST_CASE(bytes_arrive_in_order_and_once) { run_seeds("in_order_and_once", Fault::none, 1500); }
 
