@@ -20,6 +20,11 @@ nlohmann::json traffic(const sdp::TrafficView& t) {
           {"messages_received", t.messages_received}};
 }
 
+nlohmann::json zero_copy(const sdp::ZeroCopyView& z) {
+  return {{"adverts", z.adverts},     {"bytes_sent", z.bytes_sent}, {"bytes_received", z.bytes_received},
+          {"cancelled", z.cancelled}, {"refused", z.refused},       {"unregistered", z.unregistered}};
+}
+
 nlohmann::json to_json(const ProcessStats& p) {
   nlohmann::json connections = nlohmann::json::array();
   for (const sdp::ConnView& c : p.connections) {
@@ -30,6 +35,7 @@ nlohmann::json to_json(const ProcessStats& p) {
                            {"reason", to_string(c.reason)},
                            {"lane", traffic(c.lane)},
                            {"tcp", traffic(c.tcp)},
+                           {"zero_copy", zero_copy(c.zero_copy)},
                            {"switches", {{"up", c.switches_up}, {"down", c.switches_down}}},
                            {"failures", {{"lanes", c.lanes_failed}, {"returned", c.lanes_returned}}},
                            {"looks", {{"again", c.looks_again}, {"to_come", c.will_look ? 1 : 0}}},
@@ -64,6 +70,8 @@ std::string state_of(const sdp::ConnView& c) {
     text += "; " + std::to_string(c.lanes_failed) + (c.lanes_failed == 1 ? " lane" : " lanes") + " failed, " +
             std::to_string(c.lanes_returned) + " came back";
   }
+  if (const std::uint64_t bytes = c.zero_copy.bytes_sent + c.zero_copy.bytes_received; bytes != 0)
+    text += "; " + size(bytes) + " without a copy";
   if (c.looks_again != 0) text += "; looked again " + std::to_string(c.looks_again) + (c.looks_again == 1 ? " time" : " times");
   if (c.will_look) text += "; looks for a lane again from time to time";
   return text;

@@ -175,6 +175,22 @@ struct Copying {
   static void print(const Options& o, ValueText& out) noexcept { out.assign(kNames[static_cast<std::size_t>(o.bulk_copy)]); }
 };
 
+struct ZeroCopy {
+  static constexpr std::uint32_t kLeast = 16384, kMost = 1U << 30;
+  static bool parse(Options& o, std::string_view s) noexcept {
+    const auto value = s == "off" ? std::optional<std::uint32_t>(0) : parse_number(s);
+    if (!value || (*value != 0 && (*value < kLeast || *value > kMost))) return false;
+    o.zero_copy_from = *value;
+    return true;
+  }
+  static void print(const Options& o, ValueText& out) noexcept {
+    if (o.zero_copy_from == 0)
+      out.assign("off");
+    else
+      print_number(o.zero_copy_from, out);
+  }
+};
+
 /// Any value counts, also an empty one; what they do is in settle().
 struct Flag {
   static bool parse(Options&, std::string_view) noexcept { return true; }
@@ -215,6 +231,7 @@ enum Index : std::size_t {
   kRecvBuffersInitial,
   kRecvBuffers,
   kBulkCopy,
+  kZeroCopy,
   kUpgradeMessages,
   kUpgradeBytes,
   kLaneTimeout,
@@ -255,6 +272,8 @@ constexpr Row kTable[] = {
                                                 "a number from 4 to 128"),
     row<Copying>("SDP_BULK_COPY", "how bulk is copied between two processes of one host: into the cache, or past it (direct)", "",
                  "auto (what is faster), cached or direct"),
+    row<ZeroCopy>("SDP_ZCOPY_THRESHOLD", "blocking sends from so long on are read by the peer in place, between hosts", "bytes",
+                  "off, or a number from 16K to 1024M"),
     row<Number<&Options::upgrade_messages, 0, UINT32_MAX>>("SDP_UPGRADE_MESSAGES",
                                                            "a connection gets a lane after so many sends and receives; 0: at once",
                                                            "messages", "a number from 0 to 4294967295"),

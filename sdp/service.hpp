@@ -162,6 +162,7 @@ class Service {
   void forget_lane(const Lane& lane);
   bool waits_for_peer(const Lane& lane);
   void tend_watched();
+  void ask_to_look(const PeerLinks::Key& key, const Lane& lane);
   void probe(const PeerLinks::Key& key, Watched& watched, std::int64_t now, std::int64_t patience);
   void on_link_message(const PeerLinks::Message& message);
   void on_message_when_left(Watched& watched, const PeerLinks::Message& message);

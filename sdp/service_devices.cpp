@@ -177,6 +177,7 @@ Lane* Service::make_lane(rdma::Device& device, const rdma::Path& path) noexcept 
   limits.conn.recv_buffers = static_cast<std::uint16_t>(options_.recv_buffers_initial);
   limits.recv_buffers_max = static_cast<std::uint16_t>(options_.recv_buffers);
   limits.bulk_copy = options_.bulk_copy;
+  limits.zero_copy_from = options_.zero_copy_from;
   Lane* lane = new (cell) Lane(peer, limits);
   const auto opened = lane->open(channel);
   if (!opened) {

@@ -91,6 +91,7 @@ void Service::tend_watched() {
         w.asked = links_->send({Kind::ask, key, s.arrived()});
         if (!w.asked) unheard.push_back(key);
       } else if (s.recovery.load() == Recovery::possible && s.lane == w.lane) {
+        if (s.wants_peers_look.exchange(false)) ask_to_look(key, *w.lane);
         probe(key, w, now, patience);
       }
       s.lock.unlock();
@@ -103,6 +104,13 @@ void Service::tend_watched() {
     }
   }
   for (const PeerLinks::Key& key : unheard) on_link_lost(key);
+}
+
+/// A probe, of what the peer has acknowledged already: it finds nothing missing, but the peer's thread looks.
+void Service::ask_to_look(const PeerLinks::Key& key, const Lane& lane) {
+  Arrived question;
+  question.sent = lane.conn.credit().acked();
+  (void)links_->send({Kind::probe, key, question});
 }
 
 /// Most paths say nothing when they fail. What was sent long ago must be there, if the peer's thread lives to say so.

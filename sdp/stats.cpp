@@ -215,6 +215,8 @@ void begin(ConnStats* s, int fd) noexcept {
   }
   for (Traffic* t : {&s->lane, &s->tcp})
     for (Counter* c : {&t->bytes_sent, &t->messages_sent, &t->bytes_received, &t->messages_received}) c->reset();
+  ZeroCopyTraffic& z = s->zero_copy;
+  for (Counter* c : {&z.adverts, &z.bytes_sent, &z.bytes_received, &z.cancelled, &z.refused, &z.unregistered}) c->reset();
   s->switches_up.reset();
   s->switches_down.reset();
   s->lanes_failed.reset();
@@ -359,6 +361,9 @@ ConnView view_of(const ConnStats& s) noexcept {
   };
   v.lane = traffic(s.lane);
   v.tcp = traffic(s.tcp);
+  const ZeroCopyTraffic& z = s.zero_copy;
+  v.zero_copy = {z.adverts.get(),   z.bytes_sent.get(), z.bytes_received.get(),
+                 z.cancelled.get(), z.refused.get(),    z.unregistered.get()};
   v.switches_up = s.switches_up.get();
   v.switches_down = s.switches_down.get();
   v.lanes_failed = s.lanes_failed.get();
@@ -377,6 +382,7 @@ void ProcessTotals::reset() noexcept {
   for (auto* counter :
        {&sockets, &lane[0], &lane[1], &lane[2], &lane[3], &tcp[0], &tcp[1], &tcp[2], &tcp[3], &up, &down, &failed, &returned})
     counter->store(0, std::memory_order_relaxed);
+  for (auto& count : zero_copy) count.store(0, std::memory_order_relaxed);
   for (auto& lanes_of : lanes) lanes_of.store(0, std::memory_order_relaxed);
   for (auto& count : reasons) count.store(0, std::memory_order_relaxed);
 }
@@ -387,6 +393,7 @@ void ProcessTotals::copy(const ProcessTotals& from) noexcept {
   };
   one(sockets, from.sockets);
   for (int i = 0; i < 4; ++i) one(lane[i], from.lane[i]), one(tcp[i], from.tcp[i]);
+  for (int i = 0; i < 6; ++i) one(zero_copy[i], from.zero_copy[i]);
   one(up, from.up);
   one(down, from.down);
   one(failed, from.failed);
@@ -407,6 +414,13 @@ void ProcessTotals::add(const ConnStats& s) noexcept {
   };
   traffic(lane, s.lane);
   traffic(tcp, s.tcp);
+  const ZeroCopyTraffic& z = s.zero_copy;
+  bump(zero_copy[0], z.adverts.get());
+  bump(zero_copy[1], z.bytes_sent.get());
+  bump(zero_copy[2], z.bytes_received.get());
+  bump(zero_copy[3], z.cancelled.get());
+  bump(zero_copy[4], z.refused.get());
+  bump(zero_copy[5], z.unregistered.get());
   bump(up, s.switches_up.get());
   bump(down, s.switches_down.get());
   bump(failed, s.lanes_failed.get());

@@ -72,6 +72,16 @@ struct Traffic {
   Counter bytes_sent, messages_sent, bytes_received, messages_received;
 };
 
+/// What crossed without a copy, and why adverts came to nothing. All are of sends but `bytes_received`.
+struct ZeroCopyTraffic {
+  Counter adverts;         ///< SrcAvails sent
+  Counter bytes_sent;      ///< read by the peer by RDMA, out of the program's memory
+  Counter bytes_received;  ///< read by RDMA into the program's memory
+  Counter cancelled;       ///< taken back: the reader did not come in time, or the call had to end
+  Counter refused;         ///< the peer wanted the bytes as messages
+  Counter unregistered;    ///< sends whose memory the device did not take
+};
+
 /// An address and port as three words, so that it can be read without a lock. family 0: unknown.
 struct EndpointWords {
   std::atomic<std::uint64_t> family_port{0};  ///< family << 16 | port
@@ -81,7 +91,8 @@ struct EndpointWords {
 using EndpointText = Text<64>;
 EndpointText format_endpoint(std::uint64_t family_port, const std::uint64_t address[2]) noexcept;
 
-/// One connection: a slot of the table. Three cache lines: who it is, what every message changes, what rarely changes.
+/// One connection: a slot of the table. Four cache lines: who it is, what every message changes, what rarely changes, what long
+/// sends change.
 struct alignas(64) ConnStats {
   std::atomic<std::uint32_t> change{0};  ///< odd while the first line is being written
   std::atomic<std::int32_t> fd{-1};
@@ -103,6 +114,8 @@ struct alignas(64) ConnStats {
   std::atomic<std::uint8_t> had_lanes{0};  ///< bit set by Transport: lanes it had at any time
   std::atomic<bool> will_look{false};      ///< another look for a lane is to come
 
+  alignas(64) ZeroCopyTraffic zero_copy;
+
   void set_addresses(const sockaddr_storage& from, const sockaddr_storage& to) noexcept;
   /// A lane carries it from now on.
   void set_transport(Transport t) noexcept {
@@ -119,7 +132,7 @@ struct alignas(64) ConnStats {
     will_look.store(looks_on, std::memory_order_relaxed);
   }
 };
-static_assert(sizeof(ConnStats) == 192 && offsetof(ConnStats, lane) == 64 && offsetof(ConnStats, switches_up) == 128);
+static_assert(sizeof(ConnStats) == 256 && offsetof(ConnStats, lane) == 64 && offsetof(ConnStats, switches_up) == 128);
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free, "shared between processes");
 using ConnSlot = ConnStats;
 
@@ -127,7 +140,7 @@ using ConnSlot = ConnStats;
 
 inline constexpr char kStatsName[] = "sdpreload-stats";              ///< of the memfd
 inline constexpr std::uint64_t kStatsMagic = 0x5354415453504453ULL;  // "SDPSTATS" in memory
-inline constexpr std::uint32_t kStatsVersion = 3;  ///< raise it with any change of StatsHeader, ConnStats or LaneReason's order
+inline constexpr std::uint32_t kStatsVersion = 4;  ///< raise it with any change of StatsHeader, ConnStats or LaneReason's order
 inline constexpr std::uint32_t kStatsSlots = 1024;
 
 struct StatsHeader {

@@ -13,12 +13,18 @@ struct TrafficView {
   std::uint64_t bytes_sent = 0, messages_sent = 0, bytes_received = 0, messages_received = 0;
 };
 
+/// In the order of ZeroCopyTraffic.
+struct ZeroCopyView {
+  std::uint64_t adverts = 0, bytes_sent = 0, bytes_received = 0, cancelled = 0, refused = 0, unregistered = 0;
+};
+
 /// A connection's state at one moment.
 struct ConnView {
   std::int32_t fd = -1;
   std::uint64_t cookie = 0;
   EndpointText local, remote;
   TrafficView lane, tcp;
+  ZeroCopyView zero_copy;
   std::uint64_t switches_up = 0, switches_down = 0;
   std::uint64_t lanes_failed = 0, lanes_returned = 0, looks_again = 0;
   bool will_look = false;
@@ -34,6 +40,7 @@ struct ProcessTotals {
   std::atomic<std::uint64_t> sockets{0};  ///< all that were ever tracked
   std::atomic<std::uint64_t> lane[4]{};   ///< in the order of TrafficView
   std::atomic<std::uint64_t> tcp[4]{};
+  std::atomic<std::uint64_t> zero_copy[6]{};  ///< in the order of ZeroCopyView
   std::atomic<std::uint64_t> up{0}, down{0};
   std::atomic<std::uint64_t> failed{0}, returned{0};
   std::atomic<std::uint64_t> lanes[kTransports]{};  ///< connections that had a lane on it

@@ -115,6 +115,13 @@ void emit_traffic(Json& out, const char* key, const TrafficView& t) noexcept {
   out.end_object();
 }
 
+void emit_zero_copy(Json& out, const ZeroCopyView& z) noexcept {
+  out.object("zero_copy");
+  out.number("adverts", z.adverts).number("bytes_sent", z.bytes_sent).number("bytes_received", z.bytes_received);
+  out.number("cancelled", z.cancelled).number("refused", z.refused).number("unregistered", z.unregistered);
+  out.end_object();
+}
+
 /// Connections that have not been worth a lane are tracked without their addresses; an open one can still tell them.
 void complete(ConnView& c) noexcept {
   if (!c.local.empty() || c.fd < 0) return;
@@ -141,6 +148,7 @@ void emit_connection(Json& out, const ConnView& c, bool open) noexcept {
   out.string("reason", to_string(c.reason));
   emit_traffic(out, "lane", c.lane);
   emit_traffic(out, "tcp", c.tcp);
+  emit_zero_copy(out, c.zero_copy);
   out.object("switches").number("up", c.switches_up).number("down", c.switches_down).end_object();
   out.object("failures").number("lanes", c.lanes_failed).number("returned", c.lanes_returned).end_object();
   out.object("looks").number("again", c.looks_again).number("to_come", c.will_look ? 1 : 0).end_object();
@@ -167,6 +175,8 @@ void emit_totals(Json& out, const ProcessTotals& t) noexcept {
   emit_pair(out, "lane", get(t.lane[1]), get(t.lane[3]));
   emit_pair(out, "tcp", get(t.tcp[1]), get(t.tcp[3]));
   out.end_object();
+  const auto& z = t.zero_copy;
+  emit_zero_copy(out, {get(z[0]), get(z[1]), get(z[2]), get(z[3]), get(z[4]), get(z[5])});
   out.object("switches").number("up", get(t.up)).number("down", get(t.down)).end_object();
   out.object("failures").number("lanes", get(t.failed)).number("returned", get(t.returned)).end_object();
   out.object("reasons");

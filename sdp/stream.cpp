@@ -205,6 +205,7 @@ Phase StreamImpl::close(int at) noexcept {
   if (laned) {
     if (abandoned()) handle_abandon(at);
     if (!has_said_end()) end_sending(*this);
+    lane->end_read();
     lane->drain();
     if (lane->unordered()) acknowledge_end();
     // Rule 7: closing with bytes unread resets the connection; the peer reads what it has and then gets ECONNRESET.
@@ -276,6 +277,7 @@ int Stream::inq(int fd) const noexcept {
   if (s->phase.load(std::memory_order_relaxed) == Phase::laned && s->usable_here()) {
     s->advance_rx(fd);
     s->lane->drain();
+    if (s->lane->unread() == 0) s->lane->refuse_advert();
     const RxState rx = s->rx.load(std::memory_order_relaxed);
     if (rx == RxState::draining || rx == RxState::lane) queued += static_cast<int>(s->lane->unread());
   }
@@ -368,6 +370,7 @@ std::uint32_t Stream::poll(std::uint32_t events) const noexcept {
     s->advance_rx(fd);
     s->lane->drain();
     s->lane->settle();
+    if (s->lane->has_advert() && s->lane->unread() == 0 && (events & (POLLIN | POLLRDNORM)) != 0) s->lane->refuse_advert();
     s->leave_dead_lane(fd);
     if (s->tx.load(std::memory_order_relaxed) == TxState::prepared) s->try_switch(fd);
     if (s->rx.load(std::memory_order_relaxed) == RxState::lane) {

@@ -159,6 +159,22 @@ class alignas(64) StreamImpl {
   void tend() noexcept;              ///< what is due though the program makes no call
   Lane* take_spent_lane() noexcept;  ///< both directions are through with the lane: it is the caller's; nullptr: not yet
 
+  // --- sends and receives in place (stream_zcopy.cpp); the lock is held, but while they wait
+  struct InPlace {
+    bool was_offered = false;
+    std::int64_t bytes = 0;  ///< that are sent
+    int result = 0;          ///< why the call is to end: -EINTR, -EAGAIN; 0: it goes on
+  };
+  /// Offers what lies together at `from` to the peer's reader, and waits until that is over; `from` advances.
+  InPlace send_in_place(int fd, IovCursor& from, std::uint16_t gen, std::int64_t& deadline) noexcept;
+  int await_offer(int fd, std::uint16_t gen, std::int64_t deadline, std::int64_t now_ns) noexcept;  ///< InPlace::result
+  /// Reads what the peer offers into `to`, which advances, and waits for it. Returns the bytes. 0: it has been refused.
+  std::int64_t read_in_place(int fd, IovCursor& to, bool may_read, std::uint16_t gen) noexcept;
+  /// Before END: nobody reads the program's memory any more. False: the peer has not answered, and the lane is being recovered.
+  bool settle_offer() noexcept;
+  /// The peer's service thread should look at its lane: what we have said waits there for a call of its program.
+  std::atomic<bool> wants_peers_look{false};
+
   // --- unordered lanes (stream_unordered.cpp); the lock is held
   static constexpr std::int64_t kEndPatienceNs = 5'000'000'000;  ///< for an END that the anchor's end has overtaken
   /// Has END been said, and does TCP carry what comes now? False: it is not acknowledged yet.
@@ -257,7 +273,8 @@ class alignas(64) StreamImpl {
   static constexpr int kNothingYet = 1;
   static constexpr std::int64_t kEndsHere = -1, kLookAgain = -2;
   int wait_for_room(bool nowait, std::int64_t& deadline);  ///< as wait()
-  enum class Patience : std::uint8_t { spin, sleep, spin_and_sleep };
+  /// spin_and_sleep and sleep: a cancellation point; spin_and_sleep_uncancelled: none.
+  enum class Patience : std::uint8_t { spin, sleep, spin_and_sleep, spin_and_sleep_uncancelled };
   /// Waits for changed(for_send); the lock is held on entry and exit. 0, -EINTR, or -EAGAIN when `deadline_ns` (0: none) has
   /// passed.
   int wait(bool for_send, std::int64_t deadline_ns, bool has_timeout, Patience patience = Patience::spin_and_sleep);
@@ -282,6 +299,7 @@ class alignas(64) StreamImpl {
   class Waiting;
   std::int64_t take_from_lane(Receiving& r) noexcept;
   std::int64_t take_from_anchor(Receiving& r, RxState state) noexcept;
+  std::int64_t send_by_messages(IovCursor& from) noexcept;
   std::int64_t lane_send(int fd, IovCursor& from, int flags, std::uint16_t gen);
   /// lane_send() of what can be sent where only the first `bytes` of it can be read.
   std::int64_t send_readable(int fd, IovCursor& from, std::size_t bytes, int flags, std::uint16_t gen);

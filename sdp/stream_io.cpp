@@ -223,6 +223,21 @@ std::size_t StreamImpl::keep_unsent(IovCursor& from, std::size_t limit) noexcept
   return lane_send(at, readable, flags, gen);
 }
 
+/// Takes what credits allow; returns the bytes. Inlined, for this is the path of every message.
+[[gnu::always_inline]] inline std::int64_t StreamImpl::send_by_messages(IovCursor& from) noexcept {
+  const std::size_t n = lane->send(from);
+  if (n != 0 && tx_blocked) {
+    tx_blocked = false;
+    tx_edge_count.fetch_add(1, std::memory_order_relaxed);
+  }
+  if (stats != nullptr && n != 0) {
+    stats->lane.bytes_sent.add(n);
+    stats->lane.messages_sent.add(1);
+  }
+  if (lane->held() != 0) engine::bytes_are_held();
+  return static_cast<std::int64_t>(n);
+}
+
 std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint16_t gen) {
   const bool nowait = (flags & MSG_DONTWAIT) != 0 || is_nonblocking(at);
   std::int64_t deadline = 0;
@@ -290,17 +305,15 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
       tx.store(TxState::ended, std::memory_order_release);  // the kernel says how a write to a closed connection ends
       continue;
     }
-    const std::size_t n = lane->send(from);
-    if (n != 0 && tx_blocked) {
-      tx_blocked = false;
-      tx_edge_count.fetch_add(1, std::memory_order_relaxed);
+    if (!nowait && from.chunk() >= lane->zero_copy_from()) [[unlikely]] {
+      if (const InPlace sent = send_in_place(at, from, gen, deadline); sent.was_offered) {
+        total += sent.bytes;
+        if (total == 0) total = sent.result;
+        if (sent.result != 0 || from.done()) break;
+        continue;
+      }
     }
-    total += static_cast<std::int64_t>(n);
-    if (stats != nullptr && n != 0) {
-      stats->lane.bytes_sent.add(n);
-      stats->lane.messages_sent.add(1);
-    }
-    if (lane->held() != 0) engine::bytes_are_held();
+    total += send_by_messages(from);
     if (from.done()) break;
     lane->drain();
     if (lane->may_send()) continue;
@@ -327,6 +340,11 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
 int StreamImpl::wait_for_room(bool nowait, std::int64_t& deadline) {
   tx_blocked = true;
   if (nowait) return -EAGAIN;
+  // Nobody may wait here for a reader that waits for this call to end.
+  if (lane->is_offering()) [[unlikely]]
+    lane->cancel_offer();
+  if (lane->has_advert()) [[unlikely]]
+    lane->refuse_advert();
   if (deadline == 0 && snd_timeout_ns != 0) deadline = now_ns() + snd_timeout_ns;
   return wait(true, deadline, snd_timeout_ns != 0);
 }
@@ -491,6 +509,8 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
       return r.total > 0 ? r.total : n;
     } else if (state == RxState::lane) {
       n = take_from_lane(r);
+      if (lane->has_advert() && !to.done()) [[unlikely]]
+        n += read_in_place(at, to, !nowait && !r.peek && (flags & MSG_TRUNC) == 0, gen);
     } else {
       n = take_from_anchor(r, state);
       if (n == kLookAgain) continue;
@@ -540,14 +560,15 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
 
 bool StreamImpl::changed(bool for_send) const noexcept {
   if (lane->maybe_ready()) return true;
-  if (tx.load(std::memory_order_relaxed) == TxState::lane && lane->said(kAbandon)) return true;
+  if (tx.load(std::memory_order_relaxed) == TxState::lane && lane->said(kAbandon) && !lane->is_offering()) return true;
   // Another thread may have taken the message in: what it brought counts, not only what is still in the CQ.
   if (for_send) {
     const TxState now = tx.load(std::memory_order_relaxed);
     if (now == TxState::prepared) return lane->said(kReady) || lane_is_over();
     if (now == TxState::ending) return lane->said(kEndSeen) || lane_is_over();
     const std::uint64_t buffered = lane->buffered();
-    return failed_unseen() || lane_is_over() || lane->may_send() || (buffered != 0 && buffered < full_at / 2);
+    return failed_unseen() || lane_is_over() || lane->may_send() || lane->has_offer_end() || lane->may_cancel_for(kAbandon) ||
+           (buffered != 0 && buffered < full_at / 2);
   }
   if (anchor_event.load(std::memory_order_acquire)) return true;
   switch (rx.load(std::memory_order_relaxed)) {
@@ -559,8 +580,8 @@ bool StreamImpl::changed(bool for_send) const noexcept {
       return lane->said(kSwitch) || lane->said(kEnd) || peer_gone.load(std::memory_order_relaxed) ||
              (lane->unordered() && failed_unseen());
     case RxState::lane:
-      return lane->unread() != 0 || (!is_recovering() && (lane->said(kEnd) || peer_gone.load(std::memory_order_relaxed))) ||
-             failed_unseen();
+      return lane->unread() != 0 || lane->has_read() ||
+             (!is_recovering() && (lane->said(kEnd) || peer_gone.load(std::memory_order_relaxed))) || failed_unseen();
     default:
       return false;
   }
@@ -634,8 +655,11 @@ int StreamImpl::wait(bool for_send, std::int64_t deadline, bool has_timeout, Pat
         left.tv_sec = ns / 1'000'000'000;
         left.tv_nsec = ns % 1'000'000'000;
       }
-      const long r =
-          expired ? -ETIMEDOUT : sys::blocking_call(SYS_futex, sys::arg(word), FUTEX_WAIT, seen, has_timeout ? sys::arg(&left) : 0);
+      const long until = has_timeout ? sys::arg(&left) : 0;
+      const bool is_uncancelled = patience == Patience::spin_and_sleep_uncancelled;
+      const long r = expired          ? -ETIMEDOUT
+                     : is_uncancelled ? sys::call(SYS_futex, sys::arg(word), FUTEX_WAIT, seen, until)
+                                      : sys::blocking_call(SYS_futex, sys::arg(word), FUTEX_WAIT, seen, until);
       if (r == -EINTR) result = -EINTR;
       if (r == -ETIMEDOUT) result = -EAGAIN;
     }

@@ -151,7 +151,7 @@ void StreamImpl::advance_rx(int at) noexcept {
     rx.store(RxState::lane, std::memory_order_release);
     state_edges.fetch_add(1, std::memory_order_relaxed);
   }
-  if (rx.load(std::memory_order_relaxed) != RxState::lane || lane->unread() != 0) return;
+  if (rx.load(std::memory_order_relaxed) != RxState::lane || lane->unread() != 0 || lane->is_reading()) return;
   const bool over = peer_gone || lane_is_dead();
   if (is_recovering() || (!lane->said(kEnd) && !over)) return;
   if (lane->unordered()) acknowledge_end();
@@ -195,6 +195,7 @@ void StreamImpl::reset_here(int at) noexcept {
 }
 
 void StreamImpl::end_tx_locked() noexcept {
+  if (lane->is_offering() && !settle_offer()) return;
   const bool switched = tx.load(std::memory_order_relaxed) == TxState::lane;
   if (switched && stats != nullptr) stats->switches_down.add(1);
   if (switched) let_held_go();
@@ -214,6 +215,7 @@ void StreamImpl::abandon_rx() noexcept {
   }
   if (now != RxState::ready && now != RxState::draining && now != RxState::lane) return;
   if (lane->said(kEnd) || lane_is_left()) return;
+  lane->refuse_advert();
   before_abandon = now;
   rx.store(RxState::abandoned, std::memory_order_release);
   lane->write_word(kAbandon, lane->rx_bytes());
@@ -234,6 +236,7 @@ bool StreamImpl::resume_after_resend() noexcept {
 void StreamImpl::handle_abandon(int at) noexcept {
   std::uint64_t from = 0;
   if (has_said_end() || !lane->said(kAbandon, &from)) return;
+  if (lane->is_offering()) return lane->cancel_offer();  // who waits for its end comes back here
   // RESEND has no acknowledgement, and most devices cannot read anything back: the peer reads on by the lane, to END.
   if (tx.load(std::memory_order_relaxed) != TxState::lane || lane->unordered()) return end_tx_locked();
   const std::uint64_t sent = lane->tx_bytes();

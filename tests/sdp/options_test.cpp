@@ -48,6 +48,7 @@ BOOST_AUTO_TEST_CASE(an_empty_environment_gives_the_defaults) {
     BOOST_TEST(p.options.recv_buffer_bytes == 2048);
     BOOST_TEST(p.options.recv_buffer_max == 65536);
     BOOST_TEST(p.options.recv_buffers == 64);
+    BOOST_TEST(p.options.zero_copy_from == 0U);
     BOOST_TEST(p.options.upgrade_messages == 8);
     BOOST_TEST(p.options.upgrade_bytes == 65536);
     BOOST_TEST(p.options.stats_file.empty());
@@ -62,8 +63,11 @@ BOOST_AUTO_TEST_CASE(every_right_value_is_taken) {
                   "SDP_STATS=s.%p.json", "SDP_PCAP=c.pcapng", "SDP_SPIN_US=0", "SDP_RECV_BUFFER=4K", "SDP_RECV_BUFFER_MAX=1M",
                   "SDP_RECV_BUFFERS_INITIAL=4", "SDP_RECV_BUFFERS=128", "SDP_UPGRADE_MESSAGES=0", "SDP_UPGRADE_BYTES=128k",
                   "SDP_LANE_TIMEOUT=1", "SDP_EXIT_TIMEOUT=0", "SDP_DEVICE_FLAVOUR=rnic", "SDP_SECRET_FILE=/etc/secret",
-                  "SDP_BULK_COPY=direct"});
+                  "SDP_BULK_COPY=direct", "SDP_ZCOPY_THRESHOLD=256K"});
   BOOST_TEST(p.message() == "");
+  BOOST_TEST(p.options.zero_copy_from == 262144U);
+  BOOST_TEST(Parsed({"SDP_ZCOPY_THRESHOLD=off"}).options.zero_copy_from == 0U);
+  BOOST_TEST(Parsed({"SDP_ZCOPY_THRESHOLD=0"}).message() == "");
   BOOST_TEST(p.options.secret_file.view() == "/etc/secret");
   BOOST_TEST((p.options.policy == Family::sdp));
   BOOST_TEST((list(p.options.transports) == std::vector{Transport::rnic, Transport::local}));
@@ -106,6 +110,9 @@ BOOST_AUTO_TEST_CASE(a_wrong_value_is_named_with_what_is_accepted_and_the_defaul
       {"SDP_LOG=info:", "perhaps :FILE"},
       {"SDP_STATS=a\nb", "a path"},
       {"SDP_DEVICE_FLAVOUR=IB", "ib or rnic; ib is used"},
+      {"SDP_ZCOPY_THRESHOLD=on", "off, or a number from 16K to 1024M; off is used"},
+      {"SDP_ZCOPY_THRESHOLD=16383", "off, or a number from 16K"},
+      {"SDP_ZCOPY_THRESHOLD=1025M", "off, or a number from 16K"},
       {"SDP_BULK_COPY=fast", "auto (what is faster), cached or direct; auto is used"},
   };
   for (const auto& w : wrong) {
@@ -152,8 +159,8 @@ BOOST_AUTO_TEST_CASE(all_variables_wrong_at_once_are_all_told) {
   const Parsed p({"SDP_POLICY=x", "SDP_TRANSPORT=x", "SDP_CONFIG=\t", "LIBSDP_CONFIG_FILE=\t", "SDP_LOG=x", "SDP_STATS=\t",
                   "SDP_PCAP=\t", "SDP_SPIN_US=x", "SDP_RECV_BUFFER=x", "SDP_RECV_BUFFER_MAX=x", "SDP_RECV_BUFFERS_INITIAL=x",
                   "SDP_RECV_BUFFERS=x", "SDP_UPGRADE_MESSAGES=x", "SDP_UPGRADE_BYTES=x", "SDP_LANE_TIMEOUT=0", "SDP_EXIT_TIMEOUT=x",
-                  "SDP_DEVICE_FLAVOUR=x", "SDP_BULK_COPY=x"});
-  BOOST_TEST(p.problems.count == 18U);
+                  "SDP_DEVICE_FLAVOUR=x", "SDP_BULK_COPY=x", "SDP_ZCOPY_THRESHOLD=x"});
+  BOOST_TEST(p.problems.count == 19U);
 }
 
 BOOST_AUTO_TEST_CASE(libsdps_variables_are_accepted) {

@@ -90,7 +90,7 @@ BOOST_AUTO_TEST_CASE(every_reason_has_a_name_of_its_own_and_a_text) {
 }
 
 BOOST_AUTO_TEST_CASE(the_hot_parts_stay_small) {
-  BOOST_TEST(sizeof(ConnStats) == 192U);
+  BOOST_TEST(sizeof(ConnStats) == 256U);
   BOOST_TEST(alignof(ConnStats) == 64U);
   BOOST_TEST(sizeof(Traffic) == 32U);
 }
@@ -135,6 +135,12 @@ BOOST_AUTO_TEST_CASE(open_and_closed_connections_are_counted_once) {
     a->lane.messages_sent.add(7);
     a->lane.bytes_received.add(3);
     a->lane.messages_received.add(2);
+    a->zero_copy.adverts.add(6);
+    a->zero_copy.bytes_sent.add(4000000000);
+    a->zero_copy.bytes_received.add(8);
+    a->zero_copy.cancelled.add(1);
+    a->zero_copy.refused.add(3);
+    a->zero_copy.unregistered.add(5);
     a->switches_up.add(2);
     a->lanes_failed.add(3);
     a->lanes_returned.add(1);
@@ -150,6 +156,13 @@ BOOST_AUTO_TEST_CASE(open_and_closed_connections_are_counted_once) {
     EXPECT(j["bytes"]["lane"] == json({{"sent", 5000000000}, {"received", 3}}));
     EXPECT(j["bytes"]["tcp"] == json({{"sent", 100}, {"received", 11}}));
     EXPECT(j["messages"]["lane"] == json({{"sent", 7}, {"received", 2}}));
+    EXPECT(j["zero_copy"] == json({{"adverts", 6},
+                                   {"bytes_sent", 4000000000},
+                                   {"bytes_received", 8},
+                                   {"cancelled", 1},
+                                   {"refused", 3},
+                                   {"unregistered", 5}}));
+    EXPECT(j["connections"][0]["zero_copy"] == j["zero_copy"]);
     EXPECT(j["switches"] == json({{"up", 2}, {"down", 0}}));
     EXPECT(j["failures"] == json({{"lanes", 3}, {"returned", 1}}));
     EXPECT(j["reasons"] == json({{"no_peer", 1}}));
@@ -172,7 +185,8 @@ BOOST_AUTO_TEST_CASE(open_and_closed_connections_are_counted_once) {
     release_stats(a);
     release_stats(b);
     const json later = report();
-    for (const char* key : {"sockets", "lanes", "bytes", "messages", "switches", "failures"}) EXPECT(later[key] == j[key]);
+    for (const char* key : {"sockets", "lanes", "bytes", "messages", "zero_copy", "switches", "failures"})
+      EXPECT(later[key] == j[key]);
     EXPECT(later["reasons"] == json({{"no_peer", 1}, {"peer_gone", 1}}));
     EXPECT(later["connections"].size() == 2);
     EXPECT(later["connections"][0]["fd"] == 6);  // the newest first

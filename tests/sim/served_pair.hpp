@@ -165,7 +165,7 @@ class ServedPair {
     count(pair_[i]);
     served_[i].dead = true;
     served_[1 - i].disconnected = true;
-    if (hosts_.unordered()) hosts_.late[i]->die();
+    if (hosts_.late[i] != nullptr) hosts_.late[i]->die();
     gone(i);
   }
 
@@ -215,6 +215,7 @@ class ServedPair {
     StreamImpl& stream = *pair_[i].stream;
     (void)stream.lock.lock();
     const bool laned = stream.phase.load() == Phase::laned;
+    if (laned && pair_[1 - i].stream->wants_peers_look.exchange(false)) stream.lane->drain();
     if (laned && peers.said && peers.asks) (void)stream.begin_recovery();
     if (laned && stream.is_recovering()) {
       if (!mine.said) mine.said = stream.arrived();

@@ -15,16 +15,18 @@
 #include "rdma_core/drivers/wrap/late_device.hpp"
 #include "tests/rdma_core/shm_pair.hpp"
 #include "tests/sim/lane_ends.hpp"
+#include "tests/support/forgetful_device.hpp"
 
 namespace sdp::sim {
 
 /// The devices of both processes. They outlive all seeds, as in a program.
 struct Hosts {
   std::array<std::unique_ptr<rdma::shm::ShmDevice>, 2> device;
-  std::array<std::unique_ptr<rdma::wrap::LateDevice>, 2> late;  ///< round them, if the lanes are to be unordered
+  std::array<std::unique_ptr<rdma::wrap::LateDevice>, 2> late;            ///< round them, if the lanes are to be unordered
+  std::array<std::unique_ptr<rdma::test::ForgetfulDevice>, 2> forgetful;  ///< or these, for programs with threads
   std::array<LaneHost, 2> host;
 
-  enum class Order : std::uint8_t { at_once, late };
+  enum class Order : std::uint8_t { at_once, late, unpromised };
   explicit Hosts(rdma::NodeType flavour, Order order = Order::at_once, std::uint32_t max_inline = 0) {
     std::array<rdma::Path, 2> path;
     for (auto& d : device)
@@ -32,13 +34,15 @@ struct Hosts {
     rdma::shm::test::link_devices(*device[0], *device[1], path[0], path[1]);
     for (unsigned i : {0U, 1U}) {
       if (order == Order::late) late[i] = std::make_unique<rdma::wrap::LateDevice>(*device[i], max_inline);
-      host[i].open(late[i] != nullptr ? static_cast<rdma::Device&>(*late[i]) : *device[i], path[i]);
+      if (order == Order::unpromised) forgetful[i] = std::make_unique<rdma::test::ForgetfulDevice>(*device[i]);
+      rdma::Device* const outer = late[i] != nullptr ? static_cast<rdma::Device*>(late[i].get()) : forgetful[i].get();
+      host[i].open(outer != nullptr ? *outer : *device[i], path[i]);
     }
   }
-  bool unordered() const { return late[0] != nullptr; }
+  bool unordered() const { return late[0] != nullptr || forgetful[0] != nullptr; }
   /// What side `i` has posted arrives, up to `most` requests of each lane.
   void release(unsigned i, std::size_t most = ~std::size_t{0}) {
-    if (unordered()) late[i]->release(most);
+    if (late[i] != nullptr) late[i]->release(most);
   }
   void release_all() {
     for (unsigned i : {0U, 1U}) release(i);

@@ -1,0 +1,160 @@
+// Long sends in place: the program's memory is offered to the peer's reader, and send() returns when nobody reads there any more.
+// When the peer's reader does not come for it the rest goes as every send does, and further offers pause.
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <utility>
+
+#include "rdma_core/base/clock.hpp"
+#include "sdp/engine.hpp"
+#include "sdp/stream_impl.hpp"
+
+namespace sdp {
+
+namespace {
+
+constexpr std::int64_t kMillisecond = 1'000'000;
+constexpr std::int64_t kReaderPatienceNs = 10 * kMillisecond;  ///< without a byte read: then the rest goes by messages
+constexpr std::int64_t kAnswerNs =
+    5 * kMillisecond;  ///< to a cancel: then the peer's program makes no call, and its thread is asked
+
+std::int64_t now_ns() noexcept { return rdma::SteadyClock{}.now(); }
+
+/// One offer, as its owner follows it: for how long nothing has happened.
+class Watch {
+ public:
+  explicit Watch(std::int64_t now) noexcept : moved_at_(now) {}
+  void look(std::int64_t now, std::uint32_t crossed) noexcept {
+    if (std::exchange(crossed_, crossed) != crossed) moved_at_ = now;
+  }
+  void begin_anew(std::int64_t now) noexcept { moved_at_ = now; }
+  void cancelled(std::int64_t now) noexcept {
+    moved_at_ = now;
+    next_ask_ = now + kAnswerNs;
+  }
+  bool is_cancelled() const noexcept { return next_ask_ != 0; }
+  std::int64_t still_for(std::int64_t now) const noexcept { return now - moved_at_; }
+  /// Later each time.
+  bool is_time_to_ask(std::int64_t now) noexcept {
+    if (!is_cancelled() || now < next_ask_) return false;
+    next_ask_ = now + std::max(2 * (now - moved_at_), kAnswerNs);
+    return true;
+  }
+  std::int64_t next_look(std::int64_t now) const noexcept { return is_cancelled() ? next_ask_ : now + kReaderPatienceNs; }
+
+ private:
+  std::uint32_t crossed_ = 0;
+  std::int64_t moved_at_;
+  std::int64_t next_ask_ = 0;
+};
+
+}  // namespace
+
+StreamImpl::InPlace StreamImpl::send_in_place(int at, IovCursor& from, std::uint16_t gen, std::int64_t& deadline) noexcept {
+  lane->drain();
+  const std::int64_t now = now_ns();
+  // A lane that could not be recovered would be lost with what is under way on it, and then nobody could say how much that is.
+  if (!may_recover() || lane->dead() || lane->zero_copy().is_paused(now)) return {};
+  const auto bytes = static_cast<std::uint32_t>(std::min<std::size_t>(from.chunk(), Lane::kLongestOffer));
+  const Lane::Offered offered = lane->offer(from.data(), bytes);
+  if (offered != Lane::Offered::yes) {
+    if (offered == Lane::Offered::unregistered) {
+      lane->zero_copy().pause(now);
+      if (stats != nullptr) stats->zero_copy.unregistered.add(1);
+    }
+    return {};
+  }
+  InPlace sent{.was_offered = true};
+  if (deadline == 0 && snd_timeout_ns != 0) deadline = now + snd_timeout_ns;
+  sent.result = await_offer(at, gen, deadline, now);
+  if (generation.load(std::memory_order_relaxed) != gen) return sent;  // closed: the lane may be gone already
+  const Lane::OfferEnd end = lane->take_offer();
+  from.skip(end.sent);
+  sent.bytes = end.sent;
+  if (end.whole)
+    lane->zero_copy().went_well();
+  else if (sent.result == 0)  // nothing of the caller's has ended it
+    lane->zero_copy().pause(now_ns());
+  if (stats == nullptr) return sent;
+  stats->lane.bytes_sent.add(end.sent);
+  stats->lane.messages_sent.add(1);
+  stats->zero_copy.adverts.add(1);
+  stats->zero_copy.bytes_sent.add(end.in_place);
+  stats->zero_copy.cancelled.add(end.cancelled ? 1 : 0);
+  stats->zero_copy.refused.add(!end.whole && !end.cancelled ? 1 : 0);
+  return sent;
+}
+
+// A peer that is stopped answers nothing, and its lane waits, as with TCP, until the caller has to return: then without the lane.
+int StreamImpl::await_offer(int at, std::uint16_t gen, std::int64_t deadline, std::int64_t now) noexcept {
+  const std::int64_t patience = std::int64_t{engine::options().lane_timeout_s} * 1000 * kMillisecond;
+  Watch watch(now);
+  int result = 0;
+  while (lane->is_offering()) {
+    if (lane->dead() || lane_is_over()) {
+      leave_dead_lane(at);
+      if (lane->is_offering()) lane->stop();
+      break;
+    }
+    watch.look(now, lane->offer_crossed());
+    if (!watch.is_cancelled() && (result != 0 || watch.still_for(now) >= kReaderPatienceNs || lane->said(kAbandon))) {
+      lane->cancel_offer();
+      watch.cancelled(now);
+    } else if (result != 0 && watch.still_for(now) >= patience) {
+      if (!begin_recovery()) lane->stop();
+      break;
+    } else if (watch.is_time_to_ask(now)) {
+      wants_peers_look.store(true);
+      engine::nudge();
+    }
+    const bool has_deadline = deadline != 0 && result == 0;
+    const std::int64_t until = has_deadline ? std::min(watch.next_look(now), deadline) : watch.next_look(now);
+    const int woken = wait(true, until, true, Patience::spin_and_sleep_uncancelled);
+    if (generation.load(std::memory_order_relaxed) != gen) break;
+    lane->drain();
+    now = now_ns();
+    if (result != 0) continue;
+    result = woken == -EINTR ? -EINTR : has_deadline && now >= deadline ? -EAGAIN : 0;
+    if (result != 0) watch.begin_anew(now);
+  }
+  return result;
+}
+
+bool StreamImpl::settle_offer() noexcept {
+  if (!lane->dead() && lane->settle_offer()) return true;
+  if (begin_recovery()) return false;
+  lane->stop();
+  return true;
+}
+
+std::int64_t StreamImpl::read_in_place(int at, IovCursor& to, bool may_read, std::uint16_t gen) noexcept {
+  if (!may_read || !lane->begin_read(to.data(), to.chunk())) {
+    lane->refuse_advert();
+    return 0;
+  }
+  const std::int64_t patience = std::int64_t{engine::options().lane_timeout_s} * 1000 * kMillisecond;
+  Watch watch(now_ns());
+  while (lane->is_reading()) {
+    const std::int64_t now = now_ns();
+    watch.look(now, lane->read_done());
+    if (lane->dead() || lane_is_over() || watch.still_for(now) >= patience) {
+      leave_dead_lane(at);
+      if (lane->is_reading() && !begin_recovery()) lane->stop();
+      break;
+    }
+    (void)wait(false, watch.next_look(now), true, Patience::spin_and_sleep_uncancelled);  // the device is writing to `to`
+    if (generation.load(std::memory_order_relaxed) != gen) return 0;
+    lane->drain();
+  }
+  const std::uint32_t bytes = lane->take_read();
+  to.skip(bytes);
+  if (rx.load(std::memory_order_relaxed) != RxState::lane) lane->refuse_advert();
+  if (stats != nullptr) {
+    stats->lane.bytes_received.add(bytes);
+    stats->zero_copy.bytes_received.add(bytes);
+  }
+  return bytes;
+}
+
+}  // namespace sdp
