@@ -125,8 +125,8 @@ std::uint64_t come_by_links(int program) {
 }
 /// The service thread has slept on this lock ever since; it has looked for commands before.
 bool is_waited_for(const rdma::SharedLock& lock) {
-  std::uint64_t word = 0;
-  std::memcpy(&word, &lock, sizeof word);
+  static_assert(sizeof lock == sizeof(std::uint64_t));
+  const std::uint64_t word = __atomic_load_n(reinterpret_cast<const std::uint64_t*>(&lock), __ATOMIC_RELAXED);
   return (word & rdma::SharedLock::kWaiters) != 0;
 }
 

@@ -115,7 +115,7 @@ class ShmQp final : public Qp {
   Post store_word(std::atomic<std::uint64_t>& word, std::uint64_t value, bool wake) noexcept override;
 
   bool recv_ready() const noexcept {
-    const std::uint64_t word = next_flag_.load(std::memory_order_relaxed)->load(std::memory_order_acquire);
+    const std::uint64_t word = peek(*next_flag_.load(std::memory_order_relaxed));
     return static_cast<std::uint32_t>(word >> 32) == expect_.load(std::memory_order_relaxed) ||
            flushing_.load(std::memory_order_relaxed);
   }
@@ -129,6 +129,10 @@ class ShmQp final : public Qp {
   ShmQpPage& page() noexcept { return *page_; }
 
  private:
+  /// Another thread may just have taken the buffer and made something else of it: what is read there then means nothing.
+  [[gnu::no_sanitize("thread")]] static std::uint64_t peek(const std::atomic<std::uint64_t>& flag) noexcept {
+    return __atomic_load_n(reinterpret_cast<const std::uint64_t*>(&flag), __ATOMIC_ACQUIRE);
+  }
   struct Slot {
     std::uint64_t wr_id = 0;
     std::byte* addr = nullptr;
