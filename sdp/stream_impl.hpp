@@ -267,7 +267,7 @@ class alignas(64) StreamImpl {
   bool lane_is_over() const noexcept { return lane_is_left() || lane_is_dead(); }
   /// No further word will come. An unordered lane that failed brings none either.
   bool no_word_comes() const noexcept { return lane_is_left() || (lane->unordered() && lane_is_dead() && !lane->violated()); }
-  /// Something that a thread waiting to send (or to receive) can act on; no lock needed.
+  /// Something that a thread waiting to send (or to receive) can act on. With the lock.
   bool changed(bool for_send) const noexcept;
 
   static constexpr int kNothingYet = 1;

@@ -621,9 +621,12 @@ int StreamImpl::wait(bool for_send, std::int64_t deadline, bool has_timeout, Pat
   const std::uint64_t edges = state_edges.load(std::memory_order_relaxed);
   const std::uint16_t gen = generation.load(std::memory_order_relaxed);
   Lane* const l = lane;
-  const auto woken = [&]() noexcept {
-    return changed(for_send) || state_edges.load(std::memory_order_acquire) != edges ||
-           generation.load(std::memory_order_acquire) != gen;
+  const auto woken = [&](bool if_busy) noexcept {
+    if (state_edges.load(std::memory_order_acquire) != edges || generation.load(std::memory_order_acquire) != gen) return true;
+    if (!lock.try_lock()) return if_busy;
+    const bool found = changed(for_send);
+    lock.unlock();
+    return found;
   };
   if (changes_lane) {
     lock.unlock();
@@ -639,14 +642,14 @@ int StreamImpl::wait(bool for_send, std::int64_t deadline, bool has_timeout, Pat
   constexpr unsigned kGlances = 8;
   unsigned looks = 0;
   const bool found = patience != Patience::sleep &&
-                     Spinner().run([&]() noexcept { return l->maybe_ready() || (++looks % kGlances == 0 && woken()); });
+                     Spinner().run([&]() noexcept { return l->maybe_ready() || (++looks % kGlances == 0 && woken(false)); });
   if (!found && patience == Patience::spin) result = kNothingYet;
   if (!found && patience != Patience::spin) {
     std::atomic<std::uint32_t>* word = l->wake_word();
     const std::uint32_t seen = word->load(std::memory_order_acquire);
     l->arm(rdma::kWakeWord);
     if (rdma::Device* const device = l->device()) device->arm_fence();
-    if (!woken()) {
+    if (!woken(true)) {  // whoever has the lock may be changing what we wait for
       timespec left{};
       bool expired = false;
       if (has_timeout) {
