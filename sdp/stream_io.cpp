@@ -509,7 +509,7 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
       return r.total > 0 ? r.total : n;
     } else if (state == RxState::lane) {
       n = take_from_lane(r);
-      if (lane->has_advert() && !to.done()) [[unlikely]]
+      if (n >= 0 && lane->has_advert() && !to.done()) [[unlikely]]
         n += read_in_place(at, to, !nowait && !r.peek && (flags & MSG_TRUNC) == 0, gen);
     } else {
       n = take_from_anchor(r, state);
@@ -638,8 +638,9 @@ int StreamImpl::wait(bool for_send, std::int64_t deadline, bool has_timeout, Pat
   if (!for_send) l->burst_is_over();
   Waiting waiting(*this);
   int result = 0;
-  // Nearly always it is a message that ends the wait, and each look at all the rest is time in which one may have come.
-  constexpr unsigned kGlances = 8;
+  // Nearly always it is a message that ends the wait, and each look at all the rest is time in which one may have come, with the
+  // lock taken, so that a handler that interrupts it finds the stream in use.
+  constexpr unsigned kGlances = 64;
   unsigned looks = 0;
   const bool found = patience != Patience::sleep &&
                      Spinner().run([&]() noexcept { return l->maybe_ready() || (++looks % kGlances == 0 && woken(false)); });
