@@ -7,6 +7,7 @@
 
 #include "preload/fd_table.hpp"
 #include "preload/libc.hpp"
+#include "rdma_core/base/blocking_call.hpp"
 
 namespace preload {
 
@@ -24,7 +25,14 @@ auto dispatch(int fd, Ours&& ours, Theirs&& theirs) -> decltype(theirs(libc())) 
   const sdp::Stream stream = fds().find(fd);
   if (!stream) [[likely]]
     return theirs(libc());
+  rdma::sys::begin_call();
   return to_libc<decltype(theirs(libc()))>(ours(stream));
+}
+
+/// The program's call begins to be ours, where POSIX makes it a cancellation point.
+inline void begin_cancellable() {
+  pthread_testcancel();
+  rdma::sys::begin_call();
 }
 
 /// The same for what POSIX makes a cancellation point. libc's own functions are; a wait of ours ends with EINTR when the signal
@@ -34,7 +42,7 @@ auto dispatch_cancellable(int fd, Ours&& ours, Theirs&& theirs) -> decltype(thei
   const sdp::Stream stream = fds().find(fd);
   if (!stream) [[likely]]
     return theirs(libc());
-  pthread_testcancel();
+  begin_cancellable();
   const std::int64_t result = ours(stream);
   if (result == -EINTR) pthread_testcancel();
   return to_libc<decltype(theirs(libc()))>(result);

@@ -404,7 +404,8 @@ int EpollSet::wait_once(epoll_event* events, int max, std::int64_t timeout_ns, c
       timeout_ms = static_cast<int>(std::min<std::int64_t>((ns + 999'999) / 1'000'000, 0x7fffffff));
     }
     asleep.begin();
-    const long k = sys::blocking_call(SYS_epoll_pwait, epfd_, sys::arg(kernel), want, timeout_ms, sys::arg(mask), 8);
+    const long k = sys::blocking_call(timeout_ns != 0 ? sys::EndedBy::any : sys::EndedBy::nothing, SYS_epoll_pwait, epfd_,
+                                      sys::arg(kernel), want, timeout_ms, sys::arg(mask), 8);
     asleep.end();
     if (k < 0) {
       errno = static_cast<int>(-k);

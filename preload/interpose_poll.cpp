@@ -131,7 +131,7 @@ class LaneWait {
     if (sleep && shadow_[count_].fd < 0 && (timeout_ns < 0 || timeout_ns > kSliceNs)) timeout_ns = kSliceNs;
     timespec ts{timeout_ns / 1'000'000'000, timeout_ns % 1'000'000'000};
     const long args[] = {sys::arg(shadow_), static_cast<long>(count_ + 1), timeout_ns >= 0 ? sys::arg(&ts) : 0, sys::arg(mask)};
-    const long r = sleep ? sys::blocking_call(SYS_ppoll, args[0], args[1], args[2], args[3], 8)
+    const long r = sleep ? sys::blocking_call(sys::EndedBy::any, SYS_ppoll, args[0], args[1], args[2], args[3], 8)
                          : sys::call(SYS_ppoll, args[0], args[1], args[2], args[3], 8);
     if (r < 0) return static_cast<int>(r);
     for (nfds_t i = 0; i < count_; ++i) fds_[i].revents = static_cast<short>(fds_[i].revents | shadow_[i].revents);
@@ -215,7 +215,7 @@ template <class Plain>
     errno = ENOMEM;
     return -1;
   }
-  pthread_testcancel();
+  preload::begin_cancellable();
   const int r = LaneWait(set, count, shadow).run(timeout_ns, mask);
   if (r == -EINTR) pthread_testcancel();
   return preload::to_libc<int>(r);
@@ -383,7 +383,7 @@ template <class Plain>
 int epoll_for(int epfd, epoll_event* events, int max, std::int64_t timeout_ns, const sigset_t* mask, Plain plain) {
   EpollSet* set = EpollSet::find(epfd);
   if (set == nullptr || !set->must_filter() || max <= 0) return plain();
-  pthread_testcancel();
+  preload::begin_cancellable();
   epoll_event unseen;
   const bool bad = !rdma::is_readable(events, sizeof *events);
   const int r = bad ? set->wait(&unseen, 1, timeout_ns, mask) : set->wait(events, max, timeout_ns, mask);

@@ -89,10 +89,6 @@ int raw_epoll_pwait(int fd, epoll_event* events, int max, int timeout, const sig
 
 // To make that system call takes what only libc has: the way back from a handler.
 int no_sigaction(int, const struct sigaction*, struct sigaction*) noexcept { return finish<int>(-ENOSYS); }
-sighandler_t no_signal(int, sighandler_t) noexcept {
-  errno = ENOSYS;
-  return SIG_ERR;
-}
 
 constexpr Libc make_raw() noexcept {
   Libc table{};
@@ -130,8 +126,6 @@ constexpr Libc make_raw() noexcept {
   raw<SYS_close_range>(table.close_range);
   raw<SYS_execve>(table.execve);
   table.sigaction = no_sigaction;
-  table.signal = no_signal;
-  table.sysv_signal = no_signal;
   raw<SYS_setuid>(table.setuid);
   raw<SYS_setgid>(table.setgid);
   raw<SYS_setreuid>(table.setreuid);
@@ -204,8 +198,6 @@ void resolve() noexcept {
   take(t.fclose, "fclose");
   take(t.freopen, "freopen");
   take(t.sigaction, "sigaction");
-  take(t.signal, "signal");
-  take(t.sysv_signal, "sysv_signal");
   take(t.setuid, "setuid");
   take(t.setgid, "setgid");
   take(t.seteuid, "seteuid");

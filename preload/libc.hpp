@@ -72,8 +72,6 @@ struct Libc {
   int (*fclose)(FILE*);
   FILE* (*freopen)(const char*, const char*, FILE*);
   decltype(&::sigaction) sigaction;
-  decltype(&::signal) signal;
-  decltype(&::sysv_signal) sysv_signal;
   decltype(&::setuid) setuid;
   decltype(&::setgid) setgid;
   decltype(&::seteuid) seteuid;

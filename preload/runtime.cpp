@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "preload/epoll_set.hpp"
-#include "preload/faults.hpp"
 #include "preload/fd_table.hpp"
+#include "preload/handlers.hpp"
 #include "preload/libc.hpp"
 #include "rdma_core/base/log.hpp"
 #include "rdma_core/base/sys.hpp"
@@ -86,7 +86,7 @@ void start() noexcept {
 
 sdp::Stream track(int fd, sdp::Role role) noexcept {
   start();
-  take_faults();
+  take_handlers();
   had_connections.store(true, std::memory_order_relaxed);
   return sdp::engine::track(fd, role);
 }

@@ -82,9 +82,9 @@ std::int64_t StreamImpl::kernel_send(int at, IovCursor& from, int flags) {
     msg.msg_iov = pieces.data();
     msg.msg_iovlen = pieces.size();
     const iovec& first = pieces[0];
-    const long n = pieces.size() == 1
-                       ? sys::blocking_call(SYS_sendto, at, sys::arg(first.iov_base), static_cast<long>(first.iov_len), flags)
-                       : sys::blocking_call(SYS_sendmsg, at, sys::arg(&msg), flags);
+    const long n = pieces.size() == 1 ? sys::blocking_call(sys::EndedBy::nothing, SYS_sendto, at, sys::arg(first.iov_base),
+                                                           static_cast<long>(first.iov_len), flags)
+                                      : sys::blocking_call(sys::EndedBy::nothing, SYS_sendmsg, at, sys::arg(&msg), flags);
     if (n > 0 && transcript.sent.is_open()) {
       if (flags & MSG_OOB) transcript.sent.close();
       transcript.sent.add(pieces, static_cast<std::size_t>(n), kernel_senders.load(std::memory_order_acquire));
@@ -101,9 +101,9 @@ std::int64_t StreamImpl::kernel_recv(int at, IovCursor& to, int flags) {
     msg.msg_iov = pieces.data();
     msg.msg_iovlen = pieces.size();
     const iovec& first = pieces[0];
-    const long n = pieces.size() == 1
-                       ? sys::blocking_call(SYS_recvfrom, at, sys::arg(first.iov_base), static_cast<long>(first.iov_len), flags)
-                       : sys::blocking_call(SYS_recvmsg, at, sys::arg(&msg), flags);
+    const long n = pieces.size() == 1 ? sys::blocking_call(sys::EndedBy::nothing, SYS_recvfrom, at, sys::arg(first.iov_base),
+                                                           static_cast<long>(first.iov_len), flags)
+                                      : sys::blocking_call(sys::EndedBy::nothing, SYS_recvmsg, at, sys::arg(&msg), flags);
     if (flags & (MSG_PEEK | MSG_OOB | MSG_ERRQUEUE)) return n;
     if (n > 0 && transcript.received.is_open()) {
       if (flags & MSG_TRUNC) transcript.received.close();
@@ -154,7 +154,9 @@ int StreamImpl::await_lane(int at, int flags, std::int64_t timeout_ns) {
       left.tv_sec = ns > 0 ? ns / 1'000'000'000 : 0;
       left.tv_nsec = ns > 0 ? ns % 1'000'000'000 : 0;
     }
-    const long r = sys::blocking_call(SYS_futex, sys::arg(&phase_word), FUTEX_WAIT, seen, deadline != 0 ? sys::arg(&left) : 0);
+    const bool has_limit = deadline != 0;
+    const long r = sys::blocking_call(has_limit ? sys::EndedBy::any : sys::EndedBy::no_restart, SYS_futex, sys::arg(&phase_word),
+                                      FUTEX_WAIT, seen, has_limit ? sys::arg(&left) : 0);
     if (r == -EINTR) return -EINTR;
   }
 }
@@ -286,7 +288,7 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
         }
         if (nowait) return total > 0 ? total : -EAGAIN;
         pollfd p{at, POLLOUT, 0};
-        const long r = sys::blocking_call(SYS_poll, sys::arg(&p), 1, -1);
+        const long r = sys::blocking_call(sys::EndedBy::no_restart, SYS_poll, sys::arg(&p), 1, -1);
         if (r == -EINTR) return total > 0 ? total : r;
         (void)lock.lock();
         continue;
@@ -660,10 +662,9 @@ int StreamImpl::wait(bool for_send, std::int64_t deadline, bool has_timeout, Pat
         left.tv_nsec = ns % 1'000'000'000;
       }
       const long until = has_timeout ? sys::arg(&left) : 0;
-      const bool is_uncancelled = patience == Patience::spin_and_sleep_uncancelled;
-      const long r = expired          ? -ETIMEDOUT
-                     : is_uncancelled ? sys::call(SYS_futex, sys::arg(word), FUTEX_WAIT, seen, until)
-                                      : sys::blocking_call(SYS_futex, sys::arg(word), FUTEX_WAIT, seen, until);
+      const auto by = has_timeout ? sys::EndedBy::any : sys::EndedBy::no_restart;
+      const auto sleep = patience == Patience::spin_and_sleep_uncancelled ? sys::sleeping_call : sys::blocking_call;
+      const long r = expired ? -ETIMEDOUT : sleep(by, SYS_futex, sys::arg(word), FUTEX_WAIT, seen, until, 0, 0);
       if (r == -EINTR) result = -EINTR;
       if (r == -ETIMEDOUT) result = -EAGAIN;
     }

@@ -6,11 +6,14 @@
 #include <cerrno>
 #include <utility>
 
+#include "rdma_core/base/blocking_call.hpp"
 #include "rdma_core/base/clock.hpp"
 #include "sdp/engine.hpp"
 #include "sdp/stream_impl.hpp"
 
 namespace sdp {
+
+namespace sys = rdma::sys;
 
 namespace {
 
@@ -114,8 +117,10 @@ int StreamImpl::await_offer(int at, std::uint16_t gen, std::int64_t deadline, st
     if (generation.load(std::memory_order_relaxed) != gen) break;
     lane->drain();
     now = now_ns();
+    const bool is_ended = woken == -EINTR && sys::is_ended(deadline != 0 ? sys::EndedBy::any : sys::EndedBy::no_restart);
+    if (woken == -EINTR) sys::begin_call();  // or the next wait would not sleep
     if (result != 0) continue;
-    result = woken == -EINTR ? -EINTR : has_deadline && now >= deadline ? -EAGAIN : 0;
+    result = is_ended ? -EINTR : has_deadline && now >= deadline ? -EAGAIN : 0;
     if (result != 0) watch.begin_anew(now);
   }
   return result;

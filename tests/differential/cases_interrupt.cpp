@@ -3,6 +3,8 @@
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
+#include <sys/epoll.h>
+#include <sys/select.h>
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <unistd.h>
@@ -66,6 +68,56 @@ CASE(signal_restarts_send) {
   told("send", c.send(1000));
   say("drained: %d", peer.answer().result == static_cast<long>(filled));
   told("peer recv", peer.call(Do::recv, 0, 1000));
+}
+// A signal ends the call also if it comes while our side looks for bytes, before it sleeps. The timer may win against the call; not
+// often.
+namespace {
+
+constexpr int kTries = 60;
+
+/// Calls that did not end at the first signal since they began, or not by EINTR.
+template <class Call>
+void say_missed(const char* name, Peer& peer, Conn& c, Call call) {
+  int missed = 0, others = 0;
+  for (int i = 0; i < kTries; ++i) {
+    for (int k = 0; k < 10; ++k) {  // a thread goes on looking as long as it often finds something
+      peer.later(0, Do::echo, 0, 1);
+      c.send(1);
+      c.recv(1);
+      peer.answer();
+    }
+    signals = 0;
+    const itimerval soon{.it_interval = {0, 30'000}, .it_value = {0, 10 + i % 40}}, never{};
+    setitimer(ITIMER_REAL, &soon, nullptr);
+    const long r = call();
+    setitimer(ITIMER_REAL, &never, nullptr);
+    others += !(r == -1 && errno == EINTR);
+    missed += signals > 1;
+  }
+  say("%s: not by EINTR %d, half of them by a later signal: %d", name, others, missed >= kTries / 2);
+}
+
+}  // namespace
+
+CASE(signal_ends_a_look) {
+  Peer peer;
+  Conn c = connection(peer);
+  on_signal(SIGALRM, 0);
+  pollfd two[] = {{c.fd, POLLIN, 0}, {peer.control(), POLLIN, 0}};
+  say_missed("recv", peer, c, [&] { return c.recv(1); });
+  on_signal(SIGALRM, SA_RESTART);  // which is nothing to a wait for events
+  say_missed("poll", peer, c, [&] { return long{poll(two, 1, -1)}; });
+  say_missed("poll of two", peer, c, [&] { return long{poll(two, 2, -1)}; });
+  say_missed("select", peer, c, [&] {
+    fd_set set;
+    FD_ZERO(&set);
+    FD_SET(c.fd, &set);
+    return long{select(c.fd + 1, &set, nullptr, nullptr, nullptr)};
+  });
+  const int ep = epoll_create1(0);
+  epoll_event event{.events = EPOLLIN, .data = {}};
+  epoll_ctl(ep, EPOLL_CTL_ADD, c.fd, &event);
+  say_missed("epoll_wait", peer, c, [&] { return long{epoll_wait(ep, &event, 1, -1)}; });
 }
 CASE(recv_timeout) {
   Peer peer;

@@ -1,98 +1,27 @@
-// Buffers that are not there, and the program's own handlers of the signals by which one learns of it.
+// Buffers that are not there.
 #include <fcntl.h>
 #include <linux/sockios.h>
 #include <poll.h>
-#include <setjmp.h>
-#include <signal.h>
 #include <sys/epoll.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/select.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include <cerrno>
-#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 
+#include "bad_memory.hpp"
 #include "trace.hpp"
 
 using namespace differential;
 
 namespace {
 
-constexpr std::size_t kPage = 4096;
-
-/// Pages of which the last cannot be touched.
-class Edge {
- public:
-  explicit Edge(std::size_t pages) : good_(pages * kPage) {
-    start_ = static_cast<char*>(mmap(nullptr, good_ + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    if (start_ == MAP_FAILED || mprotect(end(), kPage, PROT_NONE) != 0) fail("mmap");
-  }
-  ~Edge() { munmap(start_, good_ + kPage); }
-  Edge(const Edge&) = delete;
-  Edge& operator=(const Edge&) = delete;
-  char* end() const { return start_ + good_; }
-
- private:
-  std::size_t good_;
-  char* start_;
-};
-
-char* nowhere() {
-  static const Edge edge(1);
-  return edge.end();
-}
-template <class T>
-T* nowhere_as() {
-  return static_cast<T*>(static_cast<void*>(nowhere()));
-}
 char* in_the_kernel() { return reinterpret_cast<char*>(0xffff'8880'0000'0000); }
-
-volatile sig_atomic_t handled = 0;
-void handler(int number) { handled = number; }
-jmp_buf back;
-void leap(int number) { siglongjmp(back, number); }
-
-void set_handler(int number, void (*to)(int), int flags) {
-  struct sigaction action {};
-  action.sa_handler = to;
-  action.sa_flags = flags;
-  told("sigaction", sigaction(number, &action, nullptr));
-}
-const char* name_of(void (*to)(int)) {
-  return to == SIG_DFL ? "default" : to == SIG_IGN ? "ignore" : to == handler ? "handler" : to == leap ? "leap" : "another";
-}
-void say_handler(int number) {
-  struct sigaction action {};
-  told("sigaction", sigaction(number, nullptr, &action));
-  say("%d: %s flags %#x", number, name_of(action.sa_handler), static_cast<unsigned>(action.sa_flags) & ~0x04000000U);
-}
-/// How a child ends that does that.
-template <class What>
-void in_child(const char* name, What&& what) {
-  const pid_t child = fork();
-  if (child == 0) {
-    what();
-    _exit(0);
-  }
-  int status = 0;
-  if (waitpid(child, &status, 0) != child) fail("waitpid");
-  say("%s: %s %d", name, WIFSIGNALED(status) ? "signal" : "exit", WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
-}
-void touch(char* at) { *static_cast<volatile char*>(at) = 1; }
-
-void works(Peer& peer, Conn& c) {
-  const std::uint64_t before = kernel_bytes(c.fd);
-  told("send", c.send(100));
-  told("peer", peer.call(Do::echo, 0, 100));
-  told("recv", static_cast<long>(c.recv_all(100)));
-  say("carried: %d", !lane_expected() || kernel_bytes(c.fd) == before);
-}
 
 CASE(bad_buffers) {
   Peer peer;
@@ -238,106 +167,6 @@ CASE(shut_and_bad) {
   peer.call(Do::close);
   settle();
   told("recv at the end", recv(c.fd, nowhere(), 100, 0));
-}
-
-// --- the program's own handlers
-
-CASE(own_handlers) {
-  say_handler(SIGSEGV);
-  set_handler(SIGBUS, handler, SA_RESTART | SA_ONSTACK);
-  Peer peer;
-  Conn c = connection(peer);
-  say_handler(SIGSEGV);
-  say_handler(SIGBUS);
-  set_handler(SIGSEGV, leap, SA_NODEFER);
-  say_handler(SIGSEGV);
-  if (const int number = sigsetjmp(back, 1); number == 0)
-    touch(nowhere());
-  else
-    say("leapt by %d", number);
-  told("send", send(c.fd, nowhere(), 100, 0));
-  told("send", send(c.fd, nullptr, 100, 0));
-  say("handled %d", handled);
-  raise(SIGBUS);
-  say("handled %d", handled);
-  say("signal: %s", name_of(signal(SIGSEGV, handler)));
-  say_handler(SIGSEGV);
-  raise(SIGSEGV);
-  say("handled %d", handled);
-  say("signal: %s", name_of(signal(SIGSEGV, SIG_IGN)));
-  raise(SIGSEGV);
-  say_handler(SIGSEGV);
-  say("signal: %s", name_of(signal(SIGSEGV, SIG_DFL)));
-  told("send", send(c.fd, nowhere(), 100, 0));
-  told("a bad number", sigaction(SIGKILL, nullptr, nullptr));
-  struct sigaction wanted {};
-  told("that no one may set", sigaction(SIGKILL, &wanted, nullptr));
-  works(peer, c);
-}
-CASE(once_and_blocked) {
-  Peer peer;
-  Conn c = connection(peer);
-  set_handler(SIGSEGV, handler, SA_RESETHAND);
-  raise(SIGSEGV);
-  say("handled %d", handled);
-  say_handler(SIGSEGV);
-  struct sigaction action {};
-  action.sa_sigaction = [](int, siginfo_t* info, void*) {
-    sigset_t now;
-    sigprocmask(SIG_BLOCK, nullptr, &now);
-    say("code %d, SIGUSR1 blocked %d, SIGUSR2 %d", info->si_code, sigismember(&now, SIGUSR1), sigismember(&now, SIGUSR2));
-  };
-  action.sa_flags = SA_SIGINFO;
-  sigaddset(&action.sa_mask, SIGUSR1);
-  told("sigaction", sigaction(SIGSEGV, &action, nullptr));
-  raise(SIGSEGV);
-  works(peer, c);
-}
-CASE(ends_of_children) {
-  Peer peer;
-  Conn c = connection(peer);
-  in_child("a bad store", [] { touch(nowhere()); });
-  in_child("a signal", [] { raise(SIGSEGV); });
-  in_child("abort", [] { abort(); });
-  set_handler(SIGSEGV, SIG_IGN, 0);
-  in_child("ignored", [] { raise(SIGSEGV); });
-  in_child("a bad store, ignored", [] { touch(nowhere()); });
-  set_handler(SIGSEGV, handler, SA_RESETHAND);
-  in_child("handled once", [] { touch(nowhere()); });
-  set_handler(
-      SIGSEGV, [](int) { _exit(7); }, 0);
-  in_child("handled", [] { touch(nowhere()); });
-  in_child("a cut file", [] {
-    const int file = memfd_create("cut", MFD_CLOEXEC);
-    touch(static_cast<char*>(mmap(nullptr, kPage, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0)));
-  });
-  set_handler(SIGSEGV, SIG_DFL, 0);
-  in_child("exec", [] {
-    char shell[] = "/bin/sh", flag[] = "-c", what[] = "kill -SEGV $$";
-    char* argv[] = {shell, flag, what, nullptr};
-    execv(shell, argv);
-  });
-  works(peer, c);
-}
-// What a vfork child sets is its own.
-CASE(vfork_handlers) {
-  Peer peer;
-  Conn c = connection(peer);
-  set_handler(SIGSEGV, handler, 0);
-  // NOLINTBEGIN(clang-analyzer-security.insecureAPI.vfork,clang-analyzer-unix.Vfork): what run times do, warned against or not
-  const pid_t child = vfork();
-  if (child == 0) {
-    signal(SIGSEGV, SIG_DFL);
-    _exit(0);
-  }
-  // NOLINTEND(clang-analyzer-security.insecureAPI.vfork,clang-analyzer-unix.Vfork)
-  int status = 0;
-  if (waitpid(child, &status, 0) != child) fail("waitpid");
-  say_handler(SIGSEGV);
-  raise(SIGSEGV);
-  say("handled %d", handled);
-  told("send", send(c.fd, nowhere(), 100, 0));
-  works(peer, c);
 }
 
 }  // namespace

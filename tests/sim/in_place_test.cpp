@@ -10,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "rdma_core/base/blocking_call.hpp"
 #include "tests/sim/served_pair.hpp"
 
 namespace sdp::sim {
@@ -28,7 +29,7 @@ struct Case {
   bool both_ways = false;
   std::uint64_t bytes = 0;
   unsigned small_reads = 0, polled_reads = 0, odd_reads = 0;  ///< per cent
-  bool signals = false, takes_down = false, fails = false, has_timeout = false, lazy = false;
+  bool signals = false, restarts = false, takes_down = false, fails = false, has_timeout = false, lazy = false;
 };
 
 Case case_of(std::uint64_t seed) {
@@ -47,6 +48,7 @@ Case case_of(std::uint64_t seed) {
   c.fails = !c.takes_down && chance.percent(25);
   c.has_timeout = chance.percent(20);
   c.lazy = chance.percent(20);
+  c.restarts = chance.percent(50);
   return c;
 }
 
@@ -83,7 +85,8 @@ class Programs {
     bool struck = false;
     while (busy.load() != 0) {
       if (now() - begun > 30'000'000'000) stuck();
-      if (case_.signals && chance.percent(20)) pthread_kill(senders[chance.pick(0, senders.size() - 1)], SIGUSR1);
+      if (case_.signals && chance.percent(20))
+        pthread_kill(senders[chance.pick(0, senders.size() - 1)], case_.restarts ? SIGUSR2 : SIGUSR1);
       for (unsigned i : {0U, 1U}) ends_.serve(i);
       if (!struck && now() >= strikes_at && (case_.takes_down || case_.fails)) {
         struck = true;
@@ -140,11 +143,12 @@ class Programs {
           std::min<std::uint64_t>(chance.percent(60) ? chance.pick(16384, kLargest) : chance.size(kLargest), case_.bytes - sent);
       const std::size_t at = chance.pick(0, std::min<std::size_t>(kLargest - bytes, 9000));
       fill(memory + at, bytes, stream(i), sent);
+      rdma::sys::begin_call();
       const std::int64_t n = e.handle().send(e.fd, memory + at, bytes, MSG_NOSIGNAL);
       std::memset(memory, 0x5A, kLargest);  // it is ours again
       if (n > 0)
         sent += static_cast<std::uint64_t>(n);
-      else if (n != -EINTR && !(n == -EAGAIN && case_.has_timeout))
+      else if (!(n == -EINTR && (!case_.restarts || case_.has_timeout)) && !(n == -EAGAIN && case_.has_timeout))
         broken("send of ", bytes, " at ", sent, ": ", n);
       if (n > static_cast<std::int64_t>(bytes)) broken("send of ", bytes, " took ", n);
       sent_[i] = sent;
@@ -210,9 +214,12 @@ class Programs {
 }  // namespace
 
 BOOST_AUTO_TEST_CASE(threads_send_and_receive_in_place_through_everything) {
-  struct sigaction ignore {};
-  ignore.sa_handler = [](int) {};  // without SA_RESTART: it interrupts
-  sigaction(SIGUSR1, &ignore, nullptr);
+  struct sigaction handler {};
+  handler.sa_sigaction = [](int number, siginfo_t*, void* context) { rdma::sys::handler_has_run(context, number == SIGUSR2); };
+  handler.sa_flags = SA_SIGINFO;
+  sigaction(SIGUSR1, &handler, nullptr);
+  handler.sa_flags |= SA_RESTART;
+  sigaction(SIGUSR2, &handler, nullptr);
   Totals totals;
   for_each_seed("in_place", 600, [&](std::uint64_t seed) { Programs(seed, case_of(seed), hosts_of(seed)).run(totals); });
   BOOST_TEST_MESSAGE(totals.adverts << " offers, " << totals.cancelled << " cancelled, " << totals.refused << " refused; "
