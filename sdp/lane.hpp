@@ -117,7 +117,7 @@ class Lane {
   Lane(std::shared_ptr<PeerContext>* peer, const LaneLimits& limits) noexcept
       : conn(limits.conn),
         limits_(limits),
-        copy_(copy_vote, limits.bulk_copy, std::int64_t{limits.recv_buffers_max} * limits.conn.recv_size_max),
+        copy_(copy_paces, limits.bulk_copy, std::int64_t{limits.recv_buffers_max} * limits.conn.recv_size_max),
         send_buffer_(copy_),
         staging_(limits.staging),
         peer_(peer) {}
@@ -388,7 +388,7 @@ class Lane {
   void on_completion(const rdma::Wc& wc) noexcept;
   void reap() noexcept;
 
-  inline static CopyVote copy_vote;
+  inline static CopyPaces copy_paces;
 
   LaneLimits limits_;
   CopyTrial copy_;  ///< of messages into the peer's buffers, and into ours

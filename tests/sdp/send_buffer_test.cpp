@@ -17,8 +17,8 @@ constexpr std::size_t kSmall = SendBuffer::kSmallBytes, kAll = SendBuffer::kCapa
 struct Ends {
   sim::Hosts hosts{rdma::NodeType::ib_ca};
   rdma::RegisteredHeap& heap = *hosts.host[0].context->heap;
-  CopyVote vote;
-  CopyTrial copy{vote, BulkCopy::tried, 1 << 20};
+  CopyPaces paces;
+  CopyTrial copy{paces, BulkCopy::tried, 1 << 20};
   SendBuffer buffer{copy};
   std::array<RingCursor, kRings> cursors;
   std::atomic<std::uint64_t> pulled{0};
