@@ -157,6 +157,7 @@ SDP_EXPORT int fclose(FILE* file) {
   before_stdio_close(file);
   return libc().fclose(file);
 }
+SDP_EXPORT int _IO_fclose(FILE* file) { return fclose(file); }
 SDP_EXPORT FILE* freopen(const char* path, const char* mode, FILE* file) {
   before_stdio_close(file);
   return libc().freopen(path, mode, file);
@@ -168,6 +169,7 @@ SDP_EXPORT FILE* fdopen(int fd, const char* mode) noexcept {
   preload::leave_lane(fd, sdp::LaneReason::mode);
   return real(fd, mode);
 }
+SDP_EXPORT FILE* _IO_fdopen(int fd, const char* mode) noexcept { return fdopen(fd, mode); }
 SDP_EXPORT int vdprintf(int fd, const char* format, va_list args) {
   static const auto real = reinterpret_cast<decltype(&::vdprintf)>(preload::next_symbol("vdprintf"));
   preload::leave_lane(fd, sdp::LaneReason::mode);
@@ -179,4 +181,29 @@ SDP_EXPORT int dprintf(int fd, const char* format, ...) {
   const int r = vdprintf(fd, format, args);
   va_end(args);
   return r;
+}
+// The fortified ones look at the format as well: with libc's eyes.
+SDP_EXPORT int __vdprintf_chk(int fd, int flag, const char* format, va_list args) {
+  static const auto real = reinterpret_cast<int (*)(int, int, const char*, va_list)>(preload::next_symbol("__vdprintf_chk"));
+  preload::leave_lane(fd, sdp::LaneReason::mode);
+  return real(fd, flag, format, args);
+}
+SDP_EXPORT int __dprintf_chk(int fd, int flag, const char* format, ...) {
+  va_list args;
+  va_start(args, format);
+  const int r = __vdprintf_chk(fd, flag, format, args);
+  va_end(args);
+  return r;
+}
+
+// --- names of libc's own, which some old libraries use
+
+SDP_EXPORT int __close(int fd) { return close(fd); }
+SDP_EXPORT int __dup2(int from, int to) noexcept { return dup2(from, to); }
+SDP_EXPORT int __fcntl(int fd, int command, ...) {
+  va_list args;
+  va_start(args, command);
+  const long argument = va_arg(args, long);
+  va_end(args);
+  return fcntl(fd, command, argument);
 }

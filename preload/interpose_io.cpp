@@ -1,4 +1,5 @@
 // read, write, send, recv and their kin.
+#include <aio.h>
 #include <dlfcn.h>
 #include <limits.h>
 #include <sys/sendfile.h>
@@ -138,6 +139,49 @@ SDP_EXPORT ssize_t pwritev2(int fd, const iovec* iov, int count, off_t at, int f
   leave_lane(fd, sdp::LaneReason::mode);
   return real(fd, iov, count, at, flags);
 }
+SDP_EXPORT ssize_t preadv64v2(int fd, const iovec* iov, int count, off64_t at, int flags) {
+  return preadv2(fd, iov, count, at, flags);
+}
+SDP_EXPORT ssize_t pwritev64v2(int fd, const iovec* iov, int count, off64_t at, int flags) {
+  return pwritev2(fd, iov, count, at, flags);
+}
+
+namespace {
+/// libc's threads are about to read or write for the program.
+void leave_for(const aiocb* request) noexcept {
+  if (rdma::is_readable(request, sizeof *request)) leave_lane(request->aio_fildes, sdp::LaneReason::mode);
+}
+}  // namespace
+
+SDP_EXPORT int aio_read(aiocb* request) noexcept {
+  static const auto real = next<decltype(&::aio_read)>("aio_read");
+  leave_for(request);
+  return real(request);
+}
+SDP_EXPORT int aio_write(aiocb* request) noexcept {
+  static const auto real = next<decltype(&::aio_write)>("aio_write");
+  leave_for(request);
+  return real(request);
+}
+SDP_EXPORT int lio_listio(int mode, aiocb* const* requests, int count, sigevent* event) noexcept {
+  static const auto real = next<int (*)(int, aiocb* const*, int, sigevent*)>("lio_listio");
+  if (count > 0 && rdma::is_readable(requests, static_cast<size_t>(count) * sizeof *requests))
+    for (int i = 0; i < count; ++i)
+      if (requests[i] != nullptr) leave_for(requests[i]);
+  return real(mode, requests, count, event);
+}
+static_assert(sizeof(aiocb) == sizeof(aiocb64));
+SDP_EXPORT int aio_read64(aiocb64* request) noexcept { return aio_read(reinterpret_cast<aiocb*>(request)); }
+SDP_EXPORT int aio_write64(aiocb64* request) noexcept { return aio_write(reinterpret_cast<aiocb*>(request)); }
+SDP_EXPORT int lio_listio64(int mode, aiocb64* const* requests, int count, sigevent* event) noexcept {
+  return lio_listio(mode, reinterpret_cast<aiocb* const*>(requests), count, event);
+}
+
+// --- names of libc's own, which some old libraries use
+
+SDP_EXPORT ssize_t __read(int fd, void* buf, size_t len) { return read(fd, buf, len); }
+SDP_EXPORT ssize_t __write(int fd, const void* buf, size_t len) { return write(fd, buf, len); }
+SDP_EXPORT ssize_t __send(int fd, const void* buf, size_t len, int flags) { return send(fd, buf, len, flags); }
 
 // --- fortified names: the check, then the plain call
 

@@ -327,6 +327,9 @@ SDP_EXPORT int pselect(int n, fd_set* r, fd_set* w, fd_set* e, const timespec* t
   return select_for(n, r, w, e, to_ns(timeout), mask, [&] { return libc().pselect(n, r, w, e, timeout, mask); });
 }
 
+SDP_EXPORT int __poll(pollfd* set, nfds_t count, int timeout) { return poll(set, count, timeout); }
+SDP_EXPORT int __select(int n, fd_set* r, fd_set* w, fd_set* e, timeval* timeout) { return select(n, r, w, e, timeout); }
+
 extern "C" void __chk_fail(void) __attribute__((noreturn));
 SDP_EXPORT int __poll_chk(pollfd* set, nfds_t count, int timeout, size_t room) {
   if (count > room / sizeof(pollfd)) __chk_fail();

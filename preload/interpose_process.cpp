@@ -118,3 +118,4 @@ SDP_EXPORT FILE* popen(const char* command, const char* mode) {
   before_spawn();
   return libc().popen(command, mode);
 }
+SDP_EXPORT FILE* _IO_popen(const char* command, const char* mode) { return popen(command, mode); }

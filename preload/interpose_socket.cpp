@@ -91,7 +91,7 @@ SDP_EXPORT int socket(int domain, int type, int protocol) noexcept {
 
 SDP_EXPORT int connect(int fd, const sockaddr* address, socklen_t len) {
   const int r = libc().connect(fd, address, len);
-  if ((r == 0 || errno == EINPROGRESS) && fds().kind(fd) == Kind::tcp_socket && !fds().find(fd)) {
+  if ((r == 0 || errno == EINPROGRESS || errno == EINTR) && fds().kind(fd) == Kind::tcp_socket && !fds().find(fd)) {
     const int saved = errno;
     track(fd, sdp::Role::connector);
     if (const Stream stream = fds().find(fd)) read_timeouts(fd, stream);
@@ -99,6 +99,8 @@ SDP_EXPORT int connect(int fd, const sockaddr* address, socklen_t len) {
   }
   return r;
 }
+
+SDP_EXPORT int __connect(int fd, const sockaddr* address, socklen_t len) { return connect(fd, address, len); }
 
 SDP_EXPORT int accept(int fd, sockaddr* address, socklen_t* len) {
   learn(fd);
