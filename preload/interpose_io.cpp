@@ -165,7 +165,7 @@ SDP_EXPORT int aio_write(aiocb* request) noexcept {
 }
 SDP_EXPORT int lio_listio(int mode, aiocb* const* requests, int count, sigevent* event) noexcept {
   static const auto real = next<int (*)(int, aiocb* const*, int, sigevent*)>("lio_listio");
-  if (count > 0 && rdma::is_readable(requests, static_cast<size_t>(count) * sizeof *requests))
+  if (count > 0 && rdma::is_readable(requests, static_cast<size_t>(count) * sizeof(void*)))
     for (int i = 0; i < count; ++i)
       if (requests[i] != nullptr) leave_for(requests[i]);
   return real(mode, requests, count, event);
