@@ -7,7 +7,7 @@
 
 #include "preload/fd_table.hpp"
 #include "preload/libc.hpp"
-#include "rdma_core/base/blocking_call.hpp"
+#include "rdma_core/base/program_call.hpp"
 
 namespace preload {
 
@@ -25,14 +25,23 @@ auto dispatch(int fd, Ours&& ours, Theirs&& theirs) -> decltype(theirs(libc())) 
   const sdp::Stream stream = fds().find(fd);
   if (!stream) [[likely]]
     return theirs(libc());
-  rdma::sys::begin_call();
-  return to_libc<decltype(theirs(libc()))>(ours(stream));
+  const std::int64_t result = [&] {
+    const rdma::sys::ProgramCall here;
+    return std::int64_t{ours(stream)};
+  }();
+  return to_libc<decltype(theirs(libc()))>(result);
 }
 
-/// The program's call begins to be ours, where POSIX makes it a cancellation point.
-inline void begin_cancellable() {
+/// A call of ours that POSIX makes a cancellation point: `what()` gives -errno or a result.
+template <class What>
+std::int64_t cancellable(What&& what) {
   pthread_testcancel();
-  rdma::sys::begin_call();
+  const std::int64_t result = [&] {
+    const rdma::sys::ProgramCall here;
+    return std::int64_t{what()};
+  }();
+  if (result == -EINTR) pthread_testcancel();
+  return result;
 }
 
 /// The same for what POSIX makes a cancellation point. libc's own functions are; a wait of ours ends with EINTR when the signal
@@ -42,10 +51,7 @@ auto dispatch_cancellable(int fd, Ours&& ours, Theirs&& theirs) -> decltype(thei
   const sdp::Stream stream = fds().find(fd);
   if (!stream) [[likely]]
     return theirs(libc());
-  begin_cancellable();
-  const std::int64_t result = ours(stream);
-  if (result == -EINTR) pthread_testcancel();
-  return to_libc<decltype(theirs(libc()))>(result);
+  return to_libc<decltype(theirs(libc()))>(cancellable([&] { return ours(stream); }));
 }
 
 /// The kernel has just made `fd`: what we knew of that number was closed behind our back.

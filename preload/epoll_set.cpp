@@ -9,8 +9,8 @@
 
 #include "preload/fd_table.hpp"
 #include "preload/libc.hpp"
-#include "rdma_core/base/blocking_call.hpp"
 #include "rdma_core/base/clock.hpp"
+#include "rdma_core/base/program_call.hpp"
 #include "rdma_core/base/sys.hpp"
 #include "sdp/engine.hpp"
 #include "sdp/spinner.hpp"
@@ -349,6 +349,12 @@ int EpollSet::wait(epoll_event* events, int max, std::int64_t timeout_ns, const 
   return n;
 }
 
+// One with a mask of its own may bring handlers.
+long EpollSet::ask_kernel(epoll_event* events, int max, const sigset_t* mask) const {
+  if (mask == nullptr) return sys::call(SYS_epoll_pwait, epfd_, sys::arg(events), max, 0, 0, 8);
+  return sys::sleeping_call(sys::EndedBy::nothing, SYS_epoll_pwait, epfd_, sys::arg(events), max, 0, sys::arg(mask), 8);
+}
+
 int EpollSet::wait_once(epoll_event* events, int max, std::int64_t timeout_ns, const sigset_t* mask) {
   constexpr int kBatch = 64;
   epoll_event kernel[kBatch];
@@ -362,7 +368,7 @@ int EpollSet::wait_once(epoll_event* events, int max, std::int64_t timeout_ns, c
       // Kernel descriptors are not starved: they are asked every few calls.
       if (n < max && ++since_kernel_ >= 8) {
         since_kernel_ = 0;
-        const long k = sys::call(SYS_epoll_pwait, epfd_, sys::arg(kernel), std::min(want, max - n), 0, sys::arg(mask), 8);
+        const long k = ask_kernel(kernel, std::min(want, max - n), mask);
         if (k > 0) n = merge(events, n, kernel, static_cast<int>(k), max);
       } else if (n == max && sleepers_.load() != 0) {
         sdp::engine::ring_bell();
@@ -371,11 +377,8 @@ int EpollSet::wait_once(epoll_event* events, int max, std::int64_t timeout_ns, c
     }
     if (lanes_here) {
       since_kernel_ = 0;
-      long k = sys::call(SYS_epoll_pwait, epfd_, sys::arg(kernel), want, 0, sys::arg(mask), 8);
-      if (k < 0) {
-        errno = static_cast<int>(-k);
-        return -1;
-      }
+      long k = ask_kernel(kernel, want, mask);
+      if (k < 0) return static_cast<int>(k);
       if (k > 0 && (n = merge(events, 0, kernel, static_cast<int>(k), max)) > 0) return n;
       if (timeout_ns == 0) return 0;
       // Spin: the lanes all the time, the kernel every few microseconds.
@@ -385,7 +388,7 @@ int EpollSet::wait_once(epoll_event* events, int max, std::int64_t timeout_ns, c
         if (maybe_ready()) return true;
         if (++looks % 64 != 0 || now_ns() < kernel_due) return false;
         kernel_due = now_ns() + kKernelEveryNs;
-        k = sys::call(SYS_epoll_pwait, epfd_, sys::arg(kernel), want, 0, sys::arg(mask), 8);
+        k = ask_kernel(kernel, want, mask);
         if (k > 0) n = merge(events, 0, kernel, static_cast<int>(k), max);
         return n > 0;
       });
@@ -407,10 +410,7 @@ int EpollSet::wait_once(epoll_event* events, int max, std::int64_t timeout_ns, c
     const long k = sys::blocking_call(timeout_ns != 0 ? sys::EndedBy::any : sys::EndedBy::nothing, SYS_epoll_pwait, epfd_,
                                       sys::arg(kernel), want, timeout_ms, sys::arg(mask), 8);
     asleep.end();
-    if (k < 0) {
-      errno = static_cast<int>(-k);
-      return -1;
-    }
+    if (k < 0) return static_cast<int>(k);
     if (k > 0) {
       n = tagged_.load() != 0 ? collect(events, max) : 0;
       n = merge(events, n, kernel, static_cast<int>(k), max);

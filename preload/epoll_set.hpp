@@ -40,6 +40,7 @@ class EpollSet {
   bool has_members() const noexcept { return members_in_use_.load(std::memory_order_acquire) != 0; }
   /// Results of the kernel may be ours (tags, the bell, which stays in once it is there): only wait() may show them to the program.
   bool must_filter() const noexcept { return has_members() || bell_.load(std::memory_order_acquire) >= 0; }
+  /// As epoll_pwait(), but -errno. `timeout_ns`: -1: for ever.
   int wait(epoll_event* events, int max, std::int64_t timeout_ns, const sigset_t* mask);
   /// Somebody waits for this set itself (another epoll, poll, select): its lanes stay armed between its own waits, so that the bell
   /// makes it readable.
@@ -71,6 +72,7 @@ class EpollSet {
   void orphan(Member& member) noexcept;
   void release(Member& member) noexcept;
   std::uint32_t index_of(const Member& member) const noexcept;
+  long ask_kernel(epoll_event* events, int max, const sigset_t* mask) const;
   int wait_once(epoll_event* events, int max, std::int64_t timeout_ns, const sigset_t* mask);
   void arm() noexcept;
   void leave_armed() noexcept;

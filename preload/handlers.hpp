@@ -1,4 +1,4 @@
-// The program's signal handlers, run beneath ours. Ours tell the calls that they interrupt (rdma_core/base/blocking_call.hpp), and
+// The program's signal handlers, run beneath ours. Ours tell the calls that they interrupt (rdma_core/base/program_call.hpp), and
 // mend the faults of questions of ours about the program's memory (rdma_core/base/user_memory.hpp).
 #pragma once
 

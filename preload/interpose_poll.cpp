@@ -8,8 +8,8 @@
 
 #include "preload/dispatch.hpp"
 #include "preload/epoll_set.hpp"
-#include "rdma_core/base/blocking_call.hpp"
 #include "rdma_core/base/clock.hpp"
+#include "rdma_core/base/program_call.hpp"
 #include "rdma_core/base/sys.hpp"
 #include "rdma_core/base/user_memory.hpp"
 #include "sdp/engine.hpp"
@@ -131,8 +131,10 @@ class LaneWait {
     if (sleep && shadow_[count_].fd < 0 && (timeout_ns < 0 || timeout_ns > kSliceNs)) timeout_ns = kSliceNs;
     timespec ts{timeout_ns / 1'000'000'000, timeout_ns % 1'000'000'000};
     const long args[] = {sys::arg(shadow_), static_cast<long>(count_ + 1), timeout_ns >= 0 ? sys::arg(&ts) : 0, sys::arg(mask)};
-    const long r = sleep ? sys::blocking_call(sys::EndedBy::any, SYS_ppoll, args[0], args[1], args[2], args[3], 8)
-                         : sys::call(SYS_ppoll, args[0], args[1], args[2], args[3], 8);
+    // One with a mask of its own may bring handlers, too.
+    const long r = sleep             ? sys::blocking_call(sys::EndedBy::any, SYS_ppoll, args[0], args[1], args[2], args[3], 8)
+                   : mask != nullptr ? sys::sleeping_call(sys::EndedBy::nothing, SYS_ppoll, args[0], args[1], args[2], args[3], 8)
+                                     : sys::call(SYS_ppoll, args[0], args[1], args[2], 0, 8);
     if (r < 0) return static_cast<int>(r);
     for (nfds_t i = 0; i < count_; ++i) fds_[i].revents = static_cast<short>(fds_[i].revents | shadow_[i].revents);
     return static_cast<int>(r);
@@ -215,10 +217,7 @@ template <class Plain>
     errno = ENOMEM;
     return -1;
   }
-  preload::begin_cancellable();
-  const int r = LaneWait(set, count, shadow).run(timeout_ns, mask);
-  if (r == -EINTR) pthread_testcancel();
-  return preload::to_libc<int>(r);
+  return preload::to_libc<int>(preload::cancellable([&] { return LaneWait(set, count, shadow).run(timeout_ns, mask); }));
 }
 
 /// -1: for ever. The caller has asked valid().
@@ -386,13 +385,12 @@ template <class Plain>
 int epoll_for(int epfd, epoll_event* events, int max, std::int64_t timeout_ns, const sigset_t* mask, Plain plain) {
   EpollSet* set = EpollSet::find(epfd);
   if (set == nullptr || !set->must_filter() || max <= 0) return plain();
-  preload::begin_cancellable();
   epoll_event unseen;
   const bool bad = !rdma::is_readable(events, sizeof *events);
-  const int r = bad ? set->wait(&unseen, 1, timeout_ns, mask) : set->wait(events, max, timeout_ns, mask);
-  if (bad && r > 0) return preload::to_libc<int>(-EFAULT);
-  if (r < 0 && errno == EINTR) pthread_testcancel();
-  return r;
+  return preload::to_libc<int>(preload::cancellable([&] {
+    const int n = bad ? set->wait(&unseen, 1, timeout_ns, mask) : set->wait(events, max, timeout_ns, mask);
+    return bad && n > 0 ? -EFAULT : n;
+  }));
 }
 }  // namespace
 

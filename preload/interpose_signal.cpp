@@ -13,7 +13,7 @@
 
 #include "preload/dispatch.hpp"
 #include "preload/handlers.hpp"
-#include "rdma_core/base/blocking_call.hpp"
+#include "rdma_core/base/program_call.hpp"
 #include "rdma_core/base/sys.hpp"
 #include "rdma_core/base/user_memory.hpp"
 #include "sdp/engine.hpp"
@@ -70,14 +70,23 @@ class Locked {
   sigset_t before_{};
 };
 
-void run_theirs(const Theirs& their, std::uintptr_t handler, int number, siginfo_t* info, void* context) {
+void run_theirs(Theirs& their, std::uintptr_t handler, int number, siginfo_t* info, void* context) {
+  if (their.once.exchange(false)) {
+    const Locked locked;
+    their.action.sa_handler = SIG_DFL;
+    if (may_fault(number))
+      their.handler.store(kDefault, std::memory_order_release);
+    else
+      (void)libc().sigaction(number, &their.action, nullptr);
+  }
   const bool restarts = their.restarts.load(std::memory_order_relaxed);
   reinterpret_cast<Handler>(handler)(number, info, context);
   sys::handler_has_run(context, restarts);
 }
 
 void on_signal(int number, siginfo_t* info, void* context) {
-  const Theirs& their = theirs[static_cast<std::size_t>(number)];
+  if (sys::put_off(number, *info, context)) return;
+  Theirs& their = theirs[static_cast<std::size_t>(number)];
   run_theirs(their, their.handler.load(std::memory_order_acquire), number, info, context);
 }
 
@@ -98,11 +107,6 @@ void on_fault(int number, siginfo_t* info, void* context) {
     if (sent) sys::call(SYS_tgkill, sys::call(SYS_getpid), sys::call(SYS_gettid), number);
     return;
   }
-  if (their.once.exchange(false)) {
-    const Locked locked;
-    their.action.sa_handler = SIG_DFL;
-    their.handler.store(kDefault, std::memory_order_release);
-  }
   run_theirs(their, handler, number, info, context);
 }
 
@@ -112,11 +116,7 @@ bool is_ours(const struct sigaction& action) noexcept {
 
 /// What the program would see where the kernel says `kernels`.
 struct sigaction seen_by_them(int number, const struct sigaction& kernels) noexcept {
-  struct sigaction action = theirs[static_cast<std::size_t>(number)].action;
-  if (is_ours(kernels)) return action;
-  if (handler_of(kernels) != kDefault || (action.sa_flags & SA_RESETHAND) == 0) return kernels;
-  action.sa_handler = SIG_DFL;  // it has been called
-  return action;
+  return is_ours(kernels) ? theirs[static_cast<std::size_t>(number)].action : kernels;
 }
 
 /// Ours where the program has a handler, delivered as it wants its own. For faults always, in whatever way works.
@@ -126,8 +126,7 @@ int set_ours(int number, const struct sigaction& action, struct sigaction& befor
   struct sigaction ours = action;
   if (is_handled || may_fault(number)) {
     ours.sa_sigaction = may_fault(number) ? on_fault : on_signal;
-    ours.sa_flags = SA_SIGINFO | (is_handled ? action.sa_flags : SA_ONSTACK);
-    if (may_fault(number)) ours.sa_flags &= ~SA_RESETHAND;
+    ours.sa_flags = SA_SIGINFO | (is_handled ? action.sa_flags & ~SA_RESETHAND : SA_ONSTACK);  // which the kernel does too soon
     // Before the kernel's, or a signal between the two would be taken for the one before.
     their.restarts.store((action.sa_flags & SA_RESTART) != 0, std::memory_order_relaxed);
     their.once.store((action.sa_flags & SA_RESETHAND) != 0, std::memory_order_relaxed);

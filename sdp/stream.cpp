@@ -13,6 +13,7 @@
 #include <climits>
 
 #include "rdma_core/base/clock.hpp"
+#include "rdma_core/base/program_call.hpp"
 #include "rdma_core/base/sys.hpp"
 #include "rdma_core/base/user_memory.hpp"
 #include "sdp/engine.hpp"
@@ -54,7 +55,7 @@ std::int64_t Stream::send(int fd, const void* buf, std::size_t len, int flags) c
     return n;
   const iovec iov{const_cast<void*>(buf), len};
   IovCursor from(&iov, 1);
-  if (from.done()) return sys::call(SYS_sendto, fd, sys::arg(buf), 0, flags);
+  if (from.done()) return sys::blocking_call(sys::EndedBy::nothing, SYS_sendto, fd, sys::arg(buf), 0, flags);
   return impl()->send(fd, from, flags, generation());
 }
 
@@ -79,15 +80,15 @@ std::int64_t Stream::sendmsg(int fd, const msghdr* msg, int flags) const {
   const bool sound = is_sound(msg);
   if (!sound || (msg->msg_controllen != 0 && msg->msg_control != nullptr)) {
     if (sound) take_down(LaneReason::mode);
-    return sys::call(SYS_sendmsg, fd, sys::arg(msg), flags);
+    return sys::blocking_call(sys::EndedBy::nothing, SYS_sendmsg, fd, sys::arg(msg), flags);
   }
   IovCursor from(msg->msg_iov, msg->msg_iovlen);
-  if (from.done()) return sys::call(SYS_sendmsg, fd, sys::arg(msg), flags);
+  if (from.done()) return sys::blocking_call(sys::EndedBy::nothing, SYS_sendmsg, fd, sys::arg(msg), flags);
   return impl()->send(fd, from, flags, generation());
 }
 
 std::int64_t Stream::recvmsg(int fd, msghdr* msg, int flags) const {
-  if (!is_sound(msg)) return sys::call(SYS_recvmsg, fd, sys::arg(msg), flags);
+  if (!is_sound(msg)) return sys::blocking_call(sys::EndedBy::nothing, SYS_recvmsg, fd, sys::arg(msg), flags);
   IovCursor to(msg->msg_iov, msg->msg_iovlen);
   const std::int64_t n = to.done() ? recv_nothing(fd, flags) : impl()->recv(fd, to, flags, generation());
   if (n >= 0) {
@@ -137,7 +138,7 @@ std::int64_t Stream::sendfile(int fd, int in_fd, std::int64_t* offset, std::size
   if (by_tcp && !(s->strict.load(std::memory_order_relaxed) && s->tx.load(std::memory_order_acquire) != TxState::ended)) {
     s->kernel_senders.fetch_add(1, std::memory_order_seq_cst);
     if (!off_tcp(std::memory_order_seq_cst)) {
-      const long n = sys::call(SYS_sendfile, fd, in_fd, sys::arg(offset), static_cast<long>(count));
+      const long n = sys::sleeping_call(sys::EndedBy::nothing, SYS_sendfile, fd, in_fd, sys::arg(offset), static_cast<long>(count));
       if (n > 0 && s->transcript.sent.is_open()) note_sent_from_file(*s, in_fd, offset, static_cast<std::size_t>(n));
       s->count_tcp(true, n);
       s->kernel_senders.fetch_sub(1, std::memory_order_release);

@@ -11,9 +11,9 @@
 #include <csignal>
 #include <cstring>
 
-#include "rdma_core/base/blocking_call.hpp"
 #include "rdma_core/base/clock.hpp"
 #include "rdma_core/base/log.hpp"
+#include "rdma_core/base/program_call.hpp"
 #include "rdma_core/base/sys.hpp"
 #include "rdma_core/base/user_memory.hpp"
 #include "sdp/engine.hpp"

@@ -6,8 +6,8 @@
 #include <cerrno>
 #include <utility>
 
-#include "rdma_core/base/blocking_call.hpp"
 #include "rdma_core/base/clock.hpp"
+#include "rdma_core/base/program_call.hpp"
 #include "sdp/engine.hpp"
 #include "sdp/stream_impl.hpp"
 
@@ -118,7 +118,7 @@ int StreamImpl::await_offer(int at, std::uint16_t gen, std::int64_t deadline, st
     lane->drain();
     now = now_ns();
     const bool is_ended = woken == -EINTR && sys::is_ended(deadline != 0 ? sys::EndedBy::any : sys::EndedBy::no_restart);
-    if (woken == -EINTR) sys::begin_call();  // or the next wait would not sleep
+    if (woken == -EINTR) sys::forget_handlers();  // or the next wait would not sleep
     if (result != 0) continue;
     result = is_ended ? -EINTR : has_deadline && now >= deadline ? -EAGAIN : 0;
     if (result != 0) watch.begin_anew(now);

@@ -1,14 +1,19 @@
 // The program's own signal handlers, while there is a library that has to know when they run.
+#include <poll.h>
+#include <pthread.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <csignal>
 #include <cstdlib>
+#include <thread>
+#include <vector>
 
 #include "bad_memory.hpp"
 #include "trace.hpp"
@@ -215,5 +220,124 @@ CASE(own_actions) {
   works(peer, c);
 }
 #pragma GCC diagnostic pop
+
+// --- handlers that come in the middle of a call
+
+constexpr int kInterruptions = 300;
+
+/// SIGALRM each so often, to this thread, until it goes.
+class Ticks {
+ public:
+  explicit Ticks(int us) { set({.it_interval = {0, us}, .it_value = {0, us}}); }
+  ~Ticks() { set({}); }
+  Ticks(const Ticks&) = delete;
+  Ticks& operator=(const Ticks&) = delete;
+
+ private:
+  static void set(const itimerval& when) { setitimer(ITIMER_REAL, &when, nullptr); }
+};
+
+/// What runs beside the thread that the signals are for.
+template <class What>
+std::thread beside(What what) {
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  std::thread thread(what);
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  return thread;
+}
+void swallow(int fd) {
+  std::vector<char> buffer(1 << 20);
+  while (read(fd, buffer.data(), buffer.size()) > 0) {
+  }
+}
+
+jmp_buf after_leap;
+volatile sig_atomic_t may_leap = 0;
+void leap_if_may(int) {
+  if (may_leap != 0) siglongjmp(after_leap, 1);
+}
+template <class Call>
+void leap_out_of(Call call) {
+  volatile int leaps = 0;
+  const Ticks ticks(700);
+  while (leaps < kInterruptions) {
+    if (sigsetjmp(after_leap, 1) == 0) {
+      may_leap = 1;
+      for (;;) call();
+    }
+    may_leap = 0;
+    leaps = leaps + 1;
+  }
+}
+
+// Old programs leave a call that takes too long by siglongjmp: whatever it was doing, the connection goes on.
+CASE(self_leap_out_of_send) {
+  const Pair pair = self_pair();
+  set_handler(SIGALRM, leap_if_may, 0);
+  std::thread reader = beside([&] { swallow(pair.b.fd); });
+  const std::vector<char> data(1 << 20);
+  leap_out_of([&] { (void)!write(pair.a.fd, data.data(), data.size()); });
+  told("write", write(pair.a.fd, data.data(), 1000));
+  told("shutdown", shutdown(pair.a.fd, SHUT_WR));
+  reader.join();
+}
+CASE(self_leap_out_of_recv) {
+  const Pair pair = self_pair();
+  set_handler(SIGALRM, leap_if_may, 0);
+  std::thread writer = beside([&] {
+    const std::vector<char> data(100'000);
+    while (send(pair.b.fd, data.data(), data.size(), MSG_NOSIGNAL) > 0) {
+    }
+  });
+  std::vector<char> buffer(1 << 20);
+  pollfd p{pair.a.fd, POLLIN, 0};
+  leap_out_of([&] {
+    (void)!poll(&p, 1, 1000);
+    (void)!read(pair.a.fd, buffer.data(), buffer.size());
+  });
+  told("read", read(pair.a.fd, buffer.data(), 1));
+  told("close", close(pair.a.fd));
+  writer.join();
+}
+
+// And others do their own input and output in a handler, on the connection that it finds in use.
+int handlers_fd = -1;
+volatile sig_atomic_t handlers_calls = 0, handlers_errors = 0;
+CASE(self_handler_sends_and_receives) {
+  const Pair pair = self_pair();
+  handlers_fd = pair.a.fd;
+  handlers_calls = 0;
+  handlers_errors = 0;
+  set_handler(
+      SIGALRM,
+      [](int) {
+        char bytes[10];
+        handlers_calls = handlers_calls + 1;
+        if (send(handlers_fd, "x", 1, 0) != 1) handlers_errors = handlers_errors + 1;
+        if (recv(handlers_fd, bytes, sizeof bytes, MSG_DONTWAIT) < 0 && errno != EAGAIN) handlers_errors = handlers_errors + 1;
+      },
+      SA_RESTART);
+  std::thread echo = beside([&] {
+    std::vector<char> buffer(1 << 20);
+    for (;;) {
+      const ssize_t n = read(pair.b.fd, buffer.data(), buffer.size());
+      if (n <= 0 || send(pair.b.fd, "yy", 2, MSG_NOSIGNAL | MSG_DONTWAIT) == 0) return;
+    }
+  });
+  std::vector<char> data(1 << 20);
+  int errors = 0;
+  {
+    const Ticks ticks(700);
+    while (handlers_calls < kInterruptions) {
+      errors += write(pair.a.fd, data.data(), 300'000) <= 0;
+      errors += recv(pair.a.fd, data.data(), data.size(), 0) <= 0;
+    }
+  }
+  say("errors %d, of handlers %d", errors, static_cast<int>(handlers_errors));
+  told("shutdown", shutdown(pair.a.fd, SHUT_WR));
+  echo.join();
+}
 
 }  // namespace

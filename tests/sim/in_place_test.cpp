@@ -10,7 +10,7 @@
 #include <thread>
 #include <vector>
 
-#include "rdma_core/base/blocking_call.hpp"
+#include "rdma_core/base/program_call.hpp"
 #include "tests/sim/served_pair.hpp"
 
 namespace sdp::sim {
@@ -143,7 +143,7 @@ class Programs {
           std::min<std::uint64_t>(chance.percent(60) ? chance.pick(16384, kLargest) : chance.size(kLargest), case_.bytes - sent);
       const std::size_t at = chance.pick(0, std::min<std::size_t>(kLargest - bytes, 9000));
       fill(memory + at, bytes, stream(i), sent);
-      rdma::sys::begin_call();
+      rdma::sys::forget_handlers();
       const std::int64_t n = e.handle().send(e.fd, memory + at, bytes, MSG_NOSIGNAL);
       std::memset(memory, 0x5A, kLargest);  // it is ours again
       if (n > 0)

@@ -1,13 +1,18 @@
-#include "rdma_core/base/blocking_call.hpp"
+#include "rdma_core/base/program_call.hpp"
 
 #include <linux/futex.h>
+#include <setjmp.h>
 #include <signal.h>
 #include <sys/syscall.h>
 #include <ucontext.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <boost/test/unit_test.hpp>
 #include <cerrno>
 #include <ctime>
+#include <string>
+#include <vector>
 
 #include "rdma_core/base/sys.hpp"
 
@@ -66,10 +71,102 @@ void on_step(int, siginfo_t*, void* context) {
 #endif
 }
 
+// What handlers see of a call: the order of things.
+std::string seen;
+template <char name>
+void note(int number, siginfo_t* info, void* context) {
+  if (put_off(number, *info, context)) return;
+  seen += name;
+  handler_has_run(context, false);
+}
+bool is_blocked(int number) {
+  sigset_t now;
+  sigprocmask(SIG_BLOCK, nullptr, &now);
+  return sigismember(&now, number) == 1;
+}
+
 }  // namespace
 
+BOOST_AUTO_TEST_CASE(a_handler_runs_where_the_call_sleeps_or_returns) {
+  const Handler one(SIGUSR1, note<'1'>), two(SIGUSR2, note<'2'>), abort(SIGABRT, note<'a'>);
+  seen.clear();
+  raise(SIGUSR1);
+  {
+    const ProgramCall call;
+    raise(SIGUSR1);
+    seen += '<';
+    raise(SIGUSR2);
+    raise(SIGABRT);
+    seen += '>';
+  }
+  BOOST_TEST(seen == "1<a>21");  // the kernel nests what it delivers at once
+  BOOST_TEST(!is_blocked(SIGUSR1));
+  seen.clear();
+  {
+    const ProgramCall call;
+    raise(SIGUSR1);
+    seen += '<';
+    BOOST_TEST(sleep_for(EndedBy::any, kAtOnce) == -EINTR);
+    seen += '>';
+    {
+      const ProgramCall in_it;
+      raise(SIGUSR2);
+    }
+    seen += ')';
+  }
+  BOOST_TEST(seen == "<1>)2");
+  BOOST_TEST(!is_blocked(SIGUSR2));
+}
+
+// Two that the kernel delivers at once, and what each of them was told.
+BOOST_AUTO_TEST_CASE(nothing_of_a_signal_is_lost) {
+  static std::vector<int> values;
+  values.clear();
+  const auto note_value = [](int number, siginfo_t* info, void* context) {
+    if (!put_off(number, *info, context)) values.push_back(info->si_value.sival_int);
+  };
+  const Handler first(SIGRTMIN, note_value), second(SIGRTMIN + 1, note_value);
+  sigset_t both, before;
+  sigemptyset(&both);
+  sigaddset(&both, SIGRTMIN);
+  sigaddset(&both, SIGRTMIN + 1);
+  sigaddset(&both, SIGWINCH);
+  {
+    const ProgramCall call;
+    sigprocmask(SIG_BLOCK, &both, &before);
+    for (const int value : {1, 2, 3}) sigqueue(getpid(), SIGRTMIN + value % 2, {.sival_int = value});
+    sigdelset(&both, SIGWINCH);
+    sigprocmask(SIG_UNBLOCK, &both, nullptr);
+    BOOST_TEST(values.empty());
+    BOOST_TEST(is_blocked(SIGUSR1));
+  }
+  BOOST_TEST(values.size() == 3U);
+  std::sort(values.begin(), values.end());
+  BOOST_TEST(values == (std::vector<int>{1, 2, 3}), boost::test_tools::per_element());
+  BOOST_TEST(is_blocked(SIGWINCH));
+  BOOST_TEST(!is_blocked(SIGUSR1));
+  sigprocmask(SIG_SETMASK, &before, nullptr);
+}
+
+BOOST_AUTO_TEST_CASE(a_leap_out_of_a_handler_leaves_no_call_behind) {
+  static jmp_buf back;
+  const auto leap = [](int number, siginfo_t* info, void* context) {
+    if (!put_off(number, *info, context)) siglongjmp(back, 1);
+  };
+  const Handler handler(SIGUSR1, leap);
+  for (const bool asleep : {false, true}) {
+    if (sigsetjmp(back, 1) == 0) {
+      const ProgramCall call;
+      raise(SIGUSR1);
+      if (asleep) (void)sleep_for(EndedBy::any, kAtOnce);
+    }
+    BOOST_TEST(!detail::call_state.is_inside);
+    BOOST_TEST(!is_blocked(SIGUSR1));
+  }
+}
+
 BOOST_AUTO_TEST_CASE(a_handler_before_the_sleep_ends_it_as_it_was_installed) {
-  begin_call();
+  forget_handlers();
   BOOST_TEST(sleep_for(EndedBy::any, kShort) == -ETIMEDOUT);
   {
     const Handler handler(SIGUSR1, on_signal<true>);
@@ -87,7 +184,7 @@ BOOST_AUTO_TEST_CASE(a_handler_before_the_sleep_ends_it_as_it_was_installed) {
     BOOST_TEST(blocking_call(EndedBy::any, SYS_pause) == -EINTR);
     BOOST_TEST(is_ended(EndedBy::no_restart));
   }
-  begin_call();
+  forget_handlers();
   BOOST_TEST(sleep_for(EndedBy::any, kShort) == -ETIMEDOUT);
   BOOST_TEST(is_ended(EndedBy::no_restart), "by a handler of which nobody told");
 }
@@ -101,7 +198,7 @@ BOOST_AUTO_TEST_CASE(no_instruction_lets_a_handler_slip) {
     BOOST_REQUIRE_MESSAGE(step < 1000, "the system call was never reached");
     const timespec limit{0, kShort * 1'000'000};
     steps_left = step;
-    begin_call();
+    forget_handlers();
     go_by_steps();
     const long r = sleeping_call(EndedBy::any, SYS_futex, arg(&word), FUTEX_WAIT, 0, arg(&limit));
     BOOST_TEST(r == (is_made ? -ETIMEDOUT : -EINTR), "a handler after instruction " << step << ": " << r);
