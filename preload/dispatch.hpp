@@ -59,7 +59,10 @@ void remember_new(int fd, Kind kind) noexcept;
 
 /// The call moves bytes in a way that no lane carries: the stream goes back to TCP first.
 inline void leave_lane(int fd, sdp::LaneReason reason) noexcept {
-  if (const sdp::Stream stream = fds().find(fd)) stream.take_down(reason);
+  const sdp::Stream stream = fds().find(fd);
+  if (!stream) return;
+  const rdma::sys::ProgramCall here;
+  stream.take_down(reason);
 }
 
 }  // namespace preload

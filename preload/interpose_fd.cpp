@@ -22,6 +22,7 @@ namespace {
 /// Everything that must happen before the kernel's close of `fd`.
 void before_close(int fd) noexcept {
   if (fds().kind(fd) == preload::Kind::none || sdp::engine::in_vfork_child()) return;
+  const rdma::sys::ProgramCall here;
   Stream stream;
   if (fds().kind(fd) == preload::Kind::epoll_set) EpollSet::drop(fd);
   const Stream named = fds().find(fd);
@@ -37,6 +38,7 @@ void duplicated(int from, int to) noexcept {
     if (const sdp::Stream stream = fds().find(from)) stream.leave_to_program();
     return;
   }
+  const rdma::sys::ProgramCall here;
   fds().duplicate(from, to);
   if (fds().kind(from) == preload::Kind::epoll_set) EpollSet::duplicate(from, to);
 }
@@ -105,18 +107,20 @@ SDP_EXPORT int ioctl(int fd, unsigned long request, ...) noexcept {
   va_start(args, request);
   void* const arg = va_arg(args, void*);
   va_end(args);
-  if (const Stream stream = fds().find(fd)) {
-    if ((request == FIONREAD || request == SIOCOUTQ || request == SIOCATMARK) && rdma::can_overwrite(arg, sizeof(int))) {
-      const int n = request == FIONREAD ? stream.inq(fd) : request == SIOCOUTQ ? stream.outq(fd) : stream.at_mark(fd);
-      if (n >= 0) *static_cast<int*>(arg) = n;
-      return n >= 0 ? 0 : preload::to_libc<int>(n);
-    }
-    if (request == FIOASYNC) stream.take_down(sdp::LaneReason::mode);
-    const int r = libc().ioctl(fd, request, arg);
-    if (r == 0 && request == FIONBIO && arg != nullptr) stream.set_nonblocking(*static_cast<int*>(arg) != 0);
-    return r;
-  }
-  return libc().ioctl(fd, request, arg);
+  return preload::dispatch(
+      fd,
+      [&](Stream stream) -> std::int64_t {
+        if ((request == FIONREAD || request == SIOCOUTQ || request == SIOCATMARK) && rdma::can_overwrite(arg, sizeof(int))) {
+          const int n = request == FIONREAD ? stream.inq(fd) : request == SIOCOUTQ ? stream.outq(fd) : stream.at_mark(fd);
+          if (n >= 0) *static_cast<int*>(arg) = n;
+          return std::min(n, 0);
+        }
+        if (request == FIOASYNC) stream.take_down(sdp::LaneReason::mode);
+        const long r = rdma::sys::call(SYS_ioctl, fd, static_cast<long>(request), rdma::sys::arg(arg));
+        if (r == 0 && request == FIONBIO && arg != nullptr) stream.set_nonblocking(*static_cast<int*>(arg) != 0);
+        return r;
+      },
+      [&](const preload::Libc& c) { return c.ioctl(fd, request, arg); });
 }
 
 SDP_EXPORT int close_range(unsigned first, unsigned last, int flags) noexcept {

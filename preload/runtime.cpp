@@ -14,6 +14,7 @@
 #include "preload/handlers.hpp"
 #include "preload/libc.hpp"
 #include "rdma_core/base/log.hpp"
+#include "rdma_core/base/program_call.hpp"
 #include "rdma_core/base/sys.hpp"
 #include "rdma_core/builtin_drivers.hpp"
 #include "sdp/engine.hpp"
@@ -85,6 +86,7 @@ void start() noexcept {
 }  // namespace
 
 sdp::Stream track(int fd, sdp::Role role) noexcept {
+  const rdma::sys::ProgramCall here;
   start();
   take_handlers();
   had_connections.store(true, std::memory_order_relaxed);
