@@ -348,11 +348,12 @@ class Here {
 };
 }  // namespace
 
-int listener(int* port, int type_flags, int backlog) {
+int listener(int* port, int type_flags, int backlog, Prepare prepare) {
   Here address(true);
   const int fd = socket(address.family(), SOCK_STREAM | SOCK_CLOEXEC | type_flags, 0);
   const int on = 1;
   setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+  if (prepare != nullptr) prepare(fd);
   socklen_t len = address.size();
   if (fd < 0 || bind(fd, address.get(), len) != 0 || listen(fd, backlog) != 0 || getsockname(fd, address.get(), &len) != 0)
     fail("listener");
@@ -366,26 +367,29 @@ void no_delay(int fd) {
   setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
 }
 
-int socket_to(int port) {
+int unconnected() { return socket(Here(true).family(), SOCK_STREAM | SOCK_CLOEXEC, 0); }
+
+int socket_to(int port, Prepare prepare) {
   Here address(false, port);
   const int fd = socket(address.family(), SOCK_STREAM | SOCK_CLOEXEC, 0);
   no_delay(fd);
+  if (prepare != nullptr) prepare(fd);
   if (fd < 0 || connect(fd, address.get(), address.size()) != 0) fail("connect");
   return fd;
 }
 
-Conn cold(Peer& peer, int slot) {
+Conn cold(Peer& peer, int slot, Prepare prepare) {
   Conn conn;
   conn.slot = slot;
   if (is_set("ROLE_ACCEPT")) {
     int port = 0;
-    const int listening = listener(&port);
+    const int listening = listener(&port, 0, 64, prepare);
     if (peer.call(Do::connect, slot, port) != 0) fail("the peer's connect");
     conn.fd = accept4(listening, nullptr, nullptr, SOCK_CLOEXEC);
     close(listening);
   } else {
     const int port = static_cast<int>(peer.call(Do::listen, slot));
-    conn.fd = socket_to(port);
+    conn.fd = socket_to(port, prepare);
     if (peer.call(Do::accept, slot) != 0) fail("the peer's accept");
   }
   if (conn.fd < 0) fail("no connection");
@@ -418,8 +422,8 @@ void warm(Peer& peer, Conn& conn) {
   });
 }
 
-Conn connection(Peer& peer, int slot) {
-  Conn conn = cold(peer, slot);
+Conn connection(Peer& peer, int slot, Prepare prepare) {
+  Conn conn = cold(peer, slot, prepare);
   warm(peer, conn);
   return conn;
 }

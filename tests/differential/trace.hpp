@@ -83,14 +83,17 @@ struct Conn {
   std::size_t send_all(std::size_t bytes);
 };
 
-int listener(int* port, int type_flags = 0, int backlog = 64);
+/// What is done to the socket that connects before it does, or to the one that listens.
+using Prepare = void (*)(int fd);
+int listener(int* port, int type_flags = 0, int backlog = 64, Prepare prepare = nullptr);
 void no_delay(int fd);
-int socket_to(int port);  ///< connected, blocking
+int socket_to(int port, Prepare prepare = nullptr);  ///< connected, blocking
+int unconnected();                                   ///< a TCP socket of the family that the run asks for
 /// A connection to the peer, by the role that the run asks for, not warmed up.
-Conn cold(Peer& peer, int slot = 0);
+Conn cold(Peer& peer, int slot = 0, Prepare prepare = nullptr);
 /// Messages go to and fro until a lane carries both directions (if this run shall have one).
 void warm(Peer& peer, Conn& conn);
-Conn connection(Peer& peer, int slot = 0);  ///< cold() and warm()
+Conn connection(Peer& peer, int slot = 0, Prepare prepare = nullptr);  ///< cold() and warm()
 /// Both ends in this process.
 struct Pair {
   Conn a, b;  ///< a connected, b accepted
