@@ -144,7 +144,7 @@ void Service::run() noexcept {
       links_->progress();
       at_most(kStrangersMs);
     }
-    if (!laned_.empty() && had_unordered_lane_.load(std::memory_order_relaxed)) at_most(next_words_ms());
+    if (!laned_.empty()) at_most(next_words_ms());
     await_work(timeout);
     cm_->progress();
   }

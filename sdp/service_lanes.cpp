@@ -15,8 +15,9 @@ namespace sdp {
 namespace sys = rdma::sys;
 
 namespace {
-constexpr int kHeldMs = 1;              // that bytes are held while their program makes no call
-constexpr std::int64_t kWordsMs = 250;  // at most between two looks for words that a device's writes wake nobody for
+constexpr int kHeldMs = 1;  // that bytes are held while their program makes no call
+constexpr std::int64_t kWordsMs =
+    250;  // at most between two looks for words that wake nobody: of some devices, or of an idle program
 }  // namespace
 
 void Service::forget(StreamImpl* stream) noexcept {

@@ -396,6 +396,21 @@ CASE(mmsg) {
   say("%u %u right %d", msgs[0].msg_len, msgs[1].msg_len, matches(data[0], 100, c.rx) && matches(data[1], 50, c.rx + 100));
 }
 
+// The lane goes with bytes of an idle peer on it: they come all the same.
+CASE(mode_behind_bytes) {
+  Peer peer;
+  for (const bool waits : {true, false}) {
+    Conn c = connection(peer, waits);
+    settle(60);  // the service threads have nothing more to do
+    peer.call(Do::send, waits, 500);
+    const int from = 0;
+    told("SO_PEEK_OFF", setsockopt(c.fd, SOL_SOCKET, SO_PEEK_OFF, &from, sizeof from));
+    pollfd p{c.fd, POLLIN, 0};
+    if (waits) told("poll", poll(&p, 1, 3000));
+    told("recv", c.recv(1000));
+  }
+}
+
 // FC-66
 CASE(fcntl_ioctl) {
   Peer peer;
