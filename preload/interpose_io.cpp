@@ -50,6 +50,7 @@ SDP_EXPORT ssize_t recvfrom(int fd, void* buf, size_t len, int flags, sockaddr* 
   return dispatch_cancellable(
       fd,
       [&](Stream s) -> std::int64_t {
+        if (flags & MSG_ERRQUEUE) return sys::call(SYS_recvfrom, fd, sys::arg(buf), len, flags, sys::arg(from), sys::arg(from_len));
         const auto n = s.recv(fd, buf, len, flags);
         if (n < 0 || from == nullptr) return n;
         if (!rdma::is_readable(from_len, sizeof *from_len)) return -EFAULT;

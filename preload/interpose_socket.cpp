@@ -1,15 +1,14 @@
 // Where connections begin and end: the anchor is the kernel's; we only learn of it.
+#include <linux/tcp.h>
 #include <netinet/in.h>
 #include <sys/time.h>
 
-#include <atomic>
-
 #include "preload/dispatch.hpp"
 #include "preload/epoll_set.hpp"
-#include "preload/mode_guard.hpp"
 #include "preload/runtime.hpp"
 #include "rdma_core/base/sys.hpp"
 #include "sdp/engine.hpp"
+#include "sdp/socket_modes.hpp"
 
 using preload::fds;
 using preload::Kind;
@@ -30,26 +29,6 @@ void remember_new(int fd, Kind kind) noexcept {
 using preload::remember_new;
 
 namespace {
-
-std::int64_t timeval_ns(const void* value, socklen_t len) noexcept {
-  timeval tv{};
-  if (len < sizeof tv) return 0;
-  tv = *static_cast<const timeval*>(value);
-  return static_cast<std::int64_t>(tv.tv_sec) * 1'000'000'000 + static_cast<std::int64_t>(tv.tv_usec) * 1000;
-}
-
-/// Some socket got a time-out before it was a stream: connect() has to look whether it was its own.
-std::atomic<bool> early_timeouts{false};
-
-void read_timeouts(int fd, Stream stream) noexcept {
-  if (!early_timeouts.load(std::memory_order_relaxed)) return;
-  for (const int option : {SO_RCVTIMEO, SO_SNDTIMEO}) {
-    timeval tv{};
-    socklen_t len = sizeof tv;
-    if (rdma::sys::call(SYS_getsockopt, fd, SOL_SOCKET, option, rdma::sys::arg(&tv), rdma::sys::arg(&len)) == 0)
-      stream.set_timeout(option, timeval_ns(&tv, len));
-  }
-}
 
 void track(int fd, sdp::Role role) noexcept {
   const Stream stream = preload::track(fd, role);
@@ -94,7 +73,6 @@ SDP_EXPORT int connect(int fd, const sockaddr* address, socklen_t len) {
   if ((r == 0 || errno == EINPROGRESS || errno == EINTR) && fds().kind(fd) == Kind::tcp_socket && !fds().find(fd)) {
     const int saved = errno;
     track(fd, sdp::Role::connector);
-    if (const Stream stream = fds().find(fd)) read_timeouts(fd, stream);
     errno = saved;
   }
   return r;
@@ -118,13 +96,23 @@ SDP_EXPORT int shutdown(int fd, int how) noexcept {
 
 SDP_EXPORT int setsockopt(int fd, int level, int name, const void* value, socklen_t len) noexcept {
   const Stream stream = fds().find(fd);
-  if (stream && preload::no_lane_with(level, name, value, len)) stream.take_down(sdp::LaneReason::mode);
+  if (!stream) return libc().setsockopt(fd, level, name, value, len);
+  if (sdp::is_mode_without_lane(level, name, value, len)) stream.take_down(sdp::LaneReason::mode);
   const int r = libc().setsockopt(fd, level, name, value, len);
-  if (r == 0 && level == SOL_SOCKET && (name == SO_RCVTIMEO || name == SO_SNDTIMEO)) {
-    if (stream)
-      stream.set_timeout(name, timeval_ns(value, len));
-    else
-      early_timeouts.store(true, std::memory_order_relaxed);
-  }
+  if (r != 0 || level != SOL_SOCKET) return r;
+  const bool receives = name == SO_RCVTIMEO || name == sdp::kRcvTimeoNew;
+  if (receives || name == SO_SNDTIMEO || name == sdp::kSndTimeoNew)
+    stream.set_timeout(receives, sdp::timeout_ns(*static_cast<const timeval*>(value)));
+  if (name == SO_LINGER) stream.set_linger(fd);
+  return r;
+}
+
+// The kernel knows the options. Not all of its answers are about the connection alone.
+SDP_EXPORT int getsockopt(int fd, int level, int name, void* value, socklen_t* len) noexcept {
+  const Stream stream = fds().find(fd);
+  // It receives.
+  if (stream && level == IPPROTO_TCP && name == TCP_ZEROCOPY_RECEIVE) stream.take_down(sdp::LaneReason::mode);
+  const int r = libc().getsockopt(fd, level, name, value, len);
+  if (stream && r == 0 && level == SOL_SOCKET && name == SO_LINGER) stream.show_linger(value, *len);
   return r;
 }

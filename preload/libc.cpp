@@ -109,6 +109,7 @@ constexpr Libc make_raw() noexcept {
   raw<SYS_socket>(table.socket);
   raw<SYS_shutdown>(table.shutdown);
   raw<SYS_setsockopt>(table.setsockopt);
+  raw<SYS_getsockopt>(table.getsockopt);
   raw<SYS_close>(table.close);
   raw<SYS_dup>(table.dup);
   raw<SYS_dup2>(table.dup2);
@@ -171,6 +172,7 @@ void resolve() noexcept {
   take(t.socket, "socket");
   take(t.shutdown, "shutdown");
   take(t.setsockopt, "setsockopt");
+  take(t.getsockopt, "getsockopt");
   take(t.close, "close");
   take(t.dup, "dup");
   take(t.dup2, "dup2");

@@ -42,6 +42,7 @@ struct Libc {
   decltype(&::socket) socket;
   decltype(&::shutdown) shutdown;
   decltype(&::setsockopt) setsockopt;
+  decltype(&::getsockopt) getsockopt;
   decltype(&::close) close;
   decltype(&::dup) dup;
   decltype(&::dup2) dup2;

@@ -17,6 +17,7 @@
 #include "sdp/anchor_address.hpp"
 #include "sdp/policy.hpp"
 #include "sdp/service.hpp"
+#include "sdp/socket_modes.hpp"
 
 namespace sdp {
 
@@ -89,6 +90,8 @@ void Service::begin(StreamImpl* stream, std::uint16_t generation) noexcept {
     if (sys::call(SYS_getpeername, stream->fd, sys::arg(&h.anchor.remote), sys::arg(&len)) != 0) refused = LaneReason::not_tcp;
     stream->cookie = h.anchor.cookie;
     if (stream->stats != nullptr) stream->stats->set_addresses(h.anchor.local, h.anchor.remote);
+    stream->read_timeouts(stream->fd);
+    if (refused == LaneReason::none && has_mode_without_lane(stream->fd)) refused = LaneReason::mode;
     if (refused == LaneReason::none && engine::policy_for(stream->role, h.anchor.local, h.anchor.remote) == Family::tcp)
       refused = engine::policy_reason();
     if (refused != LaneReason::none) stream->take_down_locked(refused);

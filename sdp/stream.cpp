@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <climits>
+#include <cstring>
 
 #include "rdma_core/base/clock.hpp"
 #include "rdma_core/base/program_call.hpp"
@@ -45,6 +46,7 @@ void end_sending(StreamImpl& s) noexcept {
 /// Else the kernel has an error for it.
 bool is_sound(const msghdr* msg) noexcept {
   return rdma::is_readable(msg, sizeof *msg) && msg->msg_iovlen <= IOV_MAX &&
+         (msg->msg_name == nullptr || static_cast<int>(msg->msg_namelen) >= 0) &&
          rdma::is_readable(msg->msg_iov, msg->msg_iovlen * sizeof *msg->msg_iov);
 }
 
@@ -62,6 +64,7 @@ std::int64_t Stream::send(int fd, const void* buf, std::size_t len, int flags) c
 std::int64_t Stream::recv(int fd, void* buf, std::size_t len, int flags) const {
   if (const std::int64_t n = impl()->recv_at_once(buf, len, flags, generation()); n != 0) [[likely]]
     return n;
+  if (flags & MSG_ERRQUEUE) return sys::call(SYS_recvfrom, fd, sys::arg(buf), static_cast<long>(len), flags);
   const iovec iov{buf, len};
   IovCursor to(&iov, 1);
   if (to.done()) return recv_nothing(fd, flags);
@@ -88,13 +91,16 @@ std::int64_t Stream::sendmsg(int fd, const msghdr* msg, int flags) const {
 }
 
 std::int64_t Stream::recvmsg(int fd, msghdr* msg, int flags) const {
-  if (!is_sound(msg)) return sys::blocking_call(sys::EndedBy::nothing, SYS_recvmsg, fd, sys::arg(msg), flags);
+  // The queue of errors is no part of the stream, and never waited for.
+  if (!is_sound(msg) || (flags & MSG_ERRQUEUE) != 0)
+    return sys::blocking_call(sys::EndedBy::nothing, SYS_recvmsg, fd, sys::arg(msg), flags);
   IovCursor to(msg->msg_iov, msg->msg_iovlen);
-  const std::int64_t n = to.done() ? recv_nothing(fd, flags) : impl()->recv(fd, to, flags, generation());
+  MessageExtras extras{msg->msg_control, msg->msg_control != nullptr ? msg->msg_controllen : 0, 0, flags & MSG_CMSG_CLOEXEC};
+  const std::int64_t n = to.done() ? recv_nothing(fd, flags) : impl()->recv(fd, to, flags, generation(), &extras);
   if (n >= 0) {
-    msg->msg_namelen = 0;
-    msg->msg_controllen = 0;
-    msg->msg_flags = 0;
+    if (msg->msg_name != nullptr) msg->msg_namelen = 0;
+    msg->msg_controllen = extras.used;
+    msg->msg_flags = extras.flags;
   }
   return n;
 }
@@ -253,19 +259,26 @@ void Stream::set_nonblocking(bool on) const noexcept {
   impl()->blocking.store(on ? Blocking::no : Blocking::yes, std::memory_order_relaxed);
 }
 
-void Stream::set_timeout(int option, std::int64_t ns) const noexcept {
-  (option == SO_RCVTIMEO ? impl()->rcv_timeout_ns : impl()->snd_timeout_ns) = ns;
+void Stream::set_timeout(bool receives, std::int64_t ns) const noexcept {
+  StreamImpl* s = impl();
+  const bool inside = s->lock.enter();
+  (receives ? s->rcv_timeout_ns : s->snd_timeout_ns).store(ns, std::memory_order_relaxed);
+  if (inside) s->lock.unlock();
 }
 
 // close() never waits: what send() accepted lies in the peer's memory already, so that a lingering close has nothing to linger for.
 // The kernel keeps the option and applies it to the anchor, but for the moments in which bytes lie in our hands.
-void Stream::set_linger(bool on, int seconds) const noexcept {
+void Stream::set_linger(int fd) const noexcept {
   StreamImpl* s = impl();
   if (!s->lock.enter()) return;
-  if (s->resend_guarded) {
-    s->linger_option = {on, seconds};
-    KeptBytes::set_linger(s->fd, {1, 0});
-  }
+  if (s->resend_guarded) KeptBytes::reset_if_killed(fd, s->linger_option);
+  s->lock.unlock();
+}
+
+void Stream::show_linger(void* value, socklen_t len) const noexcept {
+  StreamImpl* s = impl();
+  if (!s->lock.enter()) return;
+  if (s->resend_guarded) std::memcpy(value, &s->linger_option, std::min<std::size_t>(len, sizeof s->linger_option));
   s->lock.unlock();
 }
 

@@ -52,8 +52,10 @@ class Stream {
   // --- what the shim saw the program set
   void set_nonblocking(bool on) const noexcept;
   void renumber(int fd) const noexcept;  ///< the connection goes by this descriptor now: the one that we knew is being closed
-  void set_timeout(int option, std::int64_t ns) const noexcept;  ///< SO_RCVTIMEO, SO_SNDTIMEO; 0: none
-  void set_linger(bool on, int seconds) const noexcept;
+  void set_timeout(bool receives, std::int64_t ns) const noexcept;  ///< as socket_modes.hpp's timeout_ns()
+  void set_linger(int fd) const noexcept;                           ///< the kernel has taken another SO_LINGER
+  /// What the kernel said of SO_LINGER, where `len` bytes of it are the program's: its own in the place of ours.
+  void show_linger(void* value, socklen_t len) const noexcept;
   int inq(int fd) const noexcept;      ///< FIONREAD
   int outq(int fd) const noexcept;     ///< SIOCOUTQ
   int at_mark(int fd) const noexcept;  ///< SIOCATMARK

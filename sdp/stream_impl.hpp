@@ -46,6 +46,14 @@ enum class TxState : std::uint8_t { tcp, prepared, lane, ending, ended };
 enum class Asked : std::uint8_t { no, now, under_way };
 enum class RxState : std::uint8_t { tcp, ready, draining, lane, abandoned, resent, ended };
 
+/// Of a recvmsg(): control messages, which only the kernel has, and msg_flags.
+struct MessageExtras {
+  void* control = nullptr;
+  std::size_t room = 0;  ///< bytes
+  std::size_t used = 0;
+  int flags = 0;
+};
+
 /// Whether a failed lane can be left without a loss: `none`: no, there is no way to ask the peer; `done`: it has been; `over`: it
 /// could not.
 enum class Recovery : std::uint8_t { none, possible, under_way, done, over };
@@ -107,7 +115,7 @@ class alignas(64) StreamImpl {
   std::uint64_t tx_switched_at = 0;              ///< P of the sending one
   RxState before_abandon = RxState::tcp;         ///< where an abandoned direction was
   std::uint64_t resent_from = 0, resent_to = 0;  ///< which bytes of the anchor's stream are the lane's once more
-  std::int64_t rcv_timeout_ns = 0, snd_timeout_ns = 0;
+  std::atomic<std::int64_t> rcv_timeout_ns{0}, snd_timeout_ns{0};  ///< 0: none; negative: over at once
   /// Unordered: the anchor ended, or has bytes, before the peer's END came; when to give it up. 0: nothing of that.
   std::atomic<std::int64_t> end_due_ns{0};
   std::atomic<Asked> asked_down{Asked::no};  ///< unordered: a fork's child uses the connection and cannot take our lane down itself
@@ -136,7 +144,7 @@ class alignas(64) StreamImpl {
 
   // --- transfer (stream_io.cpp); results as in Stream. A cancelled thread unwinds through what may block: not noexcept.
   std::int64_t send(int fd, IovCursor& from, int flags, std::uint16_t gen);
-  std::int64_t recv(int fd, IovCursor& to, int flags, std::uint16_t gen);
+  std::int64_t recv(int fd, IovCursor& to, int flags, std::uint16_t gen, MessageExtras* extras = nullptr);
 
   // --- the same where nothing but a message is to be moved (stream_at_once.cpp); 0: it is more than that
   std::int64_t send_at_once(const void* bytes, std::size_t count, int flags, std::uint16_t gen) noexcept;
@@ -226,10 +234,13 @@ class alignas(64) StreamImpl {
   bool is_recovered() const noexcept { return recovery.load(std::memory_order_acquire) == Recovery::done; }
   bool is_recovering() const noexcept { return recovery.load(std::memory_order_acquire) == Recovery::under_way; }
 
+  /// SO_RCVTIMEO and SO_SNDTIMEO that were set before this was a stream, or on the listener that it comes from. A lock keeps
+  /// Stream::set_timeout() out, or it is the first call.
+  void read_timeouts(int fd) noexcept;
   void judge(int fd) noexcept;  ///< unjudged -> what the rules say, once the connection is made
   /// Strict: waits for the end of the search. 0: there is a lane; -EAGAIN, -EINTR; -ECONNREFUSED: there is none, the connection is
   /// over.
-  int await_lane(int fd, int flags, std::int64_t timeout_ns);
+  int await_lane(int fd, int flags, bool for_send);
   bool may_have_to_await_lane() const noexcept {
     return strict.load(std::memory_order_relaxed) || phase.load(std::memory_order_acquire) == Phase::unjudged;
   }
@@ -272,6 +283,8 @@ class alignas(64) StreamImpl {
 
   static constexpr int kNothingYet = 1;
   static constexpr std::int64_t kEndsHere = -1, kLookAgain = -2;
+  /// Until TCP takes bytes again; without the lock. 0, -EINTR, or -EAGAIN after SO_SNDTIMEO.
+  int await_anchor(int fd, std::int64_t& deadline);
   int wait_for_room(bool nowait, std::int64_t& deadline);  ///< as wait()
   /// spin_and_sleep and sleep: a cancellation point; spin_and_sleep_uncancelled: none.
   enum class Patience : std::uint8_t { spin, sleep, spin_and_sleep, spin_and_sleep_uncancelled };
@@ -292,8 +305,8 @@ class alignas(64) StreamImpl {
   bool give_back_to_tcp(std::uint64_t from) noexcept;
   long send_kept(int fd) noexcept;
   std::int64_t kernel_send(int fd, IovCursor& from, int flags);  ///< the caller has counted itself in
-  std::int64_t kernel_recv(int fd, IovCursor& to, int flags);
-  std::int64_t anchor_recv_nowait(int fd, IovCursor& to, std::size_t cap, int flags) noexcept;
+  std::int64_t kernel_recv(int fd, IovCursor& to, int flags, MessageExtras* extras);
+  std::int64_t anchor_recv_nowait(int fd, IovCursor& to, std::size_t cap, int flags, MessageExtras* extras) noexcept;
   std::int64_t anchor_bytes_before_switch(int fd) noexcept;
   struct Receiving;
   class Waiting;
@@ -303,7 +316,7 @@ class alignas(64) StreamImpl {
   std::int64_t lane_send(int fd, IovCursor& from, int flags, std::uint16_t gen);
   /// lane_send() of what can be sent where only the first `bytes` of it can be read.
   std::int64_t send_readable(int fd, IovCursor& from, std::size_t bytes, int flags, std::uint16_t gen);
-  std::int64_t lane_recv(int fd, IovCursor& to, int flags, std::uint16_t gen);
+  std::int64_t lane_recv(int fd, IovCursor& to, int flags, std::uint16_t gen, MessageExtras* extras);
 };
 
 /// The kernel's own byte counts of a connection; see architecture 2.3 for how far each can be trusted.

@@ -17,6 +17,7 @@
 #include "rdma_core/base/sys.hpp"
 #include "rdma_core/base/user_memory.hpp"
 #include "sdp/engine.hpp"
+#include "sdp/socket_modes.hpp"
 #include "sdp/spinner.hpp"
 #include "sdp/stream_impl.hpp"
 
@@ -40,6 +41,24 @@ class Counted {
  private:
   std::atomic<std::int32_t>& count_;
 };
+
+/// As recvmsg().
+template <class Call>
+long receive_message(std::span<iovec> pieces, MessageExtras* extras, Call call) {
+  msghdr msg{};
+  msg.msg_iov = pieces.data();
+  msg.msg_iovlen = pieces.size();
+  if (extras != nullptr) {
+    msg.msg_control = extras->control;
+    msg.msg_controllen = extras->room;
+  }
+  const long n = call(sys::arg(&msg));
+  if (extras != nullptr && n >= 0) {
+    extras->used = msg.msg_controllen;
+    extras->flags = msg.msg_flags | (extras->flags & MSG_CMSG_CLOEXEC);
+  }
+  return n;
+}
 
 /// Of what is left, up to the first page that cannot be read.
 std::size_t readable_bytes(IovCursor from) noexcept {
@@ -94,17 +113,17 @@ std::int64_t StreamImpl::kernel_send(int at, IovCursor& from, int flags) {
   });
 }
 
-std::int64_t StreamImpl::kernel_recv(int at, IovCursor& to, int flags) {
+std::int64_t StreamImpl::kernel_recv(int at, IovCursor& to, int flags, MessageExtras* extras) {
   const Counted here(kernel_receivers);
   return to.with_rest([&](std::span<iovec> pieces) -> std::int64_t {
-    msghdr msg{};
-    msg.msg_iov = pieces.data();
-    msg.msg_iovlen = pieces.size();
     const iovec& first = pieces[0];
-    const long n = pieces.size() == 1 ? sys::blocking_call(sys::EndedBy::nothing, SYS_recvfrom, at, sys::arg(first.iov_base),
-                                                           static_cast<long>(first.iov_len), flags)
-                                      : sys::blocking_call(sys::EndedBy::nothing, SYS_recvmsg, at, sys::arg(&msg), flags);
-    if (flags & (MSG_PEEK | MSG_OOB | MSG_ERRQUEUE)) return n;
+    const long n = pieces.size() == 1 && extras == nullptr
+                       ? sys::blocking_call(sys::EndedBy::nothing, SYS_recvfrom, at, sys::arg(first.iov_base),
+                                            static_cast<long>(first.iov_len), flags)
+                       : receive_message(pieces, extras, [&](long msg) {
+                           return sys::blocking_call(sys::EndedBy::nothing, SYS_recvmsg, at, msg, flags);
+                         });
+    if (flags & (MSG_PEEK | MSG_OOB)) return n;
     if (n > 0 && transcript.received.is_open()) {
       if (flags & MSG_TRUNC) transcript.received.close();
       transcript.received.add(pieces, static_cast<std::size_t>(n), kernel_receivers.load(std::memory_order_acquire));
@@ -131,10 +150,11 @@ Blocking StreamImpl::ask_blocking(int at) noexcept {
   return blocking.compare_exchange_strong(expected, now) ? now : expected;
 }
 
-int StreamImpl::await_lane(int at, int flags, std::int64_t timeout_ns) {
+int StreamImpl::await_lane(int at, int flags, bool for_send) {
   if (phase.load(std::memory_order_acquire) == Phase::unjudged) judge(at);
   if (!strict.load(std::memory_order_relaxed)) return 0;
   const bool nowait = (flags & MSG_DONTWAIT) != 0 || is_nonblocking(at);
+  const std::int64_t timeout_ns = for_send ? snd_timeout_ns : rcv_timeout_ns;
   const std::int64_t deadline = timeout_ns != 0 ? now_ns() + timeout_ns : 0;
   for (;;) {
     const std::uint32_t seen = phase_word.load(std::memory_order_acquire);
@@ -161,6 +181,18 @@ int StreamImpl::await_lane(int at, int flags, std::int64_t timeout_ns) {
   }
 }
 
+void StreamImpl::read_timeouts(int at) noexcept {
+  for (const bool receives : {true, false}) {
+    timeval value{};
+    socklen_t len = sizeof value;
+    const int name = receives ? SO_RCVTIMEO : SO_SNDTIMEO;
+    if (sys::call(SYS_getsockopt, at, SOL_SOCKET, name, sys::arg(&value), sys::arg(&len)) != 0) continue;
+    // None is also what the kernel says of one that is over at once.
+    if (const std::int64_t ns = timeout_ns(value); ns != 0)
+      (receives ? rcv_timeout_ns : snd_timeout_ns).store(ns, std::memory_order_relaxed);
+  }
+}
+
 void StreamImpl::judge(int at) noexcept {
   sockaddr_storage local{}, remote{};
   socklen_t len = sizeof local;
@@ -177,6 +209,7 @@ void StreamImpl::judge(int at) noexcept {
       break;
     case Family::sdp:
       strict.store(true);
+      read_timeouts(at);
       asks_no_proof = true;
       if (phase.compare_exchange_strong(expected, Phase::pursued)) engine::pursue(this);
       break;
@@ -186,7 +219,7 @@ void StreamImpl::judge(int at) noexcept {
 std::int64_t StreamImpl::send(int at, IovCursor& from, int flags, std::uint16_t gen) {
   if (phase.load(std::memory_order_acquire) != Phase::laned) {
     if (may_have_to_await_lane())
-      if (const int r = await_lane(at, flags, snd_timeout_ns); r != 0) return r;
+      if (const int r = await_lane(at, flags, true); r != 0) return r;
     kernel_senders.fetch_add(1, std::memory_order_seq_cst);
     if (phase.load(std::memory_order_seq_cst) != Phase::laned) return kernel_send(at, from, flags);
     kernel_senders.fetch_sub(1, std::memory_order_release);
@@ -287,9 +320,7 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
           return total > 0 ? total : -EPIPE;
         }
         if (nowait) return total > 0 ? total : -EAGAIN;
-        pollfd p{at, POLLOUT, 0};
-        const long r = sys::blocking_call(sys::EndedBy::no_restart, SYS_poll, sys::arg(&p), 1, -1);
-        if (r == -EINTR) return total > 0 ? total : r;
+        if (const int r = await_anchor(at, deadline); r != 0) return total > 0 ? total : r;
         (void)lock.lock();
         continue;
       }
@@ -339,6 +370,17 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
   return total;
 }
 
+int StreamImpl::await_anchor(int at, std::int64_t& deadline) {
+  if (deadline == 0 && snd_timeout_ns != 0) deadline = now_ns() + snd_timeout_ns;
+  const bool limited = deadline != 0;
+  const std::int64_t left_ns = limited ? std::max<std::int64_t>(deadline - now_ns(), 0) : 0;
+  const timespec left{left_ns / 1'000'000'000, left_ns % 1'000'000'000};
+  pollfd p{at, POLLOUT, 0};
+  const long r = sys::blocking_call(limited ? sys::EndedBy::any : sys::EndedBy::no_restart, SYS_ppoll, sys::arg(&p), 1,
+                                    limited ? sys::arg(&left) : 0);
+  return r == -EINTR ? -EINTR : r == 0 ? -EAGAIN : 0;
+}
+
 int StreamImpl::wait_for_room(bool nowait, std::int64_t& deadline) {
   tx_blocked = true;
   if (nowait) return -EAGAIN;
@@ -351,19 +393,19 @@ int StreamImpl::wait_for_room(bool nowait, std::int64_t& deadline) {
   return wait(true, deadline, snd_timeout_ns != 0);
 }
 
-std::int64_t StreamImpl::recv(int at, IovCursor& to, int flags, std::uint16_t gen) {
+std::int64_t StreamImpl::recv(int at, IovCursor& to, int flags, std::uint16_t gen, MessageExtras* extras) {
   if (phase.load(std::memory_order_acquire) != Phase::laned) {
     if (may_have_to_await_lane())
-      if (const int r = await_lane(at, flags, rcv_timeout_ns); r != 0) return r;
+      if (const int r = await_lane(at, flags, false); r != 0) return r;
     kernel_receivers.fetch_add(1, std::memory_order_seq_cst);
-    if (phase.load(std::memory_order_seq_cst) != Phase::laned) return kernel_recv(at, to, flags);
+    if (phase.load(std::memory_order_seq_cst) != Phase::laned) return kernel_recv(at, to, flags, extras);
     kernel_receivers.fetch_sub(1, std::memory_order_release);
   }
-  return lane_recv(at, to, flags, gen);
+  return lane_recv(at, to, flags, gen, extras);
 }
 
 // After READY the anchor is read with the lock held and never waited for inside the kernel.
-std::int64_t StreamImpl::anchor_recv_nowait(int at, IovCursor& to, std::size_t cap, int flags) noexcept {
+std::int64_t StreamImpl::anchor_recv_nowait(int at, IovCursor& to, std::size_t cap, int flags, MessageExtras* extras) noexcept {
   iovec iov[kMaxIov];
   std::size_t count = to.rest(iov, kMaxIov);
   std::size_t room = 0;
@@ -374,10 +416,8 @@ std::int64_t StreamImpl::anchor_recv_nowait(int at, IovCursor& to, std::size_t c
     }
     room += iov[i].iov_len;
   }
-  msghdr msg{};
-  msg.msg_iov = iov;
-  msg.msg_iovlen = count;
-  const long n = sys::call(SYS_recvmsg, at, sys::arg(&msg), MSG_DONTWAIT | (flags & (MSG_PEEK | MSG_TRUNC)));
+  const int kernel_flags = MSG_DONTWAIT | (flags & (MSG_PEEK | MSG_TRUNC));
+  const long n = receive_message({iov, count}, extras, [&](long msg) { return sys::call(SYS_recvmsg, at, msg, kernel_flags); });
   if (n <= 0) return n;
   if (!(flags & MSG_PEEK)) {
     if (flags & MSG_TRUNC) transcript.received.close();
@@ -404,6 +444,7 @@ struct StreamImpl::Receiving {
   const IovCursor start;  ///< a peek begins here each time that it looks
   int flags;
   bool nowait;
+  MessageExtras* extras;  ///< nullptr: it is no recvmsg()
   bool peek = (flags & MSG_PEEK) != 0;
   bool all = (flags & MSG_WAITALL) != 0;
   std::int64_t total = 0;  ///< bytes so far
@@ -447,7 +488,7 @@ std::int64_t StreamImpl::take_from_anchor(Receiving& r, RxState state) noexcept 
     const std::uint64_t cap = state == RxState::draining ? switch_at - received
                               : state == RxState::resent ? resent_to - received
                                                          : static_cast<std::uint64_t>(n);
-    n = anchor_recv_nowait(r.at, r.to, cap, r.flags);
+    n = anchor_recv_nowait(r.at, r.to, cap, r.flags, r.extras);
   }
   if (n > 0) return n;
   if (n == -EAGAIN) return 0;
@@ -466,9 +507,9 @@ std::int64_t StreamImpl::take_from_anchor(Receiving& r, RxState state) noexcept 
   return kEndsHere;
 }
 
-std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16_t gen) {
+std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16_t gen, MessageExtras* extras) {
   const bool nowait = (flags & MSG_DONTWAIT) != 0 || is_nonblocking(at);
-  Receiving r{.at = at, .to = to, .start = to, .flags = flags, .nowait = nowait};
+  Receiving r{.at = at, .to = to, .start = to, .flags = flags, .nowait = nowait, .extras = extras};
   std::int64_t deadline = 0;
   if (!lock.enter()) return -EAGAIN;
   while (!to.done()) {
@@ -477,7 +518,7 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
       break;
     }
     const bool here = phase.load(std::memory_order_relaxed) == Phase::laned && usable_here();
-    if (here && (flags & (MSG_OOB | MSG_ERRQUEUE))) take_down_locked(LaneReason::mode);
+    if (here && (flags & MSG_OOB)) take_down_locked(LaneReason::mode);
     if (here) {
       if (abandoned()) handle_abandon(at);
       leave_dead_lane(at);
@@ -487,8 +528,7 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
     const RxState state = rx.load(std::memory_order_relaxed);
     std::int64_t n = 0;
     // A strict reader does not go to sleep in the kernel before the switch: nothing would wake it for the lane.
-    const bool tcp_alone =
-        (state == RxState::tcp && !strict.load(std::memory_order_relaxed)) || (flags & (MSG_OOB | MSG_ERRQUEUE)) != 0;
+    const bool tcp_alone = (state == RxState::tcp && !strict.load(std::memory_order_relaxed)) || (flags & MSG_OOB) != 0;
     if (phase.load(std::memory_order_relaxed) != Phase::laned || tcp_alone || state == RxState::ended) {
       if (bytes_missing) {
         if (r.total > 0) break;  // it is the next call's
@@ -500,7 +540,7 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
       const int kernel_flags = r.total > 0 && !r.all ? flags | MSG_DONTWAIT : flags;
       kernel_receivers.fetch_add(1, std::memory_order_seq_cst);
       lock.unlock();
-      n = kernel_recv(at, to, kernel_flags);
+      n = kernel_recv(at, to, kernel_flags, extras);
       if (n > 0) return r.total + n;
       if (n == -EAGAIN || n == -EINTR || phase.load(std::memory_order_acquire) != Phase::laned) return r.total > 0 ? r.total : n;
       // The end. The kernel tells an error once: what is owed, or cannot be told with bytes to return, is the next call's.

@@ -17,7 +17,7 @@
 #include <thread>
 #include <vector>
 
-#include "preload/mode_guard.hpp"
+#include "sdp/socket_modes.hpp"
 #include "tests/sim/stream_pair.hpp"
 
 namespace sdp::sim {
@@ -363,14 +363,18 @@ BOOST_AUTO_TEST_CASE(rule_4_a_foreign_reader_keeps_the_stream_on_tcp) {
 }
 
 BOOST_AUTO_TEST_CASE(rule_5_one_predicate_names_the_modes_without_a_lane) {
-  const int one = 1, two = 2, zero = 0;
+  const int one = 1, two = 2, zero = 0, minus_one = -1;
   const auto refuses = [](int level, int name, const int& value) {
-    return preload::no_lane_with(level, name, &value, sizeof value);
+    return is_mode_without_lane(level, name, &value, sizeof value);
   };
   BOOST_TEST(refuses(SOL_SOCKET, SO_RCVLOWAT, two));
   BOOST_TEST(!refuses(SOL_SOCKET, SO_RCVLOWAT, one));
-  for (const int name : {SO_PEEK_OFF, SO_ZEROCOPY, SO_TIMESTAMP, SO_TIMESTAMPNS, SO_TIMESTAMPING})
+  BOOST_TEST(refuses(SOL_SOCKET, SO_RCVLOWAT, minus_one));
+  for (const int name : {SO_PEEK_OFF, SO_ZEROCOPY, SO_TIMESTAMP, SO_TIMESTAMPNS, SO_TIMESTAMPING, 63, 64, 65})
     BOOST_TEST(refuses(SOL_SOCKET, name, one), name);
+  for (const int name : {SO_ZEROCOPY, SO_TIMESTAMP}) BOOST_TEST(!refuses(SOL_SOCKET, name, zero), name);
+  BOOST_TEST(!refuses(SOL_SOCKET, SO_PEEK_OFF, minus_one));
+  BOOST_TEST(refuses(IPPROTO_TCP, TCP_INQ, one));
   BOOST_TEST(refuses(IPPROTO_TCP, TCP_ULP, zero));
   BOOST_TEST(refuses(IPPROTO_TCP, TCP_REPAIR, one));
   BOOST_TEST(!refuses(IPPROTO_TCP, 1 /* TCP_NODELAY */, one));
