@@ -1,6 +1,7 @@
 #include "preload/epoll_set.hpp"
 
 #include <fcntl.h>
+#include <poll.h>
 #include <sys/random.h>
 
 #include <algorithm>
@@ -154,7 +155,9 @@ void EpollSet::sync(Member& m, std::uint32_t index) noexcept {
   epoll_event ev{};
   if (lane) {
     ensure_bell();
-    const std::uint32_t mask = m.disabled ? 0 : m.stream.kernel_events(m.events & ~kModeBits) | (m.events & kModeBits);
+    // Nothing stops the kernel telling of errors and hang-ups: once, then.
+    const std::uint32_t mask =
+        m.disabled ? std::uint32_t{EPOLLET} : m.stream.kernel_events(m.events & ~kModeBits) | (m.events & kModeBits);
     if (m.tagged && mask == m.kernel_mask) return;
     ev = {mask, {.u64 = tag_base() | index}};
     m.kernel_mask = mask;
@@ -227,19 +230,19 @@ int EpollSet::collect(epoll_event* events, int max) noexcept {
     if (!m.tagged || m.disabled) continue;
     if (m.fd >= 0) m.stream.on_wait_entry(m.fd);
     if (!m.look && !may_have_changed(look, m)) continue;
-    const std::uint64_t edges = m.stream.rx_edges(look);
-    std::uint32_t ready = m.stream.poll(m.events & ~kModeBits) & (m.events | EPOLLERR | EPOLLHUP);
+    m.looked_rx = m.stream.rx_edges(look);
+    m.looked_tx = m.stream.tx_edges();
+    const std::uint32_t ready = ready_now(m);
     sync(m, index);
     m.look = ready != 0;
-    m.looked_rx = edges;
     if (!m.tagged || ready == 0) continue;
-    if (m.events & EPOLLET) {
+    if (m.events & EPOLLET) {  // any edge tells all that is ready
       const std::uint64_t rx = m.stream.rx_edges(look), tx = m.stream.tx_edges();
-      if (rx == m.seen_rx) ready &= ~static_cast<std::uint32_t>(EPOLLIN | EPOLLRDNORM | EPOLLPRI);
-      if (tx == m.seen_tx) ready &= ~static_cast<std::uint32_t>(EPOLLOUT | EPOLLWRNORM);
-      if (ready == 0) continue;
-      if (ready & EPOLLIN) m.seen_rx = rx;
-      if (ready & EPOLLOUT) m.seen_tx = tx;
+      const bool arrived = (m.events & (EPOLLIN | EPOLLRDNORM)) != 0 && rx != m.seen_rx;
+      const bool writable = (m.events & (EPOLLOUT | EPOLLWRNORM)) != 0 && tx != m.seen_tx;
+      if (!arrived && !writable) continue;
+      m.seen_rx = rx;
+      m.seen_tx = tx;
     }
     if (m.events & EPOLLONESHOT) {
       m.disabled = true;
@@ -269,8 +272,9 @@ int EpollSet::merge(epoll_event* events, int lanes, const epoll_event* kernel, i
     if (index >= members_.size() || members_[index].fd == kFree) continue;  // the bell, or a member that has just gone
     Member& m = members_[index];
     if (m.disabled) continue;
-    const std::uint32_t wanted = kernel[i].events & (m.events | EPOLLERR | EPOLLHUP);
+    std::uint32_t wanted = kernel[i].events & (m.events | EPOLLERR | EPOLLHUP);
     if (wanted == 0) continue;
+    if (m.events & EPOLLET) wanted |= ready_now(m);
     int same = 0;
     while (same < lanes && events[same].data.u64 != m.data) ++same;
     if (same < lanes) {
@@ -284,8 +288,21 @@ int EpollSet::merge(epoll_event* events, int lanes, const epoll_event* kernel, i
   return n;
 }
 
+/// By both carriers.
+std::uint32_t EpollSet::ready_now(const Member& m) noexcept {
+  const std::uint32_t events = m.events & ~kModeBits;
+  bool anchor_too = false;
+  std::uint32_t ready = m.stream.poll(events, &anchor_too);
+  if (anchor_too && m.fd >= 0) {
+    pollfd p{m.fd, static_cast<short>(m.stream.kernel_events(events)), 0};
+    if (sys::call(SYS_poll, sys::arg(&p), 1, 0) == 1 && (p.revents & POLLNVAL) == 0) ready |= static_cast<std::uint16_t>(p.revents);
+  }
+  return ready & (events | EPOLLERR | EPOLLHUP);
+}
+
 bool EpollSet::may_have_changed(const sdp::Grace::Look& look, const Member& m) noexcept {
-  return m.stream.maybe_ready(look, m.events) || ((m.events & EPOLLIN) != 0 && m.stream.rx_edges(look) != m.looked_rx);
+  return m.stream.maybe_ready(look, m.events) || ((m.events & EPOLLIN) != 0 && m.stream.rx_edges(look) != m.looked_rx) ||
+         ((m.events & EPOLLOUT) != 0 && m.stream.tx_edges() != m.looked_tx);
 }
 
 bool EpollSet::maybe_ready() noexcept {
@@ -380,6 +397,7 @@ int EpollSet::wait_once(epoll_event* events, int max, std::int64_t timeout_ns, c
       long k = ask_kernel(kernel, want, mask);
       if (k < 0) return static_cast<int>(k);
       if (k > 0 && (n = merge(events, 0, kernel, static_cast<int>(k), max)) > 0) return n;
+      if (k > 0) continue;  // the bell alone: it may have taken the place of others
       if (timeout_ns == 0) return 0;
       // Spin: the lanes all the time, the kernel every few microseconds.
       std::int64_t kernel_due = now_ns() + kKernelEveryNs;
@@ -415,6 +433,7 @@ int EpollSet::wait_once(epoll_event* events, int max, std::int64_t timeout_ns, c
       n = tagged_.load() != 0 ? collect(events, max) : 0;
       n = merge(events, n, kernel, static_cast<int>(k), max);
       if (n > 0) return n;
+      if (timeout_ns == 0) continue;  // the bell alone
     }
     if (timeout_ns == 0 || (timeout_ns > 0 && now_ns() >= deadline)) return tagged_.load() != 0 ? collect(events, max) : 0;
   }

@@ -57,7 +57,8 @@ class EpollSet {
     bool tagged = false;            ///< the kernel's entry has our tag
     bool disabled = false;          ///< EPOLLONESHOT has fired
     bool look = true;               ///< the last look found something, or nobody has looked since the member was added or changed
-    std::uint64_t looked_rx = 0;    ///< rx_edges() at that look: other calls of the program may have taken messages in since
+    /// The edges at that look: other calls of the program may have taken messages in since, or found that it can write.
+    std::uint64_t looked_rx = 0, looked_tx = 0;
     std::uint64_t seen_rx = ~0ULL, seen_tx = ~0ULL;  ///< edges reported
   };
 
@@ -66,6 +67,7 @@ class EpollSet {
   void ensure_bell() noexcept;
   int collect(epoll_event* events, int max) noexcept;
   int merge(epoll_event* events, int lanes, const epoll_event* kernel, int count, int max) noexcept;
+  static std::uint32_t ready_now(const Member& member) noexcept;
   static bool may_have_changed(const sdp::Grace::Look& look, const Member& member) noexcept;
   bool maybe_ready() noexcept;
   Member* of(int fd) noexcept;

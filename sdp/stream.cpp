@@ -372,7 +372,7 @@ int Stream::sleep_for_bytes(std::int64_t timeout_ns) const {
   return result;
 }
 
-std::uint32_t Stream::poll(std::uint32_t events) const noexcept {
+std::uint32_t Stream::poll(std::uint32_t events, bool* anchor_too) const noexcept {
   StreamImpl* s = impl();
   std::uint32_t ready = 0;
   if (s->phase.load(std::memory_order_acquire) == Phase::unjudged) s->judge(s->fd);
@@ -417,6 +417,7 @@ std::uint32_t Stream::poll(std::uint32_t events) const noexcept {
         s->tx_blocked = true;
       }
     }
+    if (anchor_too != nullptr) *anchor_too = s->anchor_has_part();
   }
   s->lock.unlock();
   return ready & (events | POLLERR | POLLHUP);

@@ -71,8 +71,9 @@ class Stream {
 
   // --- waiting for several descriptors (poll, select, epoll); see the protocol below
   bool has_lane() const noexcept;  ///< a lane may carry bytes now or soon: the call must take part in the protocol below
-  std::uint32_t poll(
-      std::uint32_t events) const noexcept;  ///< POLLIN|POLLOUT|POLLPRI|POLLRDHUP… by the lane; POLL bits as EPOLL bits
+  /// POLLIN|POLLOUT|POLLPRI|POLLRDHUP… by the lane; POLL bits as EPOLL bits. `anchor_too`: is set if the kernel knows more of the
+  /// stream than whether it is there: an end is near, or a direction is not on the lane.
+  std::uint32_t poll(std::uint32_t events, bool* anchor_too = nullptr) const noexcept;
   /// Which of `events` the kernel must still watch on the anchor; the rest is the lane's. POLLERR and POLLHUP are always the
   /// kernel's.
   std::uint32_t kernel_events(std::uint32_t events) const noexcept;

@@ -269,6 +269,11 @@ class alignas(64) StreamImpl {
     return phase.load(std::memory_order_seq_cst) == Phase::laned ? published_lane.load(std::memory_order_acquire) : nullptr;
   }
   bool end_reached() const noexcept { return lane->end_reached(); }
+  /// See Stream::poll(). With the lock.
+  bool anchor_has_part() const noexcept {
+    return rx.load(std::memory_order_relaxed) != RxState::lane || tx.load(std::memory_order_relaxed) != TxState::lane || rx_shut ||
+           lane->said(kEnd) || lane_is_left() || anchor_event.load(std::memory_order_relaxed);
+  }
   /// The peer writes no more and reads no more: what is left to do is the kernel's to say.
   bool lane_is_left() const noexcept { return peer_gone.load(std::memory_order_relaxed) || lane->said(kGone); }
   /// It failed, and what was on it is not, or no longer, to be had by recovery.
