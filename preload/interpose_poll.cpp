@@ -360,6 +360,7 @@ SDP_EXPORT int epoll_ctl(int epfd, int op, int fd, epoll_event* event) noexcept 
     if (op == EPOLL_CTL_ADD) nest_set(fd);
     return libc().epoll_ctl(epfd, op, fd, event);
   }
+  const sys::ProgramCall here;
   EpollSet* set = EpollSet::find(epfd);
   int result = 0;
   if (op == EPOLL_CTL_MOD && set != nullptr && rdma::is_readable(event, sizeof *event) && set->modify(fd, *event, &result))

@@ -97,6 +97,7 @@ SDP_EXPORT int shutdown(int fd, int how) noexcept {
 SDP_EXPORT int setsockopt(int fd, int level, int name, const void* value, socklen_t len) noexcept {
   const Stream stream = fds().find(fd);
   if (!stream) return libc().setsockopt(fd, level, name, value, len);
+  const rdma::sys::ProgramCall here;
   if (sdp::is_mode_without_lane(level, name, value, len)) stream.take_down(sdp::LaneReason::mode);
   const int r = libc().setsockopt(fd, level, name, value, len);
   if (r != 0 || level != SOL_SOCKET) return r;
@@ -110,9 +111,11 @@ SDP_EXPORT int setsockopt(int fd, int level, int name, const void* value, sockle
 // The kernel knows the options. Not all of its answers are about the connection alone.
 SDP_EXPORT int getsockopt(int fd, int level, int name, void* value, socklen_t* len) noexcept {
   const Stream stream = fds().find(fd);
+  if (!stream) return libc().getsockopt(fd, level, name, value, len);
+  const rdma::sys::ProgramCall here;
   // It receives.
-  if (stream && level == IPPROTO_TCP && name == TCP_ZEROCOPY_RECEIVE) stream.take_down(sdp::LaneReason::mode);
+  if (level == IPPROTO_TCP && name == TCP_ZEROCOPY_RECEIVE) stream.take_down(sdp::LaneReason::mode);
   const int r = libc().getsockopt(fd, level, name, value, len);
-  if (stream && r == 0 && level == SOL_SOCKET && name == SO_LINGER) stream.show_linger(value, *len);
+  if (r == 0 && level == SOL_SOCKET && name == SO_LINGER) stream.show_linger(value, *len);
   return r;
 }

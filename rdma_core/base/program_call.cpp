@@ -37,7 +37,9 @@ long set_mask(const Mask& mask, Mask* before) noexcept {
 void detail::run_put_off() {
   call_state.has_put_off.store(false, std::memory_order_relaxed);
   const Mask mask = mask_before;
+  const int error = errno;  // may be said already, and is not the handler's to change
   set_mask(mask, nullptr);
+  errno = error;
 }
 
 // It becomes pending again, in a thread that blocks all until it is run: from now on, and when the handler has returned. Handlers
