@@ -63,7 +63,6 @@ unsigned send_flags(const SendWr& wr) noexcept {
 constexpr unsigned kMaxSge = 8;  ///< DeviceAttr::max_sge at the most
 constexpr unsigned kRecvBatch = 16;
 constexpr int kLookAhead = 16;
-constexpr unsigned kTakeAtOnce = 4;
 
 }  // namespace
 
@@ -215,7 +214,7 @@ void VerbsCq::put(const Told& told) noexcept {
 unsigned VerbsCq::take(std::span<Told> out) const noexcept {
   const SharedQueue::Guard guard(*queue_);
   if (!guard) return 0;
-  if (head_ == tail_) queue_->collect();  // else a look has just done so: what came after it is for the next
+  if (tail_ - head_ < out.size()) queue_->collect();
   unsigned n = 0;
   while (n < out.size() && head_ != tail_) out[n++] = ring_[head_++ & (ring_.size() - 1)];
   return n;
@@ -238,8 +237,8 @@ bool VerbsCq::translate(const Told& from, Wc& to) const noexcept {
 unsigned VerbsCq::poll(std::span<Wc> out) noexcept {
   unsigned n = 0;
   for (unsigned wanted = 1, got = 1; got == wanted && n < out.size();) {
-    Told told[kTakeAtOnce];  // cleared each time
-    wanted = std::min(static_cast<unsigned>(out.size()) - n, kTakeAtOnce);
+    Told told[kLookAhead];
+    wanted = std::min(static_cast<unsigned>(out.size()) - n, unsigned{kLookAhead});
     got = take({told, wanted});
     for (unsigned i = 0; i < got; ++i)
       if (translate(told[i], out[n])) ++n;
