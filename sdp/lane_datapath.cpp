@@ -230,8 +230,8 @@ bool Lane::publish(unsigned ring) noexcept {
 }
 
 bool Lane::send_at_once(const std::byte* bytes, std::uint32_t count) noexcept {
-  if (capture_ != nullptr || dead()) return false;
-  if (may_buffer_ && burst_ >= kBurstBegins) {
+  if (capture_ != nullptr || !may_buffer_ || dead()) return false;
+  if (burst_ >= kBurstBegins) {
     std::atomic<std::uint64_t>* const end = peer_end_[send_buffer_.ring_in_use()];
     if (end == nullptr || !send_buffer_.append_at_once(bytes, count, tx_bytes_)) return false;
     tx_bytes_ += count;
@@ -239,8 +239,7 @@ bool Lane::send_at_once(const std::byte* bytes, std::uint32_t count) noexcept {
       fail("the QP is in error");
     return true;
   }
-  const bool fits = may_buffer_ ? count + wire::kBsdhBytes <= max_inline_ : may_stage_at_once(count);
-  if (!fits || count > conn.max_payload() || !may_send()) return false;
+  if (count > conn.max_payload() || count + wire::kBsdhBytes > max_inline_ || !may_send()) return false;
   Sge sges[2];
   sges[1] = Sge{bytes, count, {}};
   if (!post_data(sges, 2, count)) return false;
