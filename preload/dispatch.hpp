@@ -20,26 +20,26 @@ Ret to_libc(std::int64_t result) noexcept {
   return static_cast<Ret>(result);
 }
 
+/// A call of ours, at whose end handlers run before libc's errno is set: `what()` gives -errno or a result.
+template <class What>
+std::int64_t in_call(What&& what) {
+  const rdma::sys::ProgramCall here;
+  return what();
+}
+
 template <class Ours, class Theirs>
 auto dispatch(int fd, Ours&& ours, Theirs&& theirs) -> decltype(theirs(libc())) {
   const sdp::Stream stream = fds().find(fd);
   if (!stream) [[likely]]
     return theirs(libc());
-  const std::int64_t result = [&] {
-    const rdma::sys::ProgramCall here;
-    return std::int64_t{ours(stream)};
-  }();
-  return to_libc<decltype(theirs(libc()))>(result);
+  return to_libc<decltype(theirs(libc()))>(in_call([&] { return ours(stream); }));
 }
 
-/// A call of ours that POSIX makes a cancellation point: `what()` gives -errno or a result.
+/// As in_call(), where POSIX makes the call a cancellation point.
 template <class What>
 std::int64_t cancellable(What&& what) {
   pthread_testcancel();
-  const std::int64_t result = [&] {
-    const rdma::sys::ProgramCall here;
-    return std::int64_t{what()};
-  }();
+  const std::int64_t result = in_call(what);
   if (result == -EINTR) pthread_testcancel();
   return result;
 }

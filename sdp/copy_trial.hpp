@@ -89,8 +89,9 @@ class CopyTrial {
     const bool better = paces_.direct(kept_);
     if (was_trial || better != kept_) {
       kept_ = better;
-      held_ =
-          is_limited ? kMostHeld : std::clamp(kCost * paces_.loss(kept_) * 3 / 2 / CopyPaces::kWhole, std::int64_t{2}, kMostHeld);
+      held_ = is_limited ? kMostHeld
+                         : std::clamp(kCost * paces_.loss(kept_) * (settled_ + measured_) / measured_ / CopyPaces::kWhole,
+                                      std::int64_t{2}, kMostHeld);
     }
     if (direct_ == kept_ && --held_ <= 0) return settle(!kept_);
     if (direct_ == kept_) return measure(now);

@@ -106,7 +106,7 @@ void end_guarded(ucontext_t& context, std::uint8_t run) noexcept {
 }  // namespace
 
 #else
-#error "blocking_call.cpp: add the guarded system call of this architecture"
+#error "program_call.cpp: add the guarded system call of this architecture"
 #endif
 
 void handler_has_run(void* context, bool restarts) noexcept {
