@@ -144,6 +144,7 @@ SDP_EXPORT long syscall(long number, ...) noexcept {
   }
   std::optional<sdp::engine::CredentialsChange> change;
   if (preload::changes_credentials(number, {a[0], a[1], a[2], a[3], a[4], a[5]})) change.emplace();
+  if (number == SYS_io_uring_setup || number == SYS_io_uring_enter || number == SYS_io_uring_register) preload::before_ring();
   if (number == SYS_exit_group) preload::before_quick_end();
   std::optional<preload::Exec> attempt;
   if (number == SYS_execve) attempt.emplace(pointer<const char>(a[0]));

@@ -116,6 +116,15 @@ void before_spawn() noexcept {
   for_inherited([](sdp::Stream stream, int) { stream.leave_to_program(); });
 }
 
+void before_ring() noexcept {
+  if (sdp::engine::in_vfork_child() || !sdp::engine::ring_is_made()) return;
+  const rdma::sys::ProgramCall here;
+  const int high = fds().highest();
+  for (int fd = 0; fd <= high; ++fd)
+    if (const sdp::Stream stream = fds().find(fd)) stream.take_down(sdp::LaneReason::io_uring);
+  sdp::engine::finish_lanes_for_ring();
+}
+
 Exec::Exec(const char* path) noexcept {
   if (path != nullptr && rdma::sys::call(SYS_faccessat2, AT_FDCWD, rdma::sys::arg(path), X_OK, AT_EACCESS) == -ENOENT) return;
   attempt_.emplace();

@@ -53,6 +53,7 @@ struct Engine {
   StreamImpl* free_streams = nullptr;
   StreamImpl* leaving_streams = nullptr;  ///< closed while a thread was inside: free when it has left
   std::atomic<Service*> service{nullptr};
+  std::atomic<bool> has_ring{false};
   std::atomic<bool> finishes{false};  ///< a thread is in finish_lanes()
   bool service_failed = false;
   std::unique_ptr<Capture> capture;  ///< made by the service thread
@@ -230,6 +231,11 @@ Stream track(int fd, Role role) noexcept {
   s->transcript.restart(e.options.transports.leaves_host());
   // Only then can the rules say sdp, and the first byte have to wait for it.
   if (e.options.policy == Family::sdp || !e.options.config_file.empty()) s->phase.store(Phase::unjudged, std::memory_order_relaxed);
+  // A stream that has to have a lane learns by its search for one that there is none.
+  if (e.has_ring.load(std::memory_order_relaxed) && s->phase.load(std::memory_order_relaxed) == Phase::plain) {
+    s->phase.store(Phase::final, std::memory_order_relaxed);
+    if (s->stats != nullptr) s->stats->set_reason(LaneReason::io_uring);
+  }
   return handle_of(s);
 }
 
@@ -414,6 +420,12 @@ Capture* capture() noexcept {
   e.capture_tried = true;
   return e.capture.get();
 }
+
+bool ring_is_made() noexcept {
+  Engine& e = engine();
+  return e.options.rings_mean_tcp && e.options.policy != Family::tcp && !e.has_ring.exchange(true);
+}
+bool has_ring() noexcept { return engine().has_ring.load(std::memory_order_relaxed); }
 
 Family policy_for(Role role, const sockaddr_storage& local, const sockaddr_storage& remote) noexcept {
   return decide(engine().options, role, local, remote);

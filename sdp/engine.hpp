@@ -121,6 +121,13 @@ class ExecAttempt {
   Service* service_;
 };
 
+/// The program is about to make an io_uring, or has one: no stream gets a lane any more. False: that is known, or does not matter
+/// (SDP_IO_URING). Any thread.
+bool ring_is_made() noexcept;
+bool has_ring() noexcept;
+/// After that and the take-downs, before the ring can be used: what lanes of RDMA devices carry arrives first, as before an exec.
+void finish_lanes_for_ring() noexcept;
+
 /// The process is about to end: says END on every lane, and waits until what send() took needs this process no more, for
 /// SDP_EXIT_TIMEOUT at the most. Also in a signal handler, whatever it has interrupted; a call in a call does nothing.
 void finish_lanes() noexcept;

@@ -191,6 +191,15 @@ struct ZeroCopy {
   }
 };
 
+struct Rings {
+  static bool parse(Options& o, std::string_view s) noexcept {
+    if (s != "tcp" && s != "ignore") return false;
+    o.rings_mean_tcp = s == "tcp";
+    return true;
+  }
+  static void print(const Options& o, ValueText& out) noexcept { out.assign(o.rings_mean_tcp ? "tcp" : "ignore"); }
+};
+
 /// Any value counts, also an empty one; what they do is in settle().
 struct Flag {
   static bool parse(Options&, std::string_view) noexcept { return true; }
@@ -232,6 +241,7 @@ enum Index : std::size_t {
   kRecvBuffers,
   kBulkCopy,
   kZeroCopy,
+  kIoUring,
   kUpgradeMessages,
   kUpgradeBytes,
   kLaneTimeout,
@@ -274,6 +284,8 @@ constexpr Row kTable[] = {
                  "auto (what is faster), cached or direct"),
     row<ZeroCopy>("SDP_ZCOPY_THRESHOLD", "blocking sends from so long on are read by the peer in place, between hosts", "bytes",
                   "off, or a number from 16K to 1024M"),
+    row<Rings>("SDP_IO_URING", "what a program with an io_uring gets: TCP alone, or lanes, if its rings never serve sockets", "",
+               "tcp or ignore"),
     row<Number<&Options::upgrade_messages, 0, UINT32_MAX>>("SDP_UPGRADE_MESSAGES",
                                                            "a connection gets a lane after so many sends and receives; 0: at once",
                                                            "messages", "a number from 0 to 4294967295"),

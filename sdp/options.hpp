@@ -88,6 +88,7 @@ struct Options {
   std::uint32_t zero_copy_from = 0;        ///< bytes of a send that the peer may read in place, between hosts; 0: never
   std::uint32_t lane_timeout_s = 3;        ///< seconds after which a silent lane between hosts is looked into
   std::uint32_t exit_timeout_s = 5;        ///< seconds that exit, exec and a change of credentials wait for what is under way
+  bool rings_mean_tcp = true;              ///< SDP_IO_URING: a process that has an io_uring stays on TCP
   std::uint32_t upgrade_messages = 8;      ///< messages that a connection has carried before it gets a lane; 0: at once
   std::uint32_t upgrade_bytes = 65536;     ///< or bytes; 0: at once
   rdma::NodeType device_flavour = rdma::NodeType::ib_ca;  ///< of the software device: ib_ca or rnic
@@ -102,7 +103,7 @@ struct OptionProblem {
   Text<384> message;  ///< one line, with the value in printable form and what is accepted
 };
 
-inline constexpr std::size_t kMaxOptionProblems = 24;
+inline constexpr std::size_t kMaxOptionProblems = 26;
 struct OptionProblems {
   OptionProblem item[kMaxOptionProblems];
   std::size_t count = 0;

@@ -125,6 +125,7 @@ void Service::run() noexcept {
   while (newest_.load() <= number_) {
     take_commands();
     poll_handshakes();
+    look_for_rings();
     tend_watched();
     look_after_lanes();
     release_buffers();

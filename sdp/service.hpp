@@ -21,6 +21,7 @@
 #include "sdp/engine.hpp"
 #include "sdp/peer_link.hpp"
 #include "sdp/return_pace.hpp"
+#include "sdp/rings.hpp"
 #include "sdp/second_looks.hpp"
 #include "sdp/stream_impl.hpp"
 
@@ -50,7 +51,7 @@ class Service {
   bool ends_are_seen() noexcept;  ///< of lanes whose posts are lost with the process: may it end?
 
   // --- what no RDMA device outlives (service_evacuate.cpp)
-  enum class Leaving : std::uint8_t { exec, credentials };
+  enum class Leaving : std::uint8_t { exec, credentials, ring };
   /// Takes the lanes on such devices down and waits, for a second at the most, until nothing of theirs is under way; before a
   /// change of credentials the devices are let go as well. There are no new ones until stay(), which is owed in any case.
   void leave(Leaving why) noexcept;
@@ -153,6 +154,10 @@ class Service {
   bool flush_held() noexcept;
   void wake_for_words(StreamImpl& stream) noexcept;
 
+  // --- rings.cpp
+  bool may_have_ring(bool before_a_lane) noexcept;
+  void look_for_rings() noexcept;
+
   // --- service_recovery.cpp
   void open_links();
   LaneReply reply_for(Handshake& handshake);
@@ -201,6 +206,7 @@ class Service {
   std::atomic<int> wake_fd_{-1};
   int epoll_fd_ = -1;
   std::int64_t last_lane_up_ns_ = 0;
+  RingWatch ring_watch_;
 
   bool needs_looks_ = false;  ///< some stream's StreamImpl::needs_looks()
   std::unique_ptr<PeerLinks> links_;

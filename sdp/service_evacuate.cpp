@@ -33,7 +33,28 @@ constexpr std::int64_t kRetiredNs = 10 * kSecond;       // for the last words of
 
 std::int64_t now_ns() noexcept { return rdma::SteadyClock{}.now(); }
 
-LaneReason reason_of(bool exec) noexcept { return exec ? LaneReason::exec : LaneReason::credentials; }
+LaneReason reason_of(Service::Leaving why) noexcept {
+  switch (why) {
+    case Service::Leaving::exec:
+      return LaneReason::exec;
+    case Service::Leaving::ring:
+      return LaneReason::io_uring;
+    case Service::Leaving::credentials:
+      break;
+  }
+  return LaneReason::credentials;
+}
+const char* name_of(Service::Leaving why) noexcept {
+  switch (why) {
+    case Service::Leaving::exec:
+      return "an exec";
+    case Service::Leaving::ring:
+      return "an io_uring was made";
+    case Service::Leaving::credentials:
+      break;
+  }
+  return "a change of credentials";
+}
 
 /// The process whose threads have credentials that differ; 0: none.
 std::atomic<std::uint32_t> g_process_of_many{0};
@@ -89,7 +110,7 @@ void Service::leave(Leaving why) noexcept {
   while ((seen = leave_.load()) != static_cast<std::uint32_t>(Leave::done)) {
     const std::int64_t left = until - now_ns();
     if (left <= 0) {
-      RDMA_LOG(warn, "lanes could not be taken down before %s", why == Leaving::exec ? "an exec" : "a change of credentials");
+      RDMA_LOG(warn, "lanes could not be taken down before %s", name_of(why));
       return;
     }
     const timespec wait{left / 1'000'000'000, left % 1'000'000'000};
@@ -167,7 +188,7 @@ void Service::begin_leaving() noexcept {
   auto asked = static_cast<std::uint32_t>(Leave::asked);
   leave_.compare_exchange_strong(asked, static_cast<std::uint32_t>(Leave::under_way));
   leave_by_ns_ = now_ns() + kSecond * options_.exit_timeout_s;
-  const LaneReason why = reason_of(leaves_for_.load() == Leaving::exec);
+  const LaneReason why = reason_of(leaves_for_.load());
   std::vector<std::uint64_t> cookies;
   for (const auto& [cookie, h] : handshakes_)
     if (h.lane != nullptr && h.lane->unordered()) cookies.push_back(cookie);
@@ -185,8 +206,8 @@ void Service::begin_leaving() noexcept {
 }
 
 bool Service::is_evacuated() noexcept {
-  const bool exec = leaves_for_.load() == Leaving::exec;
-  bool through = inbox_.load() == nullptr && (!exec || engine::flush_lingering());
+  const bool by_tcp_too = leaves_for_.load() != Leaving::credentials;
+  bool through = inbox_.load() == nullptr && (!by_tcp_too || engine::flush_lingering());
   for (StreamImpl* s : laned_) {
     (void)s->lock.lock();
     if (s->phase.load() == Phase::laned && s->lane->unordered()) {
@@ -194,7 +215,7 @@ bool Service::is_evacuated() noexcept {
       s->lane->drain();
       s->tend();
       const bool evacuated = s->is_evacuated() || s->lane_is_over();
-      through = through && evacuated && s->last_words_arrived() && (!exec || s->resend.empty());
+      through = through && evacuated && s->last_words_arrived() && (!by_tcp_too || s->resend.empty());
       if (evacuated) s->lane->wake_sleepers();
     }
     s->lock.unlock();
@@ -276,6 +297,15 @@ CredentialsChange::~CredentialsChange() {
   if (service_ == nullptr) return;
   const int saved = errno;
   service_->stay(Service::Leaving::credentials);
+  errno = saved;
+}
+
+void finish_lanes_for_ring() noexcept {
+  Service* const running = running_service();
+  if (running == nullptr) return;
+  const int saved = errno;
+  running->leave(Service::Leaving::ring);
+  running->stay(Service::Leaving::ring);
   errno = saved;
 }
 

@@ -91,6 +91,7 @@ void Service::begin(StreamImpl* stream, std::uint16_t generation) noexcept {
     stream->cookie = h.anchor.cookie;
     if (stream->stats != nullptr) stream->stats->set_addresses(h.anchor.local, h.anchor.remote);
     stream->read_timeouts(stream->fd);
+    if (refused == LaneReason::none && may_have_ring(true)) refused = LaneReason::io_uring;
     if (refused == LaneReason::none && has_mode_without_lane(stream->fd)) refused = LaneReason::mode;
     if (refused == LaneReason::none && engine::policy_for(stream->role, h.anchor.local, h.anchor.remote) == Family::tcp)
       refused = engine::policy_reason();

@@ -97,7 +97,8 @@ void Service::on_return(StreamImpl* stream) {
 /// The search is over without a lane; the stream's lock is held. False: the stream does not rest.
 bool Service::rest_again(StreamImpl& s, LaneReason why) {
   const auto at = resting_of(&s);
-  if (at == resting_.end() || why == LaneReason::exec || why == LaneReason::credentials) return false;
+  if (at == resting_.end() || why == LaneReason::exec || why == LaneReason::credentials || why == LaneReason::io_uring)
+    return false;
   s.phase.store(Phase::resting, std::memory_order_release);
   const bool is_path = why == LaneReason::no_peer || why == LaneReason::other_host || why == LaneReason::peer_gone;
   if (s.stats != nullptr) s.stats->set_reason(is_path ? LaneReason::device_lost : why, true);

@@ -49,7 +49,7 @@ constexpr ReasonRow kReasons[] = {
     {LaneReason::version, "version", "the peer's library speaks another version", "install the same version on both sides"},
     {LaneReason::refused, "refused", "the peer refused", "`sdp stat` there says why"},
     {LaneReason::no_resources, "no_resources", "memory or descriptors were short, or too many lanes", "look at ulimit -n and -l"},
-    {LaneReason::foreign_use, "foreign_use", "bytes went past the library (io_uring, a raw system call, another program)", ""},
+    {LaneReason::foreign_use, "foreign_use", "bytes went past the library (a raw system call, another program)", ""},
     {LaneReason::second_process, "second_process", "a second process used the connection", ""},
     {LaneReason::fork, "fork", "the connection was inherited by fork", ""},
     {LaneReason::exec, "exec", "the connection was handed on through exec", ""},
@@ -62,6 +62,8 @@ constexpr ReasonRow kReasons[] = {
     {LaneReason::not_connected, "not_connected", "never got connected", ""},
     {LaneReason::closed, "closed", "this side closed or shut it down", ""},
     {LaneReason::too_late, "too_late", "the peer began to set up a lane and did not get through in time", ""},
+    {LaneReason::io_uring, "io_uring", "the program has an io_uring, which reads and writes sockets past the library",
+     "SDP_IO_URING=ignore, if its rings never serve sockets"},
 };
 constexpr bool in_order() noexcept {
   for (std::size_t i = 0; i < kLaneReasons; ++i)

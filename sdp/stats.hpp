@@ -50,8 +50,9 @@ enum class LaneReason : std::uint8_t {
   not_connected,
   closed,
   too_late,
+  io_uring,
 };
-inline constexpr std::size_t kLaneReasons = static_cast<std::size_t>(LaneReason::too_late) + 1;
+inline constexpr std::size_t kLaneReasons = static_cast<std::size_t>(LaneReason::io_uring) + 1;
 const char* to_string(LaneReason) noexcept;  ///< the enumerator's name, for programs
 const char* explain(LaneReason) noexcept;    ///< one clause for people
 const char* hint(LaneReason) noexcept;       ///< what to do for a lane; "" when nothing need or can be done

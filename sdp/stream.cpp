@@ -324,7 +324,11 @@ int Stream::outq(int fd) const noexcept {
 void Stream::take_down(LaneReason reason) const noexcept {
   StreamImpl* s = impl();
   if (s->phase.load(std::memory_order_acquire) == Phase::final || !s->lock.enter()) return;
-  if (s->generation.load(std::memory_order_relaxed) == generation()) s->take_down_locked(reason);
+  if (s->generation.load(std::memory_order_relaxed) == generation()) {
+    s->take_down_locked(reason);
+    if (reason == LaneReason::io_uring && s->lane != nullptr && s->phase.load(std::memory_order_relaxed) == Phase::laned)
+      s->keep_gap_from_ring(s->fd);
+  }
   s->lock.unlock();
 }
 

@@ -90,6 +90,7 @@ class alignas(64) StreamImpl {
   bool gone_is_said = false;           ///< at exit
   bool awaits_posts = false;           ///< see last_words_arrived()
   bool changes_lane = false;           ///< another is about to take the lane's place: nobody begins to wait for this one
+  bool has_ring = false;               ///< an io_uring may read and write the anchor past us
   bool watched = false;                ///< the anchor is in the service thread's epoll
   std::uint8_t doubts = 0;             ///< how often our counts differed from the kernel's
 
@@ -250,6 +251,8 @@ class alignas(64) StreamImpl {
   }
   void take_down_locked(LaneReason reason) noexcept;
   void take_down_inherited(LaneReason reason) noexcept;
+  /// Of a lane that the peer has left, when a ring is made: what is unread there cannot come by TCP any more.
+  void keep_gap_from_ring(int fd) noexcept;
   void end_tx_locked() noexcept;
   void abandon_rx() noexcept;
   /// The anchor ended before it had brought everything again: the rest is read where it lies. False: there was nothing to bring.

@@ -126,7 +126,8 @@ void StreamImpl::advance_rx(int at) noexcept {
       const std::uint64_t received = tcp_received.load(std::memory_order_relaxed);
       resent_from = lane->said(kSwitch, &p) && p > received ? p : received;
       resent_to = resent_from + (end > lane->rx_bytes() ? end - lane->rx_bytes() : 0);
-      rx.store(RxState::resent, std::memory_order_release);
+      // A ring takes some of them past us, so that nobody can say when all have come.
+      rx.store(has_ring ? RxState::ended : RxState::resent, std::memory_order_release);
       state_edges.fetch_add(1, std::memory_order_relaxed);
     } else if (over) {
       rx.store(before_abandon, std::memory_order_release);
@@ -182,7 +183,11 @@ void StreamImpl::look_at_anchor(int at) noexcept {
     anchor_event.store(true, std::memory_order_release);  // the lane's bytes first, then look again
     return;
   }
-  if (lane->said(kEnd)) return;  // advance_rx() knows what to do
+  if (lane->said(kEnd)) return;    // advance_rx() knows what to do
+  if (n > 0 && !lane_is_left()) {  // its program sends past the library: what it sends by the lane, too, has to come behind these
+    take_down_locked(LaneReason::foreign_use);
+    if (rx.load(std::memory_order_relaxed) != RxState::lane) return;
+  }
   std::uint64_t gone = 0;
   if (lane->said(kGone, &gone) && gone != 0) reset_here(at);
   rx.store(RxState::ended, std::memory_order_release);
@@ -237,6 +242,7 @@ void StreamImpl::handle_abandon(int at) noexcept {
   std::uint64_t from = 0;
   if (has_said_end() || !lane->said(kAbandon, &from)) return;
   if (lane->is_offering()) return lane->cancel_offer();  // who waits for its end comes back here
+  if (stats != nullptr && stats->reason.load(std::memory_order_relaxed) == LaneReason::none) stats->set_reason(LaneReason::refused);
   // RESEND has no acknowledgement, and most devices cannot read anything back: the peer reads on by the lane, to END.
   if (tx.load(std::memory_order_relaxed) != TxState::lane || lane->unordered()) return end_tx_locked();
   const std::uint64_t sent = lane->tx_bytes();
@@ -350,6 +356,9 @@ void StreamImpl::take_down_locked(LaneReason reason) noexcept {
     if (stats != nullptr) stats->set_reason(reason);
     return;
   }
+  has_ring = has_ring || reason == LaneReason::io_uring;
+  // What the peer's ring waits for has to come by TCP.
+  if (has_ring && abandoned()) handle_abandon(fd);
   const TxState tx_now = tx.load(std::memory_order_relaxed);
   if (tx_now == TxState::lane || tx_now == TxState::prepared) end_tx_locked();
   abandon_rx();
@@ -357,6 +366,15 @@ void StreamImpl::take_down_locked(LaneReason reason) noexcept {
   RDMA_LOG(info, "fd %d: lane taken down: %s", fd.load(), to_string(reason));
   lane->wake_sleepers();
   engine::nudge();
+}
+
+// A ring would take what TCP brings for the next bytes.
+void StreamImpl::keep_gap_from_ring(int at) noexcept {
+  if (rx.load(std::memory_order_relaxed) != RxState::lane || !lane->said(kEnd) || lane_is_left() || !names_us(at)) return;
+  lane->drain();
+  if (lane->unread() == 0 || has_fin(at)) return;
+  RDMA_LOG(error, "fd %d: an io_uring is made with bytes of the lane unread; the connection is reset", at);
+  break_off(at);
 }
 
 // Rule 9: a child's first use. The parent's cell is shared memory, its lock too; the parent learns of it at its next call.
@@ -369,7 +387,8 @@ void StreamImpl::take_down_inherited(LaneReason reason) noexcept {
   const bool current = parent->generation.load(std::memory_order_relaxed) == inherited_generation &&
                        parent->phase.load(std::memory_order_relaxed) == Phase::laned;
   const bool unordered = current && parent->lane->unordered();  // its QP works in no other process
-  if (parent->generation.load(std::memory_order_relaxed) == inherited_generation && !unordered) parent->take_down_locked(reason);
+  if (parent->generation.load(std::memory_order_relaxed) == inherited_generation && !unordered)
+    parent->take_down_locked(reason == LaneReason::io_uring ? LaneReason::second_process : reason);
   parent->lock.unlock();
   if (!unordered || ask_parent_down(*parent, inherited_generation)) return;
   RDMA_LOG(error, "fd %d: the parent's lane could not be taken down; the connection is reset", fd.load());

@@ -1,0 +1,101 @@
+#!/usr/bin/env python3
+"""Connections that go through libc for a while and then through an io_uring, made by liburing, by libc's syscall(), or by an instruction
+that nobody sees, or through sends by such instructions; before there is a connection, after, or when a lane carries it; at either end or
+both. Every byte must come, in its place, nobody may hang, and the end with the ring says why it has no lane.
+
+    rings_test.py --lib LIBRARY --end PROGRAM
+"""
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+SKIPPED = 77
+DOORS = ("liburing", "number", "instruction")
+WHENS = ("start", "connected", "laned")
+SIDES = (("server",), ("client",), ("server", "client"))
+
+
+def run(program, folder, door, when, sides, lib, settings):
+    """Both ends' reports, by role."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("SDP_") and k != "LD_PRELOAD"}
+    if lib:
+        env.update(LD_PRELOAD=lib, SDP_STATS=os.path.join(folder, "%p.json"), **settings)
+
+    def start(role, port):
+        mine = door if role in sides else "none"
+        return subprocess.Popen([program, role, port, mine, when], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    server = start("server", "0")
+    port = server.stdout.readline().strip()
+    if not port:
+        server.wait(10)
+        return None
+    ends = {"server": server, "client": start("client", port)}
+    try:
+        said = {role: end.communicate(timeout=20)[0] for role, end in ends.items()}
+    except subprocess.TimeoutExpired:
+        raise AssertionError("somebody hangs") from None
+    finally:
+        for end in ends.values():
+            end.kill()
+            end.wait()
+    if any(end.returncode == SKIPPED for end in ends.values()):
+        return None
+    for role, end in ends.items():
+        assert end.returncode == 0, f"the {role} ended with {end.returncode}: {said[role]}"
+    if not lib:
+        return {}
+    return {role: json.load(open(os.path.join(folder, f"{end.pid}.json"), encoding="utf-8")) for role, end in ends.items()}
+
+
+def check(reports, door, when, sides, settings):
+    ignored = settings.get("SDP_IO_URING") == "ignore"
+    for role, report in reports.items():
+        lanes, reasons = sum(report["lanes"].values()), report["reasons"]
+        if when in ("laned", "unread") or ignored:
+            assert lanes == 1, f"the {role} had no lane: {report}"
+        else:
+            assert lanes == 0, f"the {role} had a lane beside a ring: {report}"
+        # What goes past us may end the lane before the library has looked why, and at the other end it is the peer that ends it.
+        expected = {"io_uring"} if role in sides and door != "past" else set()
+        if when == "laned" and (not expected or door == "instruction"):
+            expected |= {"foreign_use", "refused"}
+        if expected and not ignored:
+            assert sum(reasons.get(reason, 0) for reason in expected) == 1, f"the {role} says {reasons}"
+        if ignored:
+            assert "io_uring" not in reasons, f"the {role} says {reasons}"
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--lib")
+    parser.add_argument("--end", required=True)
+    args = parser.parse_args()
+    lib = os.path.abspath(args.lib) if args.lib else None
+    cases = [(*case, {}) for case in itertools.product(DOORS, WHENS, SIDES)]
+    cases += [("past", "laned", sides, {}) for sides in SIDES]
+    if lib:
+        cases += [(door, "unread", ("server", "client"), {}) for door in ("liburing", "number")]
+        cases += [(door, "idle", ("server", "client"), {"SDP_IO_URING": "ignore"}) for door in DOORS]
+    done = failed = 0
+    for door, when, sides, settings in cases:
+        with tempfile.TemporaryDirectory(prefix="sdpreload-rings-") as folder:
+            case = f"{door}, {when}, at {' and '.join(sides)}{', ignored' if settings else ''}"
+            try:
+                reports = run(args.end, folder, door, when, sides, lib, settings)
+                if reports is not None:
+                    check(reports, door, when, sides, settings)
+                    done += 1
+                print(f"{case}: {'no such ring here' if reports is None else 'every byte'}", flush=True)
+            except AssertionError as error:
+                failed += 1
+                print(f"{case}: {error}", flush=True)
+    sys.exit(1 if failed else 0 if done else SKIPPED)
+
+
+if __name__ == "__main__":
+    main()
