@@ -54,6 +54,7 @@ struct Engine {
   StreamImpl* leaving_streams = nullptr;  ///< closed while a thread was inside: free when it has left
   std::atomic<Service*> service{nullptr};
   std::atomic<bool> has_ring{false};
+  std::atomic<bool> said_no_memory{false};
   std::atomic<bool> finishes{false};  ///< a thread is in finish_lanes()
   bool service_failed = false;
   std::unique_ptr<Capture> capture;  ///< made by the service thread
@@ -224,7 +225,10 @@ Stream track(int fd, Role role) noexcept {
   report_option_problems();
   if (e.compose == nullptr || e.options.policy == Family::tcp) return {};
   StreamImpl* s = new_stream();
-  if (s == nullptr) return {};
+  if (s == nullptr) {
+    if (!e.said_no_memory.exchange(true)) RDMA_LOG(warn, "no memory of the library's own is to be had: connections stay on TCP");
+    return {};
+  }
   s->role = role;
   s->fd = fd;
   s->stats = acquire_stats(fd);

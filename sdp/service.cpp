@@ -54,8 +54,10 @@ Service* Service::start(const Options& options, engine::Compose compose) noexcep
   if (service == nullptr) return nullptr;
   service->wake_fd_.store(engine::high_fd(static_cast<int>(sys::call(SYS_eventfd2, 0, EFD_NONBLOCK | EFD_CLOEXEC))));
   service->epoll_fd_ = engine::high_fd(static_cast<int>(sys::call(SYS_epoll_create1, EPOLL_CLOEXEC)));
-  if (const int failed = service->start_thread(1); failed != 0) {
-    RDMA_LOG(warn, "no service thread (%s): everything stays on TCP", std::strerror(failed));
+  const bool has_fds = service->wake_fd_.load() >= 0 && service->epoll_fd_ >= 0;
+  if (const int failed = has_fds ? service->start_thread(1) : EMFILE; failed != 0) {
+    RDMA_LOG(warn, "no service thread (%s): everything stays on TCP", has_fds ? std::strerror(failed) : "no descriptors");
+    delete service;
     return nullptr;
   }
   return service;
@@ -105,13 +107,15 @@ bool Service::open() noexcept {
   cm_->on_transcript([this](std::uint64_t cookie) { return transcript_of(cookie); });
   const auto watch = [this](int fd, std::uint32_t events, std::uint64_t tag) {
     epoll_event ev{events, {.u64 = tag}};
-    sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_ADD, fd, sys::arg(&ev));
+    return sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_ADD, fd, sys::arg(&ev)) == 0;
   };
-  watch(wake_fd_.load(), EPOLLIN, kWakeTag);
-  watch(cm_->fd(), EPOLLIN, kCmTag);
   open_links();
+  // Where a filter of system calls forbids one of these (seccomp), a thread that never wakes, or never sleeps, is of no use.
+  epoll_event none[1];
+  if (!watch(wake_fd_.load(), EPOLLIN, kWakeTag) || !watch(cm_->fd(), EPOLLIN, kCmTag) ||
+      !watch(channel_->fd(), EPOLLIN | EPOLLET, kBellTag) || sys::call(SYS_epoll_pwait, epoll_fd_, sys::arg(none), 1, 0, 0, 8) < 0)
+    return false;
   watch(links_->fd(), EPOLLIN, kLinksTag);
-  watch(channel_->fd(), EPOLLIN | EPOLLET, kBellTag);
   bell_fd_.store(channel_->fd(), std::memory_order_release);
   return true;
 }
@@ -119,6 +123,8 @@ bool Service::open() noexcept {
 void Service::run() noexcept {
   if (cm_ == nullptr && !open()) {
     RDMA_LOG(warn, "no device carries SDP here: everything stays on TCP");
+    is_idle_.store(true);  // before the look at what has been asked: submit() does it the other way round
+    refuse_all();
     return;
   }
   take_turn();
@@ -192,9 +198,27 @@ void Service::submit(StreamImpl* stream, std::uint8_t what) noexcept {
     StreamImpl* head = inbox_.load(std::memory_order_relaxed);
     do {
       stream->next_command = head;
-    } while (!inbox_.compare_exchange_weak(head, stream, std::memory_order_release, std::memory_order_relaxed));
+    } while (!inbox_.compare_exchange_weak(head, stream, std::memory_order_seq_cst, std::memory_order_relaxed));
   }
+  if (is_idle_.load()) return refuse_all();
   nudge();
+}
+
+/// There is no thread that could make lanes: by whoever asks for one.
+void Service::refuse_all() noexcept {
+  for (StreamImpl* stream = inbox_.exchange(nullptr); stream != nullptr;) {
+    StreamImpl* const next = stream->next_command;
+    const std::uint8_t what = stream->commands.exchange(0, std::memory_order_acq_rel);
+    if (what & kClosed) {
+      (void)engine::free_at_once(stream);  // in a handler's place its cell is lost
+    } else if (what & kPursue) {
+      (void)stream->lock.lock();
+      if (stream->phase.load() == Phase::pursued) stream->take_down_locked(LaneReason::no_resources);
+      stream->lock.unlock();
+      search_is_over(stream);
+    }
+    stream = next;
+  }
 }
 
 void Service::pursue(StreamImpl* stream) noexcept {

@@ -129,6 +129,7 @@ class Service {
   bool take_devices() noexcept;
   void submit(StreamImpl* stream, std::uint8_t what) noexcept;
   void take_commands() noexcept;
+  void refuse_all() noexcept;
   void forget(StreamImpl* stream) noexcept;
   void retire(StreamImpl* stream, Lane* lane, std::uint64_t conn, bool peer_gone) noexcept;
   void begin(StreamImpl* stream, std::uint16_t generation) noexcept;
@@ -241,6 +242,7 @@ class Service {
   std::int64_t held_due_ns_ = 0;
   bool held_back_ = false;                                   ///< some does, and has to wait for its peer
   std::atomic<StreamImpl*> inbox_{nullptr};                  ///< streams with commands, newest first
+  std::atomic<bool> is_idle_{false};                         ///< nothing works here: there is no thread any more
   std::unordered_map<std::uint64_t, Handshake> handshakes_;  ///< by anchor cookie
   std::unordered_map<std::uint64_t, StreamImpl*> streams_by_conn_;
   std::vector<StreamImpl*> laned_;  ///< streams with a lane

@@ -55,7 +55,8 @@ int main(int argc, char** argv) {
   const bool is_server = std::string_view(argv[1]) == "server";
   const std::string_view door = argv[3], when = argv[4];
   io_uring_params none{};
-  if (const long r = doors::by_instruction(SYS_io_uring_setup, 0, reinterpret_cast<long>(&none), 0, 0, 0, 0); r != -EINVAL)
+  if (const long r = doors::by_instruction(SYS_io_uring_setup, 0, reinterpret_cast<long>(&none), 0, 0, 0, 0);
+      r != -EINVAL && door != "none")
     return kNoSuchDoor;
   std::unique_ptr<Ring> ring;
   if (when == "start" || when == "idle") ring = open_ring(door);
