@@ -33,11 +33,24 @@ struct Free {
 };
 using Owned = std::unique_ptr<pollfd[], Free>;
 
+enum class As : std::uint8_t { poll, select };
+
+/// What select() shows of a descriptor in these sets: a hang-up is something to read, an error to read and to write, and neither is
+/// an exception.
+constexpr short shown_by_select(short events) noexcept {
+  int shown = POLLNVAL;
+  if ((events & POLLIN) != 0) shown |= POLLIN | POLLRDNORM | POLLHUP | POLLERR;
+  if ((events & POLLOUT) != 0) shown |= POLLOUT | POLLWRNORM | POLLERR;
+  if ((events & POLLPRI) != 0) shown |= POLLPRI;
+  return static_cast<short>(shown);
+}
+
 /// One wait over pollfds, by the protocol of sdp/stream.hpp. `shadow` is what the kernel is asked; entry `count` is the thread's
-/// bell.
+/// bell. For select() a descriptor of which the kernel tells only what its sets do not show is left out from then on, as `~fd`:
+/// poll would tell it again and again.
 class LaneWait {
  public:
-  LaneWait(pollfd* fds_in, nfds_t count, pollfd* shadow) noexcept : fds_(fds_in), count_(count), shadow_(shadow) {}
+  LaneWait(pollfd* fds_in, nfds_t count, pollfd* shadow, As as) noexcept : fds_(fds_in), count_(count), shadow_(shadow), as_(as) {}
 
   int run(std::int64_t timeout_ns, const sigset_t* mask) {
     const std::int64_t deadline = timeout_ns > 0 ? now_ns() + timeout_ns : 0;
@@ -136,8 +149,17 @@ class LaneWait {
                    : mask != nullptr ? sys::sleeping_call(sys::EndedBy::nothing, SYS_ppoll, args[0], args[1], args[2], args[3], 8)
                                      : sys::call(SYS_ppoll, args[0], args[1], args[2], 0, 8);
     if (r < 0) return static_cast<int>(r);
-    for (nfds_t i = 0; i < count_; ++i) fds_[i].revents = static_cast<short>(fds_[i].revents | shadow_[i].revents);
+    for (nfds_t i = 0; i < count_; ++i) {
+      if (as_ == As::select) hide(fds_[i], shadow_[i]);
+      fds_[i].revents = static_cast<short>(fds_[i].revents | shadow_[i].revents);
+    }
     return static_cast<int>(r);
+  }
+
+  static void hide(pollfd& entry, pollfd& kernels) noexcept {
+    const auto shown = static_cast<short>(kernels.revents & shown_by_select(entry.events));
+    if (kernels.revents != 0 && shown == 0) entry.fd = ~entry.fd;
+    kernels.revents = shown;
   }
 
   bool spin(const sigset_t* mask) {
@@ -154,6 +176,7 @@ class LaneWait {
   pollfd* fds_;
   nfds_t count_;
   pollfd* shadow_;
+  const As as_;
   bool has_slept_ = false;
 };
 
@@ -203,7 +226,7 @@ bool any_stream(const pollfd* set, nfds_t count) noexcept {
 
 /// `plain` is libc's way; it runs when no lane is concerned.
 template <class Plain>
-[[gnu::noinline]] int wait_for(pollfd* set, nfds_t count, std::int64_t timeout_ns, const sigset_t* mask, Plain plain) {
+[[gnu::noinline]] int wait_for(pollfd* set, nfds_t count, std::int64_t timeout_ns, const sigset_t* mask, As as, Plain plain) {
   constexpr nfds_t kOnStack = 64;
   if (count > (1U << 20) || !rdma::is_readable(set, count * sizeof *set) || !any_stream(set, count)) return plain();
   if (!any_lane(set, count)) {
@@ -217,7 +240,7 @@ template <class Plain>
     errno = ENOMEM;
     return -1;
   }
-  return preload::to_libc<int>(preload::cancellable([&] { return LaneWait(set, count, shadow).run(timeout_ns, mask); }));
+  return preload::to_libc<int>(preload::cancellable([&] { return LaneWait(set, count, shadow, as).run(timeout_ns, mask); }));
 }
 
 /// -1: for ever. The caller has asked valid().
@@ -257,7 +280,7 @@ int select_for(int n, fd_set* r, fd_set* w, fd_set* e, std::int64_t timeout_ns, 
     set[at++] = pollfd{fd, events, 0};
   }
   bool went_plain = false;
-  int result = wait_for(set, count, timeout_ns, mask, [&] {
+  int result = wait_for(set, count, timeout_ns, mask, As::select, [&] {
     went_plain = true;
     return plain();
   });
@@ -269,15 +292,16 @@ int select_for(int n, fd_set* r, fd_set* w, fd_set* e, std::int64_t timeout_ns, 
       errno = EBADF;
     } else {
       for (nfds_t i = 0; i < count; ++i) {
-        const auto settle = [&](fd_set* s, short bits) {
-          if (s == nullptr || !FD_ISSET(set[i].fd, s)) return;
-          if (set[i].revents & bits)
+        const int fd = set[i].fd >= 0 ? set[i].fd : ~set[i].fd;
+        const auto settle = [&](fd_set* s, short event) {
+          if (s == nullptr || !FD_ISSET(fd, s)) return;
+          if (set[i].revents & shown_by_select(event))
             ++result;
           else
-            FD_CLR(set[i].fd, s);
+            FD_CLR(fd, s);
         };
-        settle(r, POLLIN | POLLRDNORM | POLLHUP | POLLERR);
-        settle(w, POLLOUT | POLLWRNORM | POLLERR);
+        settle(r, POLLIN);
+        settle(w, POLLOUT);
         settle(e, POLLPRI);
       }
     }
@@ -295,12 +319,12 @@ bool no_stream_yet() noexcept { return !fds().ever_used(); }
 SDP_EXPORT int poll(pollfd* set, nfds_t count, int timeout) {
   if (no_stream_yet()) [[likely]]
     return libc().poll(set, count, timeout);
-  return wait_for(set, count, timeout < 0 ? -1 : static_cast<std::int64_t>(timeout) * 1'000'000, nullptr,
+  return wait_for(set, count, timeout < 0 ? -1 : static_cast<std::int64_t>(timeout) * 1'000'000, nullptr, As::poll,
                   [&] { return libc().poll(set, count, timeout); });
 }
 SDP_EXPORT int ppoll(pollfd* set, nfds_t count, const timespec* timeout, const sigset_t* mask) {
   if (no_stream_yet() || !valid(timeout)) return libc().ppoll(set, count, timeout, mask);
-  return wait_for(set, count, to_ns(timeout), mask, [&] { return libc().ppoll(set, count, timeout, mask); });
+  return wait_for(set, count, to_ns(timeout), mask, As::poll, [&] { return libc().ppoll(set, count, timeout, mask); });
 }
 SDP_EXPORT int select(int n, fd_set* r, fd_set* w, fd_set* e, timeval* timeout) {
   if (no_stream_yet() || (timeout != nullptr && (timeout->tv_sec < 0 || timeout->tv_usec < 0)))

@@ -10,6 +10,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
@@ -323,6 +324,64 @@ CASE(revents_peer_is_killed) {
   w.error();
   std::exit(0);  // there is no peer to end
 }
+// An exception is urgent data and nothing else: no end, hang-up or error wakes who waits for that alone.
+namespace {
+void wait_for_exceptions(int fd, int other) {
+  fd_set in, except;
+  FD_ZERO(&in);
+  FD_ZERO(&except);
+  FD_SET(fd, &except);
+  if (other >= 0) FD_SET(other, &in);
+  timeval limit{0, 60'000};
+  const Stopwatch watch;
+  told("select", select(std::max(fd, other) + 1, &in, nullptr, &except, &limit));
+  say("  exception %d, other %d, in time %d", FD_ISSET(fd, &except), other >= 0 && FD_ISSET(other, &in),
+      other >= 0 || watch.waited(60));
+}
+}  // namespace
+
+CASE(select_exceptions_alone) {
+  int ends[2];
+  if (pipe(ends) != 0 || write(ends[1], "x", 1) != 1) fail("pipe");
+  Walk w;
+  wait_for_exceptions(w.c.fd, -1);
+  w.peer_shuts(SHUT_WR);
+  settle();
+  wait_for_exceptions(w.c.fd, -1);
+  w.shut(SHUT_WR);
+  w.peer.call(Do::drain);
+  settle();
+  wait_for_exceptions(w.c.fd, -1);
+  wait_for_exceptions(w.c.fd, ends[0]);
+}
+CASE(select_exceptions_of_a_reset) {
+  Walk w;
+  w.peer_sends(10);  // the lane stays while they are there
+  w.peer.call(Do::reset);
+  settle();
+  wait_for_exceptions(w.c.fd, -1);
+  w.recv(100);
+  wait_for_exceptions(w.c.fd, -1);
+}
+CASE(select_exceptions_when_shut) {
+  Walk w;
+  w.shut(SHUT_RDWR);
+  wait_for_exceptions(w.c.fd, -1);
+  w.peer.later(20, Do::close);
+  wait_for_exceptions(w.c.fd, -1);
+  w.peer.answer();
+}
+CASE(select_exceptions_of_urgent_data) {
+  Walk w;
+  w.peer.later(20, Do::oob);
+  fd_set except;
+  FD_ZERO(&except);
+  FD_SET(w.c.fd, &except);
+  timeval limit{10, 0};
+  told("select", select(w.c.fd + 1, nullptr, nullptr, &except, &limit));
+  w.peer.answer();
+}
+
 // What the peer sees of our end.
 CASE(revents_we_end) {
   const linger now{1, 0};
