@@ -241,6 +241,7 @@ class ServedPair {
     }
     if (stream.lane != nullptr && stream.tx.load() == TxState::lane && !stream.lane_is_over()) {
       stream.lane->drain();
+      if (stream.lane->held() != 0) (void)stream.lane->flush();
       stream.lane->release_buffer();
       stream.lane->rest_if_idle(looks_ += Lane::kIdleNs);
     }
