@@ -249,6 +249,8 @@ StreamSnapshot snapshot(Stream stream) noexcept {
           s->role,
           s->blocking.load(),
           static_cast<std::uint8_t>(s->phase.load()),
+          s->rx_shut,
+          s->tx_shut,
           s->fd,
           s->rcv_timeout_ns,
           s->snd_timeout_ns,
@@ -261,6 +263,8 @@ Stream inherit(const StreamSnapshot& was) noexcept {
   if (s == nullptr) return {};
   s->role = was.role;
   s->fd = was.fd;
+  s->rx_shut = was.rx_shut;
+  s->tx_shut = was.tx_shut;
   s->blocking.store(was.blocking);
   s->rcv_timeout_ns = was.rcv_timeout_ns;
   s->snd_timeout_ns = was.snd_timeout_ns;

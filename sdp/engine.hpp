@@ -54,6 +54,7 @@ struct StreamSnapshot {
   Role role;
   Blocking blocking;
   std::uint8_t phase;
+  bool rx_shut, tx_shut;
   int fd;
   std::int64_t rcv_timeout_ns, snd_timeout_ns;
   std::uint64_t tcp_sent, tcp_received;

@@ -43,13 +43,15 @@ class IovCursor {
       return call(std::span(const_cast<iovec*>(iov_), static_cast<std::size_t>(end_ - iov_)));
     return with_copy(call);
   }
-  /// What is left as iovecs of its own, at most `max`; returns how many were written.
-  std::size_t rest(iovec* out, std::size_t max) const noexcept {
+  /// What is left as iovecs of its own, at most `max`, and of `bytes` in all; returns how many were written.
+  std::size_t rest(iovec* out, std::size_t max, std::size_t bytes = ~std::size_t{0}) const noexcept {
     std::size_t n = 0;
-    for (const iovec* v = iov_; v != end_ && n < max; ++v) {
+    for (const iovec* v = iov_; v != end_ && n < max && bytes != 0; ++v) {
       const std::size_t skip = v == iov_ ? offset_ : 0;
       if (v->iov_len == skip) continue;
-      out[n++] = iovec{static_cast<std::byte*>(v->iov_base) + skip, v->iov_len - skip};
+      const std::size_t here = v->iov_len - skip < bytes ? v->iov_len - skip : bytes;
+      out[n++] = iovec{static_cast<std::byte*>(v->iov_base) + skip, here};
+      bytes -= here;
     }
     return n;
   }

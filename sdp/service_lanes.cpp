@@ -239,7 +239,7 @@ bool Service::stop_at_exit() noexcept {
       if (!s->has_said_end()) s->end_tx_locked();
       s->unguard_resend();
       const bool reset = s->rx.load() == RxState::lane && s->lane->unread() != 0;
-      if (reset && s->lane->stopped()) {
+      if (s->lane_rest() != 0 || (reset && s->lane->stopped())) {
         s->resend.clear();
         KeptBytes::set_linger(s->fd, {1, 0});
       }

@@ -174,35 +174,41 @@ std::int64_t Stream::sendfile(int fd, int in_fd, std::int64_t* offset, std::size
   return total;
 }
 
+// What TCP does to a socket that is shut for both begins when the kernel knows of it.
 int Stream::shutdown(int fd, int how) const noexcept {
   StreamImpl* s = impl();
   const bool known = how == SHUT_RD || how == SHUT_WR || how == SHUT_RDWR;
+  bool fin_waits = false;
   if (known && s->phase.load(std::memory_order_acquire) == Phase::laned && s->lock.enter()) {
     if (s->generation.load(std::memory_order_relaxed) == generation() && s->phase.load(std::memory_order_relaxed) == Phase::laned &&
         s->usable_here()) {
       if (how != SHUT_RD && !s->has_said_end()) end_sending(*s);
       if (how != SHUT_RD) s->tx_shut = true;
-      if (how != SHUT_WR) s->rx_shut = true;
       s->lane->wake_sleepers();
     }
     if (how != SHUT_RD && s->phase.load(std::memory_order_relaxed) == Phase::laned && s->fin_has_to_wait()) s->fin_due = true;
-    const bool waits = how != SHUT_RD && (s->fin_due || !s->resend.empty());
-    if (waits) {
+    fin_waits = how != SHUT_RD && (s->fin_due || !s->resend.empty());
+    if (fin_waits) {
       s->fin_due = true;  // what send() took goes before the end
       (void)s->flush_resend(fd);
-      s->lock.unlock();
-      engine::nudge();
-      return how == SHUT_WR ? 0 : static_cast<int>(sys::call(SYS_shutdown, fd, SHUT_RD));
     }
     s->lock.unlock();
   }
-  const int result = static_cast<int>(sys::call(SYS_shutdown, fd, how));
-  // The lane may have come up meanwhile. Its peer, if it is unordered, waits for END; see attach().
-  if (result == 0 && how != SHUT_RD && s->phase.load(std::memory_order_seq_cst) == Phase::laned && s->lock.enter()) {
-    if (s->generation.load(std::memory_order_relaxed) == generation() && s->phase.load(std::memory_order_relaxed) == Phase::laned)
-      s->end_if_half_closed(fd);
-    s->lock.unlock();
+  if (fin_waits) engine::nudge();
+  const int result =
+      fin_waits && how == SHUT_WR ? 0 : static_cast<int>(sys::call(SYS_shutdown, fd, fin_waits ? int{SHUT_RD} : how));
+  if (result != 0 || !s->lock.enter()) return result;
+  if (s->generation.load(std::memory_order_relaxed) == generation()) {
+    if (how != SHUT_RD) s->tx_shut = true;
+    if (how != SHUT_WR) s->rx_shut = true;
+    if (s->phase.load(std::memory_order_relaxed) == Phase::laned && s->usable_here()) {
+      // The lane may have come up meanwhile. Its peer, if it is unordered, waits for END; see attach().
+      if (how != SHUT_RD) s->end_if_half_closed(fd);
+      s->refuse_late(fd);
+      s->lane->wake_sleepers();
+    }
   }
+  s->lock.unlock();
   return result;
 }
 
@@ -217,8 +223,11 @@ Phase StreamImpl::close(int at) noexcept {
     if (lane->unordered()) acknowledge_end();
     // Rule 7: closing with bytes unread resets the connection; the peer reads what it has and then gets ECONNRESET.
     const bool reset = rx.load(std::memory_order_relaxed) == RxState::lane && lane->unread() != 0;
+    const bool shut = lane_rest() != 0;  // the peer has seen the end of our direction
     lane->write_word(kGone, reset ? 1 : 0);
-    if (reset && lane->stopped()) {  // no word reaches the peer: the kernel tells it, and drops what is unsent as it always does
+    // Where no word reaches the peer, or may change what it has seen, the kernel tells it, and drops what is unsent as it always
+    // does.
+    if (shut || (reset && lane->stopped())) {
       resend.clear();
       unguard_resend();
       KeptBytes::set_linger(at, {1, 0});
@@ -294,6 +303,7 @@ int Stream::inq(int fd) const noexcept {
     if (s->lane->unread() == 0) s->lane->refuse_advert();
     const RxState rx = s->rx.load(std::memory_order_relaxed);
     if (rx == RxState::draining || rx == RxState::lane) queued += static_cast<int>(s->lane->unread());
+    queued += static_cast<int>(s->lane_rest());
   }
   s->lock.unlock();
   return queued;

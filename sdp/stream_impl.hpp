@@ -13,6 +13,7 @@
 //        taken down in ready, draining or lane: ──ABANDON──> abandoned ──RESEND(Q) seen──> resent ──Q reached──> ended
 //                                                                      ╰─END seen, or the peer is gone──> where it was, and reads
 //                                                                      on
+//        shut for both in draining or lane: ──ABANDON──> refused ──RESEND or END seen, the rest read──> ended
 //
 // Only one of END and RESEND is ever said: who has said END does not look at ABANDON. What lies in the lane stays there until the
 // anchor has brought it again, so that a sender that dies in the middle of that costs no byte.
@@ -44,7 +45,7 @@ namespace sdp {
 enum class Phase : std::uint8_t { unjudged, plain, pursued, laned, resting, final };
 enum class TxState : std::uint8_t { tcp, prepared, lane, ending, ended };
 enum class Asked : std::uint8_t { no, now, under_way };
-enum class RxState : std::uint8_t { tcp, ready, draining, lane, abandoned, resent, ended };
+enum class RxState : std::uint8_t { tcp, ready, draining, lane, abandoned, resent, refused, ended };
 
 /// Of a recvmsg(): control messages, which only the kernel has, and msg_flags.
 struct MessageExtras {
@@ -79,13 +80,14 @@ class alignas(64) StreamImpl {
   std::atomic<bool> has_large_buffer{false};  ///< the lane has memory that the service thread takes back when it is empty
   std::atomic<bool> tx_blocked{false};        ///< the program was told that it cannot write
   std::atomic<std::uint32_t> full_at{0};      ///< bytes that the lane's buffer took at the most when it refused the last ones
-  bool rx_shut = false;                       ///< SHUT_RD
+  bool rx_shut = false;                       ///< SHUT_RD, maybe before it had a lane
   bool reset_by_peer = false;                 ///< one ECONNRESET is due behind the bytes that the anchor still has
   bool bytes_missing = false;                 ///< bytes before those on the anchor are lost: one ECONNRESET is due at once
   bool tx_switched = false;                   ///< SWITCH is said
   std::atomic<Recovery> recovery{Recovery::none};
   std::atomic<bool> peer_gone{false};  ///< the peer's process or its lane is gone; what has come is still to be read
-  bool tx_shut = false;                ///< half-closed while it had a lane
+  bool tx_shut = false;                ///< half-closed, likewise
+  bool late_are_refused = false;       ///< the connection is reset for bytes that came by the lane behind SHUT_RDWR
   bool end_acknowledged = false;       ///< END_SEEN is said
   bool gone_is_said = false;           ///< at exit
   bool awaits_posts = false;           ///< see last_words_arrived()
@@ -115,6 +117,7 @@ class alignas(64) StreamImpl {
   std::uint64_t switch_at = 0;                   ///< P of the receiving direction
   std::uint64_t tx_switched_at = 0;              ///< P of the sending one
   RxState before_abandon = RxState::tcp;         ///< where an abandoned direction was
+  std::uint64_t rest_end = 0;                    ///< of a refused one: position of the lane up to which it is read
   std::uint64_t resent_from = 0, resent_to = 0;  ///< which bytes of the anchor's stream are the lane's once more
   std::atomic<std::int64_t> rcv_timeout_ns{0}, snd_timeout_ns{0};  ///< 0: none; negative: over at once
   /// Unordered: the anchor ended, or has bytes, before the peer's END came; when to give it up. 0: nothing of that.
@@ -162,8 +165,14 @@ class alignas(64) StreamImpl {
   void advance_rx(int fd) noexcept;      ///< follows the words: ready -> draining -> lane -> ended
   void look_at_anchor(int fd) noexcept;  ///< after anchor_event: FIN, RST or bytes beside the lane
   void handle_abandon(int fd) noexcept;  ///< the peer reads no further: the rest goes by the anchor
-  bool flush_resend(int fd) noexcept;    ///< true: nothing left to resend, and FIN is out if it was due
-  void guard_resend() noexcept;          ///< there are bytes to resend, which a kill must not drop without a sign
+  void refuse_late(int fd) noexcept;     ///< shut for both: what comes from now on is the kernel's to refuse
+  void follow_refusal(int fd) noexcept;
+  bool holds_rest() const noexcept;           ///< of a refused direction: there are bytes that came before
+  std::uint64_t lane_rest() const noexcept {  ///< of those, the lane's
+    return rx.load(std::memory_order_relaxed) == RxState::refused && lane->rx_bytes() < rest_end ? rest_end - lane->rx_bytes() : 0;
+  }
+  bool flush_resend(int fd) noexcept;  ///< true: nothing left to resend, and FIN is out if it was due
+  void guard_resend() noexcept;        ///< there are bytes to resend, which a kill must not drop without a sign
   void unguard_resend() noexcept;
   void tend() noexcept;              ///< what is due though the program makes no call
   Lane* take_spent_lane() noexcept;  ///< both directions are through with the lane: it is the caller's; nullptr: not yet
@@ -319,6 +328,7 @@ class alignas(64) StreamImpl {
   struct Receiving;
   class Waiting;
   std::int64_t take_from_lane(Receiving& r) noexcept;
+  std::int64_t take_rest(Receiving& r) noexcept;
   std::int64_t take_from_anchor(Receiving& r, RxState state) noexcept;
   std::int64_t send_by_messages(IovCursor& from) noexcept;
   std::int64_t lane_send(int fd, IovCursor& from, int flags, std::uint16_t gen);

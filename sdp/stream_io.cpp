@@ -407,15 +407,7 @@ std::int64_t StreamImpl::recv(int at, IovCursor& to, int flags, std::uint16_t ge
 // After READY the anchor is read with the lock held and never waited for inside the kernel.
 std::int64_t StreamImpl::anchor_recv_nowait(int at, IovCursor& to, std::size_t cap, int flags, MessageExtras* extras) noexcept {
   iovec iov[kMaxIov];
-  std::size_t count = to.rest(iov, kMaxIov);
-  std::size_t room = 0;
-  for (std::size_t i = 0; i < count; ++i) {
-    if (room + iov[i].iov_len >= cap) {
-      iov[i].iov_len = cap - room;
-      count = i + 1;
-    }
-    room += iov[i].iov_len;
-  }
+  const std::size_t count = to.rest(iov, kMaxIov, cap);
   const int kernel_flags = MSG_DONTWAIT | (flags & (MSG_PEEK | MSG_TRUNC));
   const long n = receive_message({iov, count}, extras, [&](long msg) { return sys::call(SYS_recvmsg, at, msg, kernel_flags); });
   if (n <= 0) return n;
@@ -507,6 +499,37 @@ std::int64_t StreamImpl::take_from_anchor(Receiving& r, RxState state) noexcept 
   return kEndsHere;
 }
 
+// Before SHUT_RDWR it came: the anchor's up to P, then the lane's.
+std::int64_t StreamImpl::take_rest(Receiving& r) noexcept {
+  if (r.peek) r.to = r.start;
+  if (const std::uint64_t received = tcp_received.load(std::memory_order_relaxed); received < switch_at) {
+    const std::int64_t n = anchor_recv_nowait(r.at, r.to, switch_at - received, r.flags, r.extras);
+    if (n > 0) return n;
+    switch_at = rest_end = 0;  // the connection ended before it had brought them, and nothing may take their place
+    r.result = n < 0 ? static_cast<int>(n) : -ECONNRESET;
+    return kEndsHere;
+  }
+  const std::size_t bytes = std::min<std::size_t>(lane_rest(), r.to.remaining());
+  std::int64_t n = 0;
+  if (r.flags & MSG_TRUNC) {
+    n = static_cast<std::int64_t>(lane->discard(bytes));
+  } else {
+    iovec iov[kMaxIov];
+    IovCursor part(iov, r.to.rest(iov, kMaxIov, bytes));
+    n = lane->recv(part, !r.peek);
+  }
+  if (n == 0) rest_end = 0;
+  if (n <= 0) return n == 0 ? kLookAgain : n;
+  r.to.skip(static_cast<std::size_t>(n));
+  if (r.peek) {
+    r.total = 0;
+  } else if (stats != nullptr) {
+    stats->lane.bytes_received.add(static_cast<std::uint64_t>(n));
+    stats->lane.messages_received.add(1);
+  }
+  return n;
+}
+
 std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16_t gen, MessageExtras* extras) {
   const bool nowait = (flags & MSG_DONTWAIT) != 0 || is_nonblocking(at);
   Receiving r{.at = at, .to = to, .start = to, .flags = flags, .nowait = nowait, .extras = extras};
@@ -529,7 +552,8 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
     std::int64_t n = 0;
     // A strict reader does not go to sleep in the kernel before the switch: nothing would wake it for the lane.
     const bool tcp_alone = (state == RxState::tcp && !strict.load(std::memory_order_relaxed)) || (flags & MSG_OOB) != 0;
-    if (phase.load(std::memory_order_relaxed) != Phase::laned || tcp_alone || state == RxState::ended) {
+    const bool ended = state == RxState::ended || (state == RxState::refused && !holds_rest());
+    if (phase.load(std::memory_order_relaxed) != Phase::laned || tcp_alone || ended) {
       if (bytes_missing) {
         if (r.total > 0) break;  // it is the next call's
         bytes_missing = reset_by_peer = false;
@@ -554,7 +578,7 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
       if (n >= 0 && lane->has_advert() && !to.done()) [[unlikely]]
         n += read_in_place(at, to, !nowait && !r.peek && (flags & MSG_TRUNC) == 0, gen);
     } else {
-      n = take_from_anchor(r, state);
+      n = state == RxState::refused ? take_rest(r) : take_from_anchor(r, state);
       if (n == kLookAgain) continue;
       if (n == kEndsHere) break;
     }

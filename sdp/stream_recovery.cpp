@@ -50,7 +50,7 @@ bool StreamImpl::is_sound(const Arrived& peer) const noexcept {
   RxState now = rx.load(std::memory_order_relaxed);
   if (now == RxState::abandoned) now = before_abandon;
   const bool may_have_switched = now != RxState::tcp;  // not without our READY
-  const bool has_switched = now == RxState::draining || now == RxState::lane;
+  const bool has_switched = now == RxState::draining || now == RxState::lane || now == RxState::refused;
   return (peer.switched ? may_have_switched : !has_switched && lane->rx_arrived() == 0) && peer.sent >= lane->rx_arrived() &&
          peer.received <= lane->tx_bytes();
 }

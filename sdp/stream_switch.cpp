@@ -78,6 +78,7 @@ void StreamImpl::attach(Lane* new_lane) noexcept {
 // Rule 4, custody: only while every byte that the kernel has moved for this socket went through us.
 void StreamImpl::try_ready(int at) noexcept {
   if (rx.load(std::memory_order_relaxed) != RxState::tcp || !lane->said(kPrepare)) return;
+  if (rx_shut && tx_shut) return abandon_rx();
   if (kernel_receivers.load(std::memory_order_seq_cst) != 0 || plain_waiters.load(std::memory_order_seq_cst) != 0) return;
   const AnchorCounts counts = anchor_counts(at);
   if (!counts.ok) return take_down_locked(LaneReason::foreign_use);
@@ -118,6 +119,7 @@ void StreamImpl::try_switch(int at) noexcept {
 
 void StreamImpl::advance_rx(int at) noexcept {
   if (rx.load(std::memory_order_relaxed) == RxState::tcp) try_ready(at);
+  if (rx.load(std::memory_order_relaxed) == RxState::refused) follow_refusal(at);
   if (rx.load(std::memory_order_relaxed) == RxState::abandoned) {
     const bool over = lane->said(kEnd) || no_word_comes();  // looked at first, for it is said last
     std::uint64_t end = 0;
@@ -226,6 +228,55 @@ void StreamImpl::abandon_rx() noexcept {
   lane->write_word(kAbandon, lane->rx_bytes());
 }
 
+namespace {
+/// Bytes that TCP would have taken from a peer whose program sends more than ours reads.
+std::uint64_t window_of(int fd) noexcept {
+  int buffer = 0;
+  socklen_t len = sizeof buffer;
+  sys::call(SYS_getsockopt, fd, SOL_SOCKET, SO_RCVBUF, sys::arg(&buffer), sys::arg(&len));
+  return static_cast<std::uint64_t>(buffer) / 2;
+}
+}  // namespace
+
+// Shut for both, a socket of TCP's takes nothing more: the first byte that comes resets the connection. So the peer is to send by
+// TCP what does not count as arrived yet, and the kernel refuses it. It must not come before our FIN.
+void StreamImpl::refuse_late(int at) noexcept {
+  if (!rx_shut || !fin_is_out()) return;
+  if (tx.load(std::memory_order_relaxed) == TxState::prepared) end_tx_locked();
+  const RxState now = rx.load(std::memory_order_relaxed);
+  if (now == RxState::tcp) return abandon_rx();
+  if ((now != RxState::draining && now != RxState::lane) || lane->said(kEnd) || lane_is_left() || is_recovering() ||
+      lane->is_reading() || lane->has_read() || anchor_counts(at).may_send)
+    return;
+  lane->refuse_advert();
+  lane->drain();
+  rest_end = lane->rx_bytes() + std::min(lane->unread(), window_of(at));
+  rx.store(RxState::refused, std::memory_order_release);
+  state_edges.fetch_add(1, std::memory_order_relaxed);
+  lane->write_word(kAbandon, rest_end);
+  lane->wake_sleepers();
+}
+
+bool StreamImpl::holds_rest() const noexcept {
+  return lane_rest() != 0 || tcp_received.load(std::memory_order_relaxed) < switch_at;
+}
+
+// The peer has answered ABANDON, or has said END before it saw it; or it cannot do without END, as on an unordered lane: then what
+// it had sent until then has come by the lane.
+void StreamImpl::follow_refusal(int at) noexcept {
+  std::uint64_t end = 0;
+  const bool over = no_word_comes(), ended = lane->said(kEnd, &end);
+  if (!ended && !over && !lane->said(kResend)) return;
+  if (lane->unordered()) acknowledge_end();
+  if (ended && end > rest_end && !std::exchange(late_are_refused, true)) {
+    break_off(at);  // to the peer it is what the kernel's refusal is, and here the error is the kernel's to tell
+    if (names_us(at)) sys::call(SYS_shutdown, at, SHUT_RDWR);
+  }
+  if (holds_rest()) return;
+  rx.store(RxState::ended, std::memory_order_release);
+  state_edges.fetch_add(1, std::memory_order_relaxed);
+}
+
 bool StreamImpl::resume_after_resend() noexcept {
   const std::uint64_t received = tcp_received.load(std::memory_order_relaxed);
   if (received < resent_from || received >= resent_to) return false;
@@ -332,6 +383,10 @@ void StreamImpl::tend() noexcept {
     give_up_on_end(fd);
   }
   if (!resend.empty() || fin_due) (void)flush_resend(fd);
+  if (lane != nullptr && rx_shut && tx_shut && phase.load(std::memory_order_relaxed) == Phase::laned) {
+    advance_rx(fd);
+    refuse_late(fd);
+  }
 }
 
 Lane* StreamImpl::take_spent_lane() noexcept {

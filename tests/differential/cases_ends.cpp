@@ -1,6 +1,8 @@
 // How connections end: half-closes, resets, deaths, linger.
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -179,6 +181,155 @@ CASE(shutdown_rd_wakes_own_recv) {
   other.join();
   told("send", c.send(10));
   told("peer", peer.call(Do::recv, 0, 10));
+}
+// Behind SHUT_RDWR the first byte that comes resets the connection; what had come before is still read.
+namespace {
+void show_reset(Peer& peer, Conn& c) {
+  pollfd p{c.fd, POLLIN | POLLOUT | POLLRDHUP, 0};
+  told("poll", poll(&p, 1, 0));
+  say("  %s", events(static_cast<unsigned short>(p.revents)).c_str());
+  say("peer polls in %s", events(static_cast<std::uint32_t>(peer.call(Do::poll_in, 0, 0))).c_str());
+  say("peer polls out %s", events(static_cast<std::uint32_t>(peer.call(Do::poll_out, 0, 0))).c_str());
+  told("peer sends", peer.call(Do::push, 0, 5));
+  told("peer recv", peer.call(Do::drain));
+  for (int i = 0; i < 4; ++i) told("recv", c.recv(60));
+  told("send", c.send(5, MSG_NOSIGNAL));
+  told("shutdown", shutdown(c.fd, SHUT_RDWR));
+  told("close", close(c.fd));
+}
+/// The peer is full, and waits in a call that may begin before or after we have shut the socket. TCP does not send to a full
+/// window: it resets when we read.
+void shut_both_when_full(Do waits, long argument, long limit) {
+  for (const int delay : {100, 0}) {
+    Peer peer;
+    Conn c = connection(peer);
+    told("send", c.send(7));
+    told("peer fills", peer.call(Do::fill) > 0);
+    peer.later(delay == 0 ? 100 : 0, waits, 0, argument);
+    settle(delay);
+    told("shutdown", shutdown(c.fd, SHUT_RDWR));
+    settle(300);
+    const Stopwatch watch;
+    ssize_t n = 0;
+    while (n >= 0 && watch.ms() < 5000)
+      if (n = c.recv(65536, MSG_DONTWAIT); n == 0) settle(1);
+    told("recv", n);
+    told("recv", c.recv(1));
+    told("ended", peer.answer().result < limit);
+    told("peer sends", peer.call(Do::push, 0, 5));
+    told("peer recv", peer.call(Do::drain));
+    say("peer polls out %s", events(static_cast<std::uint32_t>(peer.call(Do::poll_out, 0, 0))).c_str());
+  }
+}
+}  // namespace
+
+CASE(shut_both_and_peer_sends) {
+  for (const int unread : {0, 100})
+    for (const bool at_once : {true, false}) {
+      Peer peer;
+      Conn c = connection(peer);
+      told("send", c.send(7));
+      if (unread != 0) told("peer sends", peer.call(Do::send, 0, unread));
+      if (!at_once) told("shutdown", shutdown(c.fd, SHUT_RD));
+      told("shutdown", shutdown(c.fd, at_once ? SHUT_RDWR : SHUT_WR));
+      settle();
+      told("peer sends", peer.call(Do::push, 0, 5));
+      settle();
+      show_reset(peer, c);
+    }
+}
+CASE(shut_both_and_peer_sends_at_once) {
+  Peer peer;
+  Conn c = connection(peer);
+  told("shutdown", shutdown(c.fd, SHUT_RDWR));
+  told("peer sends", peer.call(Do::push, 0, 5));
+  told("recv", c.recv(60));
+  told("recv", c.recv(60));
+  told("peer sends", peer.call(Do::push, 0, 5));
+}
+CASE(shut_both_and_error) {
+  Peer peer;
+  Conn c = connection(peer);
+  told("shutdown", shutdown(c.fd, SHUT_RDWR));
+  told("peer sends", peer.call(Do::push, 0, 5));
+  settle();
+  int error = -1;
+  socklen_t len = sizeof error;
+  told("SO_ERROR", getsockopt(c.fd, SOL_SOCKET, SO_ERROR, &error, &len));
+  say("error %s", error_name(error).c_str());
+  told("recv", c.recv(60));
+}
+CASE(shut_both_and_peer_waits_to_send) { shut_both_when_full(Do::push, 64 << 20, 64 << 20); }
+CASE(shut_both_and_peer_polls) { shut_both_when_full(Do::poll_out, 10'000, 1L << 62); }
+CASE(shut_both_and_close_with_unread) {
+  Peer peer;
+  Conn c = connection(peer);
+  told("send", c.send(7));
+  told("peer sends", peer.call(Do::send, 0, 100));
+  told("shutdown", shutdown(c.fd, SHUT_RDWR));
+  settle(300);
+  int queued = 0;
+  told("FIONREAD", ioctl(c.fd, FIONREAD, &queued));
+  say("  %d", queued);
+  told("recv", c.recv(60, MSG_PEEK));
+  told("recv", c.recv(60));
+  told("close", close(c.fd));
+  settle();
+  told("peer recv", peer.call(Do::drain));
+  told("peer sends", peer.call(Do::push, 0, 5));
+}
+CASE(shut_both_and_peer_ends) {
+  for (const int unread : {0, 100}) {
+    Peer peer;
+    Conn c = connection(peer);
+    told("shutdown", shutdown(c.fd, SHUT_RDWR));
+    settle(300);
+    told("peer recv", peer.call(Do::drain));
+    if (unread != 0) told("peer sends", peer.call(Do::send, 0, unread));
+    told("peer closes", peer.call(Do::close));
+    settle();
+    told("recv", c.recv(60));
+    told("recv", c.recv(60));
+    told("send", c.send(5, MSG_NOSIGNAL));
+  }
+}
+// Before the first message that goes by a lane.
+CASE(any_shut_before_the_lane) {
+  for (const int how : {SHUT_RD, SHUT_RDWR}) {
+    Peer peer;
+    Conn c = cold(peer);
+    told("shutdown", shutdown(c.fd, how));
+    std::size_t received = 0;
+    long sent = 0;
+    for (int i = 0; i < 30; ++i) {
+      const long n = peer.call(Do::push, 0, 100);
+      sent += n > 0 ? n : 0;
+      settle(5);
+      const ssize_t got = c.recv(1000, MSG_DONTWAIT);
+      received += got > 0 ? static_cast<std::size_t>(got) : 0;
+      if (how == SHUT_RD && (c.send(1) != 1 || peer.call(Do::recv, 0, 1) != 1)) fail("send");
+    }
+    say("sent %ld, received %zu", sent, received);
+  }
+}
+CASE(shut_for_reading_and_peer_waits_to_send) {
+  Peer peer;
+  Conn c = connection(peer);
+  told("shutdown", shutdown(c.fd, SHUT_RD));
+  constexpr long kBytes = 5 << 20;
+  peer.later(0, Do::push, 0, kBytes);
+  settle(300);
+  const Stopwatch watch;
+  long received = 0;
+  while (received < kBytes && watch.ms() < 20'000) {
+    const ssize_t n = c.recv(1 << 20);  // 0, when there is nothing
+    if (n < 0) fail("recv");
+    if (n == 0) settle(1);
+    received += n;
+  }
+  told("recv", received);
+  told("peer sends", peer.answer().result);
+  told("recv", c.recv(2000));
 }
 CASE(shutdown_while_sending) {
   Peer peer;

@@ -19,6 +19,8 @@
 #include <cstring>
 #include <string>
 
+#include "blocking.hpp"
+
 extern char** environ;
 
 namespace differential {
@@ -240,8 +242,13 @@ Answer obey(const Command& c, std::vector<Slot>& slots, int& listening) {
       const int value = static_cast<int>(c.c);
       return done(setsockopt(conn.fd, static_cast<int>(c.a), static_cast<int>(c.b), &value, sizeof value));
     }
-    case Do::poll_in: {
-      pollfd p{conn.fd, POLLIN | POLLRDHUP, 0};
+    case Do::fill:
+      return done(static_cast<long>(fill_up(conn)));
+    case Do::push:  // one send, with what it says
+      return done(conn.send(static_cast<std::size_t>(c.a), MSG_NOSIGNAL));
+    case Do::poll_in:
+    case Do::poll_out: {
+      pollfd p{conn.fd, static_cast<short>(c.what == Do::poll_in ? POLLIN | POLLRDHUP : POLLOUT), 0};
       return done(poll(&p, 1, static_cast<int>(c.a)) > 0 ? p.revents : 0);
     }
     case Do::quit:

@@ -39,7 +39,25 @@ void fill(void* to, std::size_t bytes, std::uint64_t position);
 bool matches(const void* from, std::size_t bytes, std::uint64_t position);
 
 // --- the peer
-enum class Do : int { listen, connect, accept, send, recv, echo, shutdown, close, reset, oob, option, drain, poll_in, quit };
+enum class Do : int {
+  listen,
+  connect,
+  accept,
+  send,
+  recv,
+  echo,
+  shutdown,
+  close,
+  reset,
+  oob,
+  option,
+  drain,
+  fill,
+  push,
+  poll_in,
+  poll_out,
+  quit
+};
 struct Command {
   Do what;
   int slot;

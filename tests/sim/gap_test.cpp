@@ -1,7 +1,5 @@
 // What the kernel of the other side is told when bytes of a failed lane are lost, or are thrown away: RST, never an end in order.
-#include <poll.h>
-
-#include "tests/sim/served_pair.hpp"
+#include "tests/sim/laned_ends.hpp"
 
 namespace sdp::sim {
 namespace {
@@ -11,56 +9,9 @@ Hosts& hosts() {
   return late;
 }
 
-/// Two ends whose directions have both gone to the lane.
-class Ends {
+class Ends : public LanedEnds {
  public:
-  Ends() : ends(hosts(), LaneLimits{}, 0) {
-    for (unsigned i : {0U, 1U}) ends.attach(i);
-    for (int round = 0; round < 100 && !(on_lane(0) && on_lane(1)); ++round) {
-      for (unsigned i : {0U, 1U}) {
-        send(i, 1);
-        pass();
-        receive(1 - i);
-      }
-    }
-    if (!on_lane(0) || !on_lane(1)) broken("no lane");
-    while (receive(0) > 0 || receive(1) > 0) pass();
-  }
-  ~Ends() {
-    for (unsigned i : {0U, 1U})
-      if (ends.at(i).open) ends.close(i);
-    for (int round = 0; round < 6; ++round) pass();
-  }
-  Ends(const Ends&) = delete;
-  Ends& operator=(const Ends&) = delete;
-
-  void pass() {
-    hosts().release_all();
-    for (unsigned i : {0U, 1U}) ends.serve(i);
-  }
-  std::int64_t send(unsigned i, std::size_t bytes) {
-    const std::vector<std::byte> data(bytes);
-    return ends.end(i).handle().send(ends.end(i).fd, data.data(), bytes, MSG_DONTWAIT | MSG_NOSIGNAL);
-  }
-  std::int64_t receive(unsigned i) {
-    std::array<std::byte, 65536> data;
-    return ends.end(i).handle().recv(ends.end(i).fd, data.data(), data.size(), MSG_DONTWAIT);
-  }
-  /// What the kernel itself says on that side, past us.
-  long kernel_says(unsigned i) {
-    pollfd end{ends.end(i).fd, POLLIN, 0};
-    ::poll(&end, 1, 30'000);
-    std::byte one;
-    return rdma::sys::call(SYS_recvfrom, ends.end(i).fd, rdma::sys::arg(&one), 1, MSG_DONTWAIT, 0, 0);
-  }
-
-  ServedPair ends;
-
- private:
-  bool on_lane(unsigned i) {
-    const StreamImpl& s = *ends.end(i).stream;
-    return s.tx.load() == TxState::lane && s.rx.load() == RxState::lane;
-  }
+  Ends() : LanedEnds(hosts()) {}
 };
 
 }  // namespace

@@ -135,8 +135,9 @@ class Rig {
   StreamEnd& at(unsigned i) { return ends_.end(i); }
   std::uint64_t stream(unsigned i) const { return seed_ * 2 + i; }
   bool gone(unsigned i) { return !ends_.at(i).open; }
-  /// May the direction that i sends lose its tail, as with TCP? When i's socket is gone and answered bytes with RST.
-  bool lossy(unsigned i) const { return flow_[1 - i].unread || flow_[1 - i].after_end; }
+  /// May the direction that i sends lose its tail, as with TCP? When i's socket is gone and answered bytes with RST, or may have
+  /// refused some.
+  bool lossy(unsigned i) const { return flow_[1 - i].unread || flow_[1 - i].after_end || shut_for_both_; }
 
   /// Unordered: may the direction that i sends lose its tail? Only with i's process, and the reader must be told.
   bool died(unsigned i) { return unordered() && ends_.at(i).dead; }
@@ -172,7 +173,9 @@ class Rig {
                                                    << flow_[1 - side].received << ", " << state(side));
   }
   void end(unsigned i) {
-    switch (chance_.pick(0, 3)) {
+    switch (chance_.pick(0, 4)) {
+      case 4:
+        return shutdown(i, SHUT_RDWR);
       case 0:
         return close(i);
       case 1:
@@ -181,9 +184,11 @@ class Rig {
         return shutdown(i);
     }
   }
-  void shutdown(unsigned i) {
-    const int r = at(i).handle().shutdown(at(i).fd, SHUT_WR);
-    if (r != 0 && !flow_[i].shut && !gone(1 - i)) broken("shutdown: ", r);  // the second of both finds no connection
+  void shutdown(unsigned i, int how = SHUT_WR) {
+    const int r = at(i).handle().shutdown(at(i).fd, how);
+    // The second of both finds no connection.
+    if (r != 0 && !flow_[i].shut && !gone(1 - i) && !shut_for_both_) broken("shutdown: ", r);
+    if (how == SHUT_RDWR) shut_for_both_ = true;
     flow_[i].shut = true;
   }
   void close(unsigned i) {
@@ -207,7 +212,7 @@ class Rig {
         const int file = memfd_create("bytes", MFD_CLOEXEC);
         if (file < 0 || write(file, out_.data(), bytes) != static_cast<ssize_t>(bytes)) broken("no file");
         std::int64_t offset = 0;
-        const bool dies = flow.shut || gone(1 - i);  // sendfile has no MSG_NOSIGNAL
+        const bool dies = flow.shut || gone(1 - i) || shut_for_both_;  // sendfile has no MSG_NOSIGNAL
         n = dies ? -EAGAIN : e.handle().sendfile(e.fd, file, &offset, bytes);
         if (n > 0 && offset != n) broken("sendfile moved the offset by ", offset, " for ", n, " bytes");
         ::close(file);
@@ -231,7 +236,8 @@ class Rig {
       if (gone(1 - i)) flow.after_end = true;
       flow.sent += static_cast<std::uint64_t>(n);
     } else if (n == -EPIPE || n == -ECONNRESET) {
-      if (!(n == -EPIPE && flow.shut) && !gone(1 - i)) broken("side ", i, ": send failed with ", n, " though nobody closed");
+      if (!(n == -EPIPE && flow.shut) && !gone(1 - i) && !shut_for_both_)
+        broken("side ", i, ": send failed with ", n, " though nobody closed");
       if (n == -ECONNRESET) flow_[1 - i].reset = true;  // the kernel tells it once
     } else if (n != -EAGAIN) {
       broken("send: ", n);
@@ -268,10 +274,11 @@ class Rig {
     if (n > 0) {
       if (static_cast<std::size_t>(n) > bytes || flow.received + static_cast<std::uint64_t>(n) > flow.sent)
         broken("side ", i, " got ", n, " of ", flow.sent - flow.received, " bytes");
-      if (flow.end_seen) broken("side ", i, " got bytes after the end");
+      if (flow.end_seen && !shut_for_both_) broken("side ", i, " got bytes after the end");
       if (!trunc) verify(in_.data(), static_cast<std::size_t>(n), stream(1 - i), flow.received, peek ? "peek" : "recv");
     } else if (n == 0) {
-      if (!flow.shut && !gone(1 - i)) broken("side ", i, " got an end that nobody made, at ", flow.received, " of ", flow.sent);
+      if (!flow.shut && !gone(1 - i) && !shut_for_both_)
+        broken("side ", i, " got an end that nobody made, at ", flow.received, " of ", flow.sent);
       if (flow.received != flow.sent && !lossy(1 - i) && !flow.reset)
         broken("side ", i, ": the end came at ", flow.received, " of ", flow.sent);
       flow.end_seen = true;
@@ -303,7 +310,8 @@ class Rig {
       const bool early = unordered() && (flow_[1 - i].shut || gone(1 - i));
       if (readable && n == -EAGAIN && !early) broken("side ", i, " is readable, and recv finds nothing: ", state(i));
       if (!readable && n != -EAGAIN) broken("side ", i, " is not readable, and recv finds ", n, ": ", state(i));
-    } else if ((ready & POLLOUT) != 0 && send(i, 1) == -EAGAIN && e.stream->resend.empty() && !flow_[i].shut && !gone(1 - i)) {
+    } else if ((ready & POLLOUT) != 0 && send(i, 1) == -EAGAIN && e.stream->resend.empty() && !flow_[i].shut && !gone(1 - i) &&
+               !shut_for_both_) {
       broken("side ", i, " is writable, and send takes nothing: ", state(i));
     }
   }
@@ -386,7 +394,8 @@ class Rig {
   Chance chance_;
   ServedPair ends_;
   std::array<Flow, 2> flow_;
-  bool failed_ = false;  ///< the lane
+  bool failed_ = false;         ///< the lane
+  bool shut_for_both_ = false;  ///< one side is
   std::vector<std::byte> out_, in_;
 };
 
