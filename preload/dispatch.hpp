@@ -65,6 +65,13 @@ inline void leave_lane(int fd, sdp::LaneReason reason) noexcept {
   stream.take_down(reason);
 }
 
+/// The same for a call that sends. False: it must not yet, with errno; on a blocking descriptor it has waited.
+inline bool leave_lane_to_send(int fd, bool nowait = false) {
+  const sdp::Stream stream = fds().find(fd);
+  if (!stream) return true;
+  return to_libc<int>(cancellable([&]() -> std::int64_t { return stream.await_tcp(fd, sdp::LaneReason::mode, nowait); })) == 0;
+}
+
 }  // namespace preload
 
 /// Marks what the library exports; everything else is hidden. The list is exports.map.

@@ -176,7 +176,7 @@ SDP_EXPORT FILE* fdopen(int fd, const char* mode) noexcept {
 SDP_EXPORT FILE* _IO_fdopen(int fd, const char* mode) noexcept { return fdopen(fd, mode); }
 SDP_EXPORT int vdprintf(int fd, const char* format, va_list args) {
   static const auto real = reinterpret_cast<decltype(&::vdprintf)>(preload::next_symbol("vdprintf"));
-  preload::leave_lane(fd, sdp::LaneReason::mode);
+  if (!preload::leave_lane_to_send(fd)) return -1;
   return real(fd, format, args);
 }
 SDP_EXPORT int dprintf(int fd, const char* format, ...) {
@@ -189,7 +189,7 @@ SDP_EXPORT int dprintf(int fd, const char* format, ...) {
 // The fortified ones look at the format as well: with libc's eyes.
 SDP_EXPORT int __vdprintf_chk(int fd, int flag, const char* format, va_list args) {
   static const auto real = reinterpret_cast<int (*)(int, int, const char*, va_list)>(preload::next_symbol("__vdprintf_chk"));
-  preload::leave_lane(fd, sdp::LaneReason::mode);
+  if (!preload::leave_lane_to_send(fd)) return -1;
   return real(fd, flag, format, args);
 }
 SDP_EXPORT int __dprintf_chk(int fd, int flag, const char* format, ...) {

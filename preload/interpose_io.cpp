@@ -11,6 +11,7 @@
 using preload::dispatch;
 using preload::dispatch_cancellable;
 using preload::leave_lane;
+using preload::leave_lane_to_send;
 using preload::Libc;
 using sdp::Stream;
 namespace sys = rdma::sys;
@@ -121,13 +122,13 @@ SDP_EXPORT int recvmmsg(int fd, mmsghdr* msgs, unsigned count, int flags, timesp
 }
 SDP_EXPORT int sendmmsg(int fd, mmsghdr* msgs, unsigned count, int flags) {
   static const auto real = next<decltype(&::sendmmsg)>("sendmmsg");
-  leave_lane(fd, sdp::LaneReason::mode);
+  if (!leave_lane_to_send(fd, (flags & MSG_DONTWAIT) != 0)) return -1;
   return real(fd, msgs, count, flags);
 }
 SDP_EXPORT ssize_t splice(int in, off64_t* in_at, int out, off64_t* out_at, size_t len, unsigned flags) {
   static const auto real = next<decltype(&::splice)>("splice");
   leave_lane(in, sdp::LaneReason::mode);
-  leave_lane(out, sdp::LaneReason::mode);
+  if (!leave_lane_to_send(out, (flags & SPLICE_F_NONBLOCK) != 0)) return -1;
   return real(in, in_at, out, out_at, len, flags);
 }
 SDP_EXPORT ssize_t preadv2(int fd, const iovec* iov, int count, off_t at, int flags) {
@@ -137,7 +138,7 @@ SDP_EXPORT ssize_t preadv2(int fd, const iovec* iov, int count, off_t at, int fl
 }
 SDP_EXPORT ssize_t pwritev2(int fd, const iovec* iov, int count, off_t at, int flags) {
   static const auto real = next<decltype(&::pwritev2)>("pwritev2");
-  leave_lane(fd, sdp::LaneReason::mode);
+  if (!leave_lane_to_send(fd, (flags & RWF_NOWAIT) != 0)) return -1;
   return real(fd, iov, count, at, flags);
 }
 SDP_EXPORT ssize_t preadv64v2(int fd, const iovec* iov, int count, off64_t at, int flags) {

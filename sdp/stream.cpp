@@ -82,7 +82,8 @@ std::int64_t Stream::recv_nothing(int fd, int flags) const {
 std::int64_t Stream::sendmsg(int fd, const msghdr* msg, int flags) const {
   const bool sound = is_sound(msg);
   if (!sound || (msg->msg_controllen != 0 && msg->msg_control != nullptr)) {
-    if (sound) take_down(LaneReason::mode);
+    if (sound)
+      if (const int r = await_tcp(fd, LaneReason::mode, (flags & MSG_DONTWAIT) != 0); r != 0) return r;
     return sys::blocking_call(sys::EndedBy::nothing, SYS_sendmsg, fd, sys::arg(msg), flags);
   }
   IovCursor from(msg->msg_iov, msg->msg_iovlen);
@@ -340,6 +341,11 @@ void Stream::take_down(LaneReason reason) const noexcept {
       s->keep_gap_from_ring(s->fd);
   }
   s->lock.unlock();
+}
+
+int Stream::await_tcp(int fd, LaneReason reason, bool nowait) const {
+  take_down(reason);
+  return impl()->phase.load(std::memory_order_acquire) == Phase::laned ? impl()->await_end_of_lane(fd, nowait, generation()) : 0;
 }
 
 // The QP works in no other process, not even in a vfork child: there the parent's service thread takes the lane down.

@@ -62,6 +62,9 @@ class Stream {
   /// The lane goes, the stream stays on TCP for good: a mode that no lane can have, a call that we do not carry, a second process,
   /// an exec. Waits for nobody. Cheap when there is no lane.
   void take_down(LaneReason reason) const noexcept;
+  /// take_down(), and waits until a call that sends past us would not overtake what send() took. 0: TCP alone carries what comes;
+  /// -EAGAIN: not yet, and the call may not wait; -EINTR, -EPIPE.
+  int await_tcp(int fd, LaneReason reason, bool nowait) const;
 
   /// Before another program uses the connection: as take_down(). In a vfork child the lane is its parent's to end.
   void leave_to_program() const noexcept;

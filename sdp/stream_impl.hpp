@@ -300,6 +300,8 @@ class alignas(64) StreamImpl {
 
   static constexpr int kNothingYet = 1;
   static constexpr std::int64_t kEndsHere = -1, kLookAgain = -2;
+  /// Taken down: until TCP alone carries what is sent. As Stream::await_tcp(), which takes down first.
+  int await_end_of_lane(int fd, bool nowait, std::uint16_t gen);
   /// Until TCP takes bytes again; without the lock. 0, -EINTR, or -EAGAIN after SO_SNDTIMEO.
   int await_anchor(int fd, std::int64_t& deadline);
   int wait_for_room(bool nowait, std::int64_t& deadline);  ///< as wait()

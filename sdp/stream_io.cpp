@@ -370,6 +370,32 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
   return total;
 }
 
+int StreamImpl::await_end_of_lane(int at, bool nowait, std::uint16_t gen) {
+  nowait = nowait || is_nonblocking(at);
+  std::int64_t deadline = 0;
+  int result = 0;
+  if (!lock.enter()) return -EAGAIN;
+  while (result == 0 && generation.load(std::memory_order_relaxed) == gen &&
+         phase.load(std::memory_order_relaxed) == Phase::laned) {
+    leave_dead_lane(at);
+    if (!end_is_settled()) {
+      lane->drain();
+      result = tx_shut ? -EPIPE : end_is_settled() ? 0 : wait_for_room(nowait, deadline);
+    } else if (fin_due || resend.empty() || flush_resend(at)) {
+      break;  // behind FIN the kernel has an error for it
+    } else if (nowait) {
+      result = -EAGAIN;
+    } else {
+      lock.unlock();
+      result = await_anchor(at, deadline);
+      (void)lock.lock();
+    }
+  }
+  if (result == 0 && fin_due) result = -EPIPE;
+  lock.unlock();
+  return result;
+}
+
 int StreamImpl::await_anchor(int at, std::int64_t& deadline) {
   if (deadline == 0 && snd_timeout_ns != 0) deadline = now_ns() + snd_timeout_ns;
   const bool limited = deadline != 0;
