@@ -28,8 +28,11 @@ void Connection::see_adverts() noexcept {
   takes_data_ = state_ == ConnState::established && !sink_.is_open();
 }
 
-void Connection::start_adverts(unsigned of_peer) noexcept {
-  source_.start(of_peer / kAdverts, 0);
+void Connection::greeted(std::uint32_t peer_size, std::uint16_t peer_bufs, unsigned peer_adverts) noexcept {
+  peer_recv_size_ = first_peer_size_ = believable(peer_size);
+  first_peer_bufs_ = peer_bufs;
+  credit_.start(peer_bufs, limits_.recv_buffers);
+  source_.start(peer_adverts / kAdverts, 0);
   sink_.start(1, 0);
 }
 
@@ -68,9 +71,7 @@ Rx Connection::on_message_slow(std::span<const std::byte> shared) noexcept {
   if (state_ == ConnState::hello_wait) {
     const auto hello = wire::parse_hello(msg);
     if (!hello) return fail(to_string(hello.error()));
-    peer_recv_size_ = believable(hello.value().local_rcv_size);
-    credit_.start(rdma::load_be16(copy + 2), limits_.recv_buffers);
-    start_adverts(hello.value().adverts());
+    greeted(hello.value().local_rcv_size, rdma::load_be16(copy + 2), hello.value().adverts());
     hello_ack_due_ = true;
     move(ConnEvent::rx_hello);
     return Rx::established;
@@ -78,9 +79,7 @@ Rx Connection::on_message_slow(std::span<const std::byte> shared) noexcept {
   if (state_ == ConnState::hello_sent) {
     const auto ack = wire::parse_hello_ack(msg);
     if (!ack) return fail(to_string(ack.error()));
-    peer_recv_size_ = believable(ack.value().actual_rcv_size);
-    credit_.start(rdma::load_be16(copy + 2), limits_.recv_buffers);
-    start_adverts(ack.value().max_adverts);
+    greeted(ack.value().actual_rcv_size, rdma::load_be16(copy + 2), ack.value().max_adverts);
     move(ConnEvent::rx_hello_ack);
     return Rx::established;
   }
@@ -113,13 +112,12 @@ Rx Connection::on_message_slow(std::span<const std::byte> shared) noexcept {
     case Mid::ch_rcv_buf: {
       const auto wish = wire::parse_ch_rcv_buf(msg);
       if (!wish) return fail("bad ChRcvBuf");
-      const std::uint32_t size = std::min(wish.value().size, limits_.recv_size_max);
-      if (size <= recv_size_ || wanted_recv_size_ != 0) {
+      if (wanted_recv_size_ != 0) {
         ack_recv_size_ = recv_size_;  // a refusal acks the size in force
         return Rx::control;
       }
-      wanted_recv_size_ = size;
-      return Rx::resize;
+      wanted_recv_size_ = std::clamp(wish.value().size, limits_.recv_size, std::max(limits_.recv_size_max, recv_size_));
+      return wanted_recv_size_ > recv_size_ ? Rx::resize : Rx::shrink;
     }
     case Mid::ch_rcv_buf_ack: {
       const auto granted = wire::parse_ch_rcv_buf_ack(msg);
@@ -246,6 +244,8 @@ std::size_t Connection::next_control(std::span<std::byte, kControlBytes> out) no
       const std::uint32_t size = ask_recv_size_;
       ask_recv_size_ = 0;
       resize_asked_ = true;
+      asked_recv_size_ = size;
+      peer_recv_size_ = std::min(peer_recv_size_, size);
       return emit_control(Mid::ch_rcv_buf, size, true, out.data());
     }
     if (disconn_due_ && sending_) {

@@ -35,7 +35,8 @@ enum class Rx : std::uint8_t {
   established,  ///< Hello or HelloAck completed the set-up; the buffer can go home
   disconn,      ///< the peer's half is closed, after the payload queued so far
   resize,       ///< the peer asks for larger buffers: wanted_recv_size(); answer when the last small one is gone (resize_done)
-  resized,      ///< our wish was granted: max_payload() grew
+  shrink,       ///< the peer sends nothing longer than wanted_recv_size() any more; answer when the last large one is gone
+  resized,      ///< our wish was answered: max_payload() says how
   answered,     ///< the peer has told of our advert: source() has changed
   abort,        ///< AbortConn or an illegal message: error() says which; the lane is over
 };
@@ -50,6 +51,7 @@ class Connection {
   bool may_send_payload() const noexcept { return sending_ && credit_.may_send_payload(); }
   std::uint32_t max_payload() const noexcept { return peer_recv_size_ - static_cast<std::uint32_t>(wire::kBsdhBytes); }
   std::uint32_t wanted_recv_size() const noexcept { return wanted_recv_size_; }
+  std::uint32_t recv_size() const noexcept { return recv_size_; }  ///< in force: no message of the peer's is longer, in bytes
 
   /// Writes the header of a Data message; may_send_payload() must hold (or credit().may_send_update() with `payload` 0).
   void emit_data(std::uint32_t payload, std::byte* out) noexcept {
@@ -107,14 +109,21 @@ class Connection {
   void want_disconn() noexcept { disconn_due_ = true; }
   void want_peer_recv_size(std::uint32_t bytes) noexcept { ask_recv_size_ = bytes; }
   bool resize_pending() const noexcept { return ask_recv_size_ != 0 || resize_asked_; }
-  void resize_done(std::uint32_t bytes) noexcept;  ///< all posted buffers now have `bytes`
+  /// All posted buffers take messages of `bytes`; the size in force refuses the peer's wish.
+  void resize_done(std::uint32_t bytes) noexcept;
+  /// The peer has more or larger buffers than at first.
+  bool peer_has_grown() const noexcept { return peer_recv_size_ > first_peer_size_ || credit_.peer_posted() > first_peer_bufs_; }
+  /// It may go back to those: nothing longer is sent from here on, until it grants that again.
+  void want_peer_to_shrink() noexcept { ask_recv_size_ = first_peer_size_; }
+  bool peer_shrinks() const noexcept { return resize_asked_ && asked_recv_size_ == first_peer_size_; }
+  std::uint16_t first_peer_bufs() const noexcept { return first_peer_bufs_; }
   void abort(const char* why) noexcept { (void)fail(why); }
 
  private:
   Rx on_message_slow(std::span<const std::byte> msg) noexcept;
   Rx fail(const char* why) noexcept;
   bool move(ConnEvent event) noexcept;
-  void start_adverts(unsigned of_peer) noexcept;
+  void greeted(std::uint32_t peer_size, std::uint16_t peer_bufs, unsigned peer_adverts) noexcept;
   void see_adverts() noexcept;
   Rx on_src_avail(std::span<const std::byte> copy, std::size_t bytes) noexcept;
   Rx on_source(SourceAdverts::Rx rx) noexcept;
@@ -133,9 +142,12 @@ class Connection {
   bool resize_asked_ = false;
   std::uint32_t recv_size_;
   std::uint32_t peer_recv_size_ = static_cast<std::uint32_t>(wire::kBsdhBytes);
+  std::uint32_t first_peer_size_ = 0;  ///< peer_recv_size_ as it was in its greeting
+  std::uint16_t first_peer_bufs_ = 0;
   std::uint32_t wanted_recv_size_ = 0;
   std::uint32_t ack_recv_size_ = 0;  ///< ChRcvBufAck due with this size
   std::uint32_t ask_recv_size_ = 0;  ///< ChRcvBuf due with this size
+  std::uint32_t asked_recv_size_ = 0;
   SourceAdverts source_;
   SinkAdverts sink_;
   const char* error_ = "";

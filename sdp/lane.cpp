@@ -22,14 +22,27 @@ std::size_t Lane::block_bytes(std::uint32_t size) const noexcept {
   return (size + device_->attr().recv_prefix_bytes + 63) & ~std::size_t{63};
 }
 
-bool Lane::allocate_buffer(Buffer& buffer, std::uint32_t size) noexcept {
+/// Those beyond the first ones, on a device that pins what is registered, in memory that can be given back.
+bool Lane::allocate_buffer(Buffer& buffer, std::uint32_t size, bool is_first) noexcept {
   const std::uint32_t prefix = device_->attr().recv_prefix_bytes;
   const std::size_t bytes = block_bytes(size);
-  auto block = (*peer_)->heap->allocate(bytes, 64);
-  if (!block) return false;
-  buffer = Buffer{block->addr, block->addr + prefix, size, block->mr->lkey};
+  if (unordered_ && !is_first) {
+    const RecvExtents::Piece piece = recv_extents_.take(*(*peer_)->pd, bytes);
+    if (piece.addr == nullptr) return false;
+    buffer = Buffer{piece.addr, piece.addr + prefix, size, piece.lkey, false};
+  } else {
+    auto block = (*peer_)->heap->allocate(bytes, 64);
+    if (!block) return false;
+    buffer = Buffer{block->addr, block->addr + prefix, size, block->mr->lkey, true};
+  }
   buffer_bytes_ += bytes;
   return true;
+}
+
+void Lane::free_buffer(Buffer& buffer) noexcept {
+  if (!recv_extents_.give_back(buffer.block)) (*peer_)->heap->deallocate(buffer.block);
+  buffer_bytes_ -= block_bytes(buffer.size);
+  buffer = {};
 }
 
 Result<Unit> Lane::open(rdma::CompletionChannel* channel) noexcept {
@@ -66,7 +79,8 @@ Result<Unit> Lane::open(rdma::CompletionChannel* channel) noexcept {
   if (max_inline_ < kLeastInline) return rdma::fail(ENOTSUP, "lane: the device takes too few bytes inline");
 
   for (std::uint16_t i = 0; i < limits_.conn.recv_buffers + 1; ++i) {
-    if (!allocate_buffer(buffers_[i], limits_.conn.recv_size)) return rdma::fail(ENOMEM, "lane: no memory for receive buffers");
+    if (!allocate_buffer(buffers_[i], limits_.conn.recv_size, true))
+      return rdma::fail(ENOMEM, "lane: no memory for receive buffers");
     ++buffer_count_;
     const RecvWr wr{i, buffers_[i].addr, buffers_[i].size, buffers_[i].lkey};
     if (qp_->post_recv({&wr, 1}) != rdma::Post::ok) return rdma::fail(EIO, "lane: cannot post receive buffers");
@@ -88,8 +102,7 @@ void Lane::close() noexcept {
   send_buffer_.release_all(*(*peer_)->heap);
   staging_.close(*(*peer_)->heap);
   for (Buffer& b : buffers_)
-    if (b.block != nullptr) (*peer_)->heap->deallocate(b.block);
-  buffers_ = {};
+    if (b.block != nullptr) free_buffer(b);
   delete peer_;
   peer_ = nullptr;
 }
@@ -150,10 +163,13 @@ void Lane::rest_if_idle(std::int64_t now_ns) noexcept {
   const std::uint64_t moves = tx_messages_ + rx_arrivals_;
   if (std::exchange(idle_moves_, moves) != moves || idle_since_ == 0) {
     idle_since_ = now_ns;
-    awaits_idle_ = false;
+    awaits_idle_ = asked_to_shrink_ = false;
     return;
   }
   if (!unordered_ || dead() || conn.state() != ConnState::established || now_ns - idle_since_ < kIdleNs) return;
+  drain();
+  if (dead()) return;
+  was_refused_ = false;
   // The peer may have a message that our device would still send once more: its completion counts, too.
   const bool device_is_done = !staging_.active() || staged_up_to_[reaped_ % kSendDepth] == staging_.position();
   const bool owes_ack = arrived_in_all() != told_arrived_;
@@ -167,6 +183,29 @@ void Lane::rest_if_idle(std::int64_t now_ns) noexcept {
     (void)write_peer(offsetof(LaneBlock, pulled), &rx_bytes_, 1, false);
   }
   if (staging_.active() && device_is_done && staging_.in_use() == 0 && held() == 0) staging_.close(*(*peer_)->heap);
+  release_peers_buffers();
+}
+
+// A buffer that is posted cannot be taken back, only be used up. Who has had the peer's buffers grow says that its messages will be
+// short again, and then uses them up by empty ones: each comes home at the peer and is exchanged for a small one, or not posted any
+// more. Half of what the peer grants at first is left to payload.
+void Lane::release_peers_buffers() noexcept {
+  if (held() != 0 || is_offering() || dead()) return;
+  if (!asked_to_shrink_ && conn.peer_has_grown() && !conn.resize_pending()) {
+    asked_to_shrink_ = true;
+    sweeps_left_ = 2 * kMaxBuffers;
+    cuts_ = wished_size_ = 0;
+    conn.want_peer_to_shrink();
+    send_control();
+  }
+  for (; conn.peer_shrinks() && sweeps_left_ != 0 && may_post() && conn.credit().credits() > conn.first_peer_bufs() / 2;
+       --sweeps_left_) {
+    std::array<std::byte, wire::kBsdhBytes> sweep;
+    conn.emit_data(0, sweep.data());
+    sent_[conn.credit().sent() % kMaxInFlight] = Sent{tx_bytes_, sends_, 0, 0, staging_.position()};
+    const rdma::Sge sge{sweep.data(), static_cast<std::uint32_t>(sweep.size()), {}};
+    if (!post_message(&sge, 1)) return;
+  }
 }
 
 void Lane::stop() noexcept {

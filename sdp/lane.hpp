@@ -23,6 +23,7 @@
 #include "sdp/copy_trial.hpp"
 #include "sdp/iov_cursor.hpp"
 #include "sdp/kept_bytes.hpp"
+#include "sdp/recv_extents.hpp"
 #include "sdp/send_buffer.hpp"
 #include "sdp/staging.hpp"
 #include "sdp/zero_copy.hpp"
@@ -293,9 +294,11 @@ class Lane {
 
   std::uint16_t recv_credits() const noexcept { return conn.credit().posted(); }
   std::size_t memory_bytes() const noexcept { return buffer_bytes_; }
-  std::size_t staging_bytes() const noexcept { return staging_.bytes(); }  ///< registered to gather messages in
+  std::size_t grown_bytes() const noexcept { return recv_extents_.bytes(); }  ///< registered for buffers beyond the first ones
+  std::size_t staging_bytes() const noexcept { return staging_.bytes(); }     ///< registered to gather messages in
   /// Called now and then: when nothing has gone by an unordered lane for kIdleNs, gives back what it gathers messages in, once the
-  /// peer has acknowledged all of them. What the peer waits for to do the same is said.
+  /// peer has acknowledged all of them, and lets the peer give back what receive buffers have grown by. What the peer waits for to
+  /// do the same is said.
   void rest_if_idle(std::int64_t now_ns) noexcept;
 
   Connection conn;
@@ -306,6 +309,7 @@ class Lane {
     std::byte* addr = nullptr;
     std::uint32_t size = 0;
     rdma::Lkey lkey{};
+    bool is_first = false;  ///< of the heap's memory, as those that a lane begins with
   };
   struct Unread {
     std::uint32_t buffer;
@@ -328,7 +332,8 @@ class Lane {
   bool awaits_ack() const noexcept { return unordered_ && rx_arrivals_ - told_arrivals_ >= kAckAtWait; }
   std::uint32_t shown_qpn() const noexcept;
   std::size_t block_bytes(std::uint32_t size) const noexcept;
-  bool allocate_buffer(Buffer& buffer, std::uint32_t size) noexcept;
+  bool allocate_buffer(Buffer& buffer, std::uint32_t size, bool is_first) noexcept;
+  void free_buffer(Buffer& buffer) noexcept;
   bool post_message(const rdma::Sge* sges, std::uint8_t count, std::uint8_t flags = rdma::kInline) noexcept;
   bool post_copy(const rdma::SendWr& wr) noexcept;
   bool post_staged(const rdma::Sge& whole) noexcept;
@@ -339,6 +344,12 @@ class Lane {
   bool post_data(rdma::Sge* sges, std::uint8_t count, std::uint32_t payload) noexcept;
   void send_control() noexcept;
   void home(std::uint32_t buffer) noexcept;
+  std::uint32_t target_size() const noexcept { return conn.wanted_recv_size() != 0 ? conn.wanted_recv_size() : conn.recv_size(); }
+  void begin_resize(Rx which) noexcept;
+  bool fits(const Buffer& buffer) const noexcept;
+  bool exchange(std::uint32_t buffer) noexcept;
+  void see_resize() noexcept;
+  void release_peers_buffers() noexcept;
   void queue(std::uint32_t buffer, std::uint32_t headers, std::uint32_t bytes) noexcept;
   void follow_offer() noexcept;
   void continue_read() noexcept;
@@ -400,7 +411,10 @@ class Lane {
   bool stopped_ = false;
   const char* failure_ = nullptr;
   std::uint16_t buffer_count_ = 0;
-  std::uint16_t small_left_ = 0;  ///< buffers still below wanted_recv_size
+  std::uint16_t misfits_ = 0;  ///< buffers that are to be exchanged when they come home
+  std::uint16_t surplus_ = 0;  ///< buffers that are to go when they come home
+  bool shrinks_ = false;       ///< to first buffers
+  bool was_refused_ = false;   ///< there was no memory for more or larger ones; until the lane has been idle
   std::uint16_t pending_posts_ = 0;
   std::uint32_t cuts_ = 0;         ///< ends of messages within a send, for the size of the peer's buffers; see weigh_cuts()
   std::uint32_t wished_size_ = 0;  ///< bytes: the last ChRcvBuf
@@ -426,6 +440,8 @@ class Lane {
   std::uint64_t idle_moves_ = 0;              ///< messages with payload, both ways, at the last rest_if_idle() that saw news
   std::int64_t idle_since_ = 0;               ///< when that was, ns
   bool awaits_idle_ = false;                  ///< a completion behind all of them
+  bool asked_to_shrink_ = false;              ///< since then
+  std::uint32_t sweeps_left_ = 0;             ///< see release_peers_buffers(); as many as a peer can have, and those on their way
 
   Capture* capture_ = nullptr;
   std::uint32_t capture_conn_ = Capture::kNoConnection;
@@ -451,6 +467,7 @@ class Lane {
   rdma::Rkey peer_words_rkey_{};
   std::array<std::atomic<std::uint64_t>*, kRings> peer_end_{};  ///< each ring's end in the peer's cursors, once it is in use
   std::size_t buffer_bytes_ = 0;
+  RecvExtents recv_extents_;
   KeptBytes kept_;               ///< without a device: the block, what is unread, what the peer may not have
   std::uint64_t kept_from_ = 0;  ///< position of the first byte of the latter
 

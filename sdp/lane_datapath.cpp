@@ -321,18 +321,53 @@ void Lane::send_control() noexcept {
 }
 
 void Lane::home(std::uint32_t index) noexcept {
-  Buffer& b = buffers_[index];
-  if (small_left_ != 0 && b.size < conn.wanted_recv_size()) [[unlikely]] {
-    Buffer larger;
-    if (allocate_buffer(larger, conn.wanted_recv_size())) {
-      (*peer_)->heap->deallocate(b.block);
-      buffer_bytes_ -= block_bytes(b.size);
-      b = larger;
-      if (--small_left_ == 0) conn.resize_done(b.size);
-    }
-  }
+  if ((misfits_ | surplus_) != 0 && !exchange(index)) [[unlikely]]
+    return;
   post_list_[pending_posts_++] = index;
   if (pending_posts_ == post_list_.size()) flush_posts();
+}
+
+void Lane::begin_resize(Rx which) noexcept {
+  // Where nothing is pinned, memory goes back to the heap of the peer's lanes at the most: not worth to grow again.
+  if (which == Rx::shrink ? !unordered_ : was_refused_) return conn.resize_done(conn.recv_size());
+  shrinks_ = which == Rx::shrink;
+  if (shrinks_) surplus_ = buffer_count_ - std::min<std::uint16_t>(limits_.conn.recv_buffers + 1, buffer_count_);
+  see_resize();
+}
+
+bool Lane::fits(const Buffer& b) const noexcept {
+  return b.block == nullptr || (b.size == target_size() && (b.is_first || !shrinks_));
+}
+
+/// How far the buffers have come to the size and number that are wanted. Buffer 0 took Hello and is out of the account.
+void Lane::see_resize() noexcept {
+  misfits_ =
+      static_cast<std::uint16_t>(std::count_if(buffers_.begin() + 1, buffers_.end(), [this](const Buffer& b) { return !fits(b); }));
+  if (misfits_ != 0 || surplus_ != 0) return;
+  shrinks_ = false;
+  if (conn.wanted_recv_size() != 0) conn.resize_done(conn.wanted_recv_size());
+}
+
+/// Buffers are changing their size or number, and this one has come home. False: it is none any more.
+bool Lane::exchange(std::uint32_t index) noexcept {
+  Buffer& b = buffers_[index];
+  if (surplus_ != 0) {
+    --surplus_;
+    --buffer_count_;
+    free_buffer(b);
+  } else if (const std::uint32_t size = target_size(); !fits(b)) {
+    Buffer other;
+    if (allocate_buffer(other, size, size == limits_.conn.recv_size)) {
+      free_buffer(b);
+      b = other;
+    } else if (size > b.size) {  // a larger one than is wanted does as well, until it comes home again
+      RDMA_LOG(info, "lane: no memory for receive buffers of %u bytes", size);
+      was_refused_ = unordered_;
+      conn.resize_done(conn.recv_size());
+    }
+  }
+  see_resize();
+  return b.block != nullptr;
 }
 
 // Posting and credits are not what a message waits for: a receive leaves them to the wait that follows it, while the peer has more
@@ -374,13 +409,23 @@ void Lane::flush_posts() noexcept {
   pending_posts_ = 0;
 }
 
-// Buffer 0 took Hello and is out of the account; buffer 1 stands for the size in force.
 void Lane::grow_count() noexcept {
-  const std::uint16_t target = std::min<std::uint16_t>(limits_.recv_buffers_max + 1, kMaxBuffers);
-  const std::uint32_t size = std::max(conn.wanted_recv_size(), buffers_[1].size);
-  for (std::uint16_t n = buffer_count_; n > 0 && buffer_count_ < target; --n) {
-    if (!allocate_buffer(buffers_[buffer_count_], size)) return;
-    post_list_[pending_posts_++] = buffer_count_++;
+  if (was_refused_) return;
+  if (surplus_ != 0 || shrinks_) {
+    surplus_ = 0;
+    shrinks_ = false;
+    see_resize();
+  }
+  const std::uint16_t most = std::min<std::uint16_t>(limits_.recv_buffers_max + 1, kMaxBuffers);
+  const auto target = std::min<std::uint16_t>(2 * buffer_count_, most);
+  for (std::uint32_t index = 1; index < kMaxBuffers && buffer_count_ < target; ++index) {
+    if (buffers_[index].block != nullptr) continue;
+    if (!allocate_buffer(buffers_[index], target_size(), false)) {
+      was_refused_ = unordered_;
+      return;
+    }
+    ++buffer_count_;
+    post_list_[pending_posts_++] = index;
     if (pending_posts_ == post_list_.size()) flush_posts();
   }
 }
@@ -430,9 +475,8 @@ void Lane::on_completion(const Wc& wc) noexcept {
       peer_disconn_ = true;
       break;
     case Rx::resize:
-      small_left_ = buffer_count_ - 1;
-      for (std::uint16_t i = 0; i < buffer_count_; ++i)
-        if (buffers_[i].size >= conn.wanted_recv_size()) --small_left_;
+    case Rx::shrink:
+      begin_resize(rx);
       break;
     case Rx::abort:
       RDMA_LOG(warn, "lane ended: %s", conn.error());

@@ -125,6 +125,52 @@ BOOST_AUTO_TEST_CASE(buffers_grow_on_request) {
   BOOST_TEST(p.a.max_payload() == 65536 - wire::kBsdhBytes);
 }
 
+BOOST_AUTO_TEST_CASE(buffers_shrink_on_request_unless_the_peer_keeps_them) {
+  for (const bool keeps : {false, true}) {
+    Pair p;
+    const std::uint32_t first = p.a.max_payload() + wire::kBsdhBytes;
+    const auto ask = [&](std::uint32_t size, Rx expected) {
+      Pair::control(p.a, p.to_b);
+      BOOST_REQUIRE(p.to_b.size() == 1);
+      BOOST_CHECK(p.b.on_message(p.to_b.front()) == expected);
+      p.to_b.clear();
+      p.b.on_posted(1);
+      BOOST_TEST(p.b.wanted_recv_size() == size);
+    };
+    const auto answer = [&](std::uint32_t size) {
+      p.b.resize_done(size);
+      Pair::control(p.b, p.to_a);
+      BOOST_REQUIRE(!p.to_a.empty());
+      for (const Message& m : p.to_a) (void)p.a.on_message(m);
+      p.to_a.clear();
+      BOOST_TEST(p.a.max_payload() == size - wire::kBsdhBytes);
+      BOOST_TEST(!p.a.resize_pending());
+    };
+    BOOST_TEST(!p.a.peer_has_grown());
+    p.a.want_peer_recv_size(65536);
+    ask(65536, Rx::resize);
+    answer(65536);
+    BOOST_TEST(p.a.peer_has_grown());
+    p.a.want_peer_to_shrink();
+    ask(first, Rx::shrink);
+    BOOST_TEST(p.a.peer_shrinks());
+    BOOST_TEST(p.a.max_payload() == first - wire::kBsdhBytes, "it has promised that");
+    answer(keeps ? 65536 : first);
+    BOOST_TEST(p.a.peer_has_grown() == keeps);
+    BOOST_TEST(!p.a.peer_shrinks());
+  }
+}
+
+// No smaller than they were at first.
+BOOST_AUTO_TEST_CASE(buffers_shrink_to_their_first_size_at_the_most) {
+  Pair p;
+  const std::uint32_t first = p.a.max_payload() + wire::kBsdhBytes;
+  p.a.want_peer_recv_size(100);
+  Pair::control(p.a, p.to_b);
+  BOOST_CHECK(p.b.on_message(p.to_b.front()) == Rx::shrink);
+  BOOST_TEST(p.b.wanted_recv_size() == first);
+}
+
 namespace {
 Message advert(Connection& from, std::uint32_t bytes, std::uint32_t in_line) {
   Message m(wire::payload_offset(wire::Mid::src_avail) + in_line, std::byte{7});

@@ -141,6 +141,20 @@ class Checker(unittest.TestCase):
         self.refused("payload with 2 credits", w.Lane(messages))
         self.damaged("an update that grants nothing", 22, bufs=3)
 
+    def test_buffers_are_used_up_only_behind_a_wish(self):
+        def lane(first, answered):
+            sound = sound_messages()[:-2]
+            asked, last = (m.mseq for m in sound[-2:])
+            for n in range(1, 6):
+                sound.append(Message(90 + n, DIALLER, first if n == 1 else DATA, 0, 8, 16, asked + n, last + (answered and n > 3), 16))
+                if answered and n == 2:
+                    sound.append(Message(92, ANSWERER, w.CH_RCV_BUF_ACK, 0, 8, 20, last + 1, asked + 2, 20))
+            return sound
+        w.check_lane(w.Lane(lane(w.CH_RCV_BUF, False)))
+        self.refused("grants nothing", w.Lane(lane(0x04, False)))
+        w.check_lane(w.Lane(lane(w.CH_RCV_BUF, True)[:-1]))
+        self.refused("grants nothing", w.Lane(lane(w.CH_RCV_BUF, True)))
+
     def test_control_keeps_a_credit(self):
         messages = sound_messages()
         messages[1].bufs = 3
