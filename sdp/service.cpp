@@ -57,6 +57,11 @@ Service* Service::start(const Options& options, engine::Compose compose) noexcep
   const bool has_fds = service->wake_fd_.load() >= 0 && service->epoll_fd_ >= 0;
   if (const int failed = has_fds ? service->start_thread(1) : EMFILE; failed != 0) {
     RDMA_LOG(warn, "no service thread (%s): everything stays on TCP", has_fds ? std::strerror(failed) : "no descriptors");
+    for (const int fd : {service->wake_fd_.load(), service->epoll_fd_}) {
+      if (fd < 0) continue;
+      engine::forget_helper_fd(fd);
+      sys::call(SYS_close, fd);
+    }
     delete service;
     return nullptr;
   }

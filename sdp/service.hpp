@@ -134,6 +134,7 @@ class Service {
   void retire(StreamImpl* stream, Lane* lane, std::uint64_t conn, bool peer_gone) noexcept;
   void begin(StreamImpl* stream, std::uint16_t generation) noexcept;
   void give_up(Handshake& handshake, LaneReason reason) noexcept;
+  LaneReason reason_if_short(LaneReason told) const noexcept;
   void search_is_over(StreamImpl* stream) noexcept;
   void on_cm_event(const rdma::cm::Event& event) noexcept;
   rdma::cm::Transcript transcript_of(std::uint64_t cookie);

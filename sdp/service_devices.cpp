@@ -10,6 +10,7 @@
 
 #include "rdma_core/base/log.hpp"
 #include "rdma_core/base/sys.hpp"
+#include "sdp/room.hpp"
 #include "sdp/service.hpp"
 #include "sdp/spinner.hpp"
 
@@ -159,7 +160,7 @@ bool Service::detach(StreamImpl* s) noexcept {
 }
 
 Lane* Service::make_lane(rdma::Device& device, const rdma::Path& path) noexcept {
-  if (!may_have_lanes_on(device)) return nullptr;
+  if (!may_have_lanes_on(device) || !has_room_for_lane()) return nullptr;
   auto context = context_for(device, path);
   if (context == nullptr) return nullptr;
   rdma::CompletionChannel* channel = channel_of(device);

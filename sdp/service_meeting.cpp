@@ -16,6 +16,7 @@
 #include "rdma_core/base/sys.hpp"
 #include "sdp/anchor_address.hpp"
 #include "sdp/policy.hpp"
+#include "sdp/room.hpp"
 #include "sdp/service.hpp"
 #include "sdp/socket_modes.hpp"
 
@@ -72,6 +73,19 @@ LaneReason reason_of(cm::Reason reason) noexcept {
 
 }  // namespace
 
+/// What fails for want of something shows in many ways.
+LaneReason Service::reason_if_short(LaneReason told) const noexcept {
+  switch (told) {
+    case LaneReason::other_host:
+    case LaneReason::no_peer:
+    case LaneReason::peer_gone:
+    case LaneReason::protocol_error:
+      return has_descriptors_for_lane(wake_fd_.load()) && has_room_for_lane() ? told : LaneReason::no_resources;
+    default:
+      return told;
+  }
+}
+
 void Service::begin(StreamImpl* stream, std::uint16_t generation) noexcept {
   Handshake h;
   h.stream = stream;
@@ -109,6 +123,7 @@ void Service::begin(StreamImpl* stream, std::uint16_t generation) noexcept {
   (void)fresh;
   Handshake& kept = it->second;
   const std::uint64_t cookie = h.cookie;
+  if (!has_room_for_lane()) return give_up(kept, LaneReason::no_resources);
   const rdma::Result<rdma::Unit> begun = h.active
                                              ? cm_->dial(kept.anchor, kMeetMs,
                                                          [this, cookie](rdma::Device& device, const rdma::Path& path,
@@ -142,6 +157,7 @@ void Service::search_is_over(StreamImpl* stream) noexcept {
 }
 
 void Service::give_up(Handshake& h, LaneReason reason) noexcept {
+  reason = reason_if_short(reason);
   (void)h.stream->lock.lock();
   if (h.stream->generation.load() == h.generation && h.stream->phase.load() == Phase::pursued && !rest_again(*h.stream, reason) &&
       !seek_again(h, reason))

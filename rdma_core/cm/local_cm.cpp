@@ -63,6 +63,8 @@ void LocalCm::State::drop_channel(int fd, Reason reason) {
     emit(e);
   } else if (channel.active && dials.erase(channel.cookie) != 0) {
     emit_unreachable(channel.cookie, reason, channel.step != Step::hello);
+  } else if (const auto offer = offers.find(channel.cookie); !channel.active && offer != offers.end()) {
+    if (reason == Reason::no_resources) offer->second.last = reason;
   }
 }
 
@@ -343,8 +345,9 @@ void LocalCm::progress() {
     if (t >= offer.deadline) late.push_back(cookie);
   for (const std::uint64_t cookie : late) {
     const bool answered = state_->offers[cookie].answered;
+    const Reason why = state_->offers[cookie].last;
     state_->end_offer(cookie);
-    state_->emit_unreachable(cookie, Reason::no_peer, answered);
+    state_->emit_unreachable(cookie, why, answered);
   }
   late.clear();
   for (const auto& [cookie, dial] : state_->dials) {

@@ -145,7 +145,7 @@ Reason LocalCm::State::make_link(int fd, Channel& channel, Frame& frame) {
   auto theirs = PeerSegment::adopt(frame.fds[0], channel.peer.process);
   if (!theirs) {
     RDMA_LOG(warn, "local peer %d: %s", channel.peer.pid, theirs.error().what);
-    return Reason::bad_message;
+    return theirs.error().code == ENOMEM ? Reason::no_resources : Reason::bad_message;
   }
   auto link = std::make_shared<ShmLink>();
   link->nonce = channel.nonce;

@@ -51,7 +51,8 @@ struct LocalCm::State {
     Anchor anchor;
     int fd = -1;
     Nanos deadline = 0;
-    bool answered = false;  ///< its peer has begun a handshake
+    bool answered = false;          ///< its peer has begun a handshake
+    Reason last = Reason::no_peer;  ///< why it ends if no other handshake begins: one failed for want of something here
   };
   struct Dial {
     Anchor anchor;

@@ -19,7 +19,8 @@ import sys
 import threading
 import time
 
-DEVICES = {"ib": ("rxe", ("v0", "v1"), ("10.77.0.1", "10.77.0.2"), "20"), "rnic": ("siw", ("v2", "v3"), ("10.77.1.1", "10.77.1.2"), "21")}
+DEVICES = {"ib": ("rxe", ("v0", "v1"), ("10.77.0.1", "10.77.0.2"), "20"), "rnic": ("siw", ("v2", "v3"), ("10.77.1.1", "10.77.1.2"), "21"),
+           "local": (None, (), ("127.0.0.1", "127.0.0.1"), None)}
 ADDRESSES6 = {"ib": ("fd77::1", "fd77::2"), "rnic": ("fd77:1::1", "fd77:1::2")}
 PATIENCE = 120  # seconds: a guest's clock runs much faster than its programs
 BLOCK = 16384
@@ -30,7 +31,21 @@ def block(stream, number):
     return hashlib.shake_128(stream.encode() + number.to_bytes(8, "big")).digest(BLOCK)
 
 
-def flow(role, here, there, sends):
+def confine(limits):
+    """This process, from here on: as=BYTES of address space more than it has, memlock=BYTES registered in all, nofile=N descriptors
+    more."""
+    for kind, value in (limit.split("=") for limit in limits):
+        which, used = {"as": (resource.RLIMIT_AS, address_space()), "memlock": (resource.RLIMIT_MEMLOCK, 0),
+                       "nofile": (resource.RLIMIT_NOFILE, len(os.listdir("/proc/self/fd")) - 1)}[kind]
+        resource.setrlimit(which, (used + int(value), resource.getrlimit(which)[1]))
+
+
+def address_space(pid="self"):
+    with open(f"/proc/{pid}/statm", encoding="ascii") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+
+def flow(role, here, there, sends, *limits):
     """One program: reads to the end what the other sends, and sends, if it is to, until a line is on standard input."""
     family, *_, name = socket.getaddrinfo(here, 0)[0]  # with the link's number, if it is of one
     if role == "accept":
@@ -40,11 +55,11 @@ def flow(role, here, there, sends):
     else:
         host, _, port = there.rpartition(":")
         connection = socket.create_connection((host, int(port)), source_address=name)
-    print("connected", flush=True)
-    ends, sent, received, problem = threading.Event(), 0, 0, []
+    begins, ends, sent, received, problem = threading.Event(), threading.Event(), 0, 0, []
 
     def write():
         nonlocal sent
+        begins.wait()
         try:
             while sends == "yes" and (sent == 0 or not ends.is_set()):
                 connection.sendall(block(role, sent))
@@ -56,6 +71,9 @@ def flow(role, here, there, sends):
     threading.Thread(target=lambda: (sys.stdin.readline(), ends.set()), daemon=True).start()
     writer = threading.Thread(target=write, daemon=True)
     writer.start()
+    confine(limits)
+    print("connected", flush=True)
+    begins.set()
     try:
         while True:
             data = b""
@@ -78,17 +96,18 @@ class Ended(AssertionError):
 
 
 class Flow:
-    def __init__(self, args, seed, limited=(False, False), limit=None):
+    def __init__(self, args, seed, limited=(False, False), limit=None, confined=((), ())):
         self.transport, self.chance = args.transport, random.Random(f"{args.transport} {seed}")
         self.sdp = args.sdp
         near, far = ADDRESSES6[args.transport] if args.ipv6 else DEVICES[args.transport][2]
         sends = self.chance.choice([(True, True), (True, True), (True, False), (False, True)])
         self.active = [end for end in (0, 1) if sends[end]]
         env = dict(os.environ, LD_PRELOAD=args.lib, SDP_TRANSPORT=args.transport, SDP_LANE_TIMEOUT="1",
-                   SDP_POLICY=self.chance.choice(["both", "sdp"]) if limit is None else "both")
+                   SDP_POLICY=self.chance.choice(["both", "sdp"]) if limit is None and not any(confined) else "both")
 
         def start(end, *what):
-            command = [*(NO_CAP_IPC_LOCK if limited[end] else []), "/usr/bin/python3", __file__, *what, "yes" if sends[end] else "no"]
+            command = [*(NO_CAP_IPC_LOCK if limited[end] else []), "/usr/bin/python3", __file__, *what, "yes" if sends[end] else "no",
+                       *confined[end]]
             confine = (lambda: resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))) if limited[end] and limit is not None else None
             return subprocess.Popen(command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=confine)
         server = start(1, "flow", "accept", far, "-")
@@ -318,7 +337,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--lib", required=True, type=os.path.abspath)
     parser.add_argument("--sdp", required=True, type=os.path.abspath)
-    parser.add_argument("--transport", choices=DEVICES, required=True)
+    parser.add_argument("--transport", choices=ADDRESSES6, required=True)
     parser.add_argument("--ipv6", action="store_true")
     parser.add_argument("--seed", type=int, default=1, help="the first")
     parser.add_argument("--seeds", type=int, default=1, help="how many: each makes every fault once")

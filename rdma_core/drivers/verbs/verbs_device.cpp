@@ -10,6 +10,7 @@
 #include <bit>
 #include <charconv>
 #include <cstring>
+#include <optional>
 #include <string_view>
 #include <utility>
 
@@ -45,12 +46,13 @@ constexpr std::uint32_t kWantedInline = 512;
 constexpr std::uint32_t kShallowest = 64;       ///< completion queue
 constexpr std::uint32_t kSoftIwarp = 0x626d74;  ///< its vendor
 
-/// What a Qp really gets: some devices refuse a wish that is too large, others grant less than their attributes say.
-std::uint32_t probe_inline(ibv_context* context) noexcept {
+/// What a Qp really gets: some devices refuse a wish that is too large, others grant less than their attributes say. Nothing: there
+/// is no memory for any.
+std::optional<std::uint32_t> probe_inline(ibv_context* context) noexcept {
   ibv_pd* pd = ibv_alloc_pd(context);
   ibv_cq* cq = ibv_create_cq(context, 64, nullptr, nullptr, 0);
-  std::uint32_t found = 0;
-  for (std::uint32_t wanted = kWantedInline; pd != nullptr && cq != nullptr && wanted >= 16 && found == 0; wanted /= 2) {
+  std::optional<std::uint32_t> found;
+  for (std::uint32_t wanted = kWantedInline; pd != nullptr && cq != nullptr && !found; wanted /= 2) {
     ibv_qp_init_attr init{};
     init.send_cq = init.recv_cq = cq;
     init.qp_type = IBV_QPT_RC;
@@ -58,6 +60,8 @@ std::uint32_t probe_inline(ibv_context* context) noexcept {
     if (ibv_qp* qp = ibv_create_qp(pd, &init)) {
       found = std::min(init.cap.max_inline_data, kWantedInline);
       ibv_destroy_qp(qp);
+    } else if (wanted == 0) {
+      break;
     }
   }
   if (cq != nullptr) ibv_destroy_cq(cq);
@@ -67,18 +71,20 @@ std::uint32_t probe_inline(ibv_context* context) noexcept {
 
 /// Queues are mapped at the lowest free offset of the device's file, from 0 on. The library for Soft-iWARP takes the offset 0x90000
 /// for a failure of the kernel's: once it is the lowest that is free no queue can be made, and that is so with a handful of lanes.
-/// A queue that lies across it keeps it from being free. nullptr: this library has no such offset.
-ibv_cq* cover_bad_offset(ibv_context* context) noexcept {
+/// A queue that lies across it keeps it from being free. nullptr: this library has no such offset. Errors: ENOMEM.
+Result<ibv_cq*> cover_bad_offset(ibv_context* context) noexcept {
   constexpr int kDepth = 1024;  // nine pages of 4 KiB, one of 64: either way some queue would begin there
   std::array<ibv_cq*, 32> before{};
   std::size_t made = 0;
   while (made < before.size() && (before[made] = ibv_create_cq(context, kDepth, nullptr, nullptr, 0)) != nullptr) ++made;
   ibv_cq* kept = nullptr;
-  if (made > 0 && made < before.size()) {
+  const bool has_it = made < before.size();
+  if (made > 0 && has_it) {
     ibv_destroy_cq(before[--made]);
     kept = ibv_create_cq(context, 2 * kDepth, nullptr, nullptr, 0);
   }
   while (made > 0) ibv_destroy_cq(before[--made]);
+  if (has_it && kept == nullptr) return fail(ENOMEM, "verbs: no memory for completion queues");
   return kept;
 }
 
@@ -166,7 +172,11 @@ Result<Unit> VerbsDevice::look_around() {
       return fail(ENOTSUP, "verbs: neither an IB nor an iWARP device");
   }
   const bool rnic = attr_.node_type == NodeType::rnic;
-  if (limits.vendor_id == kSoftIwarp) cover_ = cover_bad_offset(context_);
+  if (limits.vendor_id == kSoftIwarp) {
+    auto cover = cover_bad_offset(context_);
+    if (!cover) return Err{cover.error()};
+    cover_ = *cover;
+  }
   const auto at_most = [](int limit, std::uint32_t most) { return std::min(static_cast<std::uint32_t>(std::max(limit, 1)), most); };
   attr_.link_layer = port.link_layer == IBV_LINK_LAYER_ETHERNET ? LinkLayer::ethernet : LinkLayer::infiniband;
   attr_.max_send_wr = at_most(limits.max_qp_wr, kDeepest);
@@ -176,7 +186,10 @@ Result<Unit> VerbsDevice::look_around() {
   attr_.max_read_outstanding = at_most(limits.max_qp_init_rd_atom, 255);
   attr_.rnr_retry = !rnic;
   attr_.acknowledges = !rnic;
-  attr_.max_inline = probe_inline(context_);
+  // A device that was short of memory once must not look for ever like one that can do less.
+  const std::optional<std::uint32_t> max_inline = probe_inline(context_);
+  if (!max_inline) return fail(ENOMEM, "verbs: no memory for a Qp");
+  attr_.max_inline = *max_inline;
   max_cqe_ = static_cast<std::uint32_t>(std::max(limits.max_cqe, 1));
   gid_entries_ = port.gid_tbl_len;
   set_nonblocking(context_->async_fd);

@@ -12,6 +12,7 @@
 #include <bit>
 #include <climits>
 #include <cstring>
+#include <new>
 #include <utility>
 
 #include "rdma_core/base/high_fd.hpp"
@@ -127,7 +128,10 @@ Result<std::unique_ptr<Mr>> VerbsPd::register_memory(std::span<std::byte> memory
   if (memory.empty()) return fail(EINVAL, "verbs: nothing to register");
   ibv_mr* mr = ibv_reg_mr(pd_, memory.data(), memory.size(), access_flags(access));
   if (mr == nullptr) return fail(errno, "verbs: the memory cannot be registered");
-  return std::unique_ptr<Mr>(new VerbsMr(mr, memory.data(), memory.size(), 0));
+  auto* const own = new (std::nothrow) VerbsMr(mr, memory.data(), memory.size(), 0);
+  if (own != nullptr) return std::unique_ptr<Mr>(own);
+  ibv_dereg_mr(mr);
+  return fail(ENOMEM, "verbs: no memory");
 }
 
 Result<std::unique_ptr<Mr>> VerbsPd::map_extent(std::size_t bytes) {
@@ -142,7 +146,11 @@ Result<std::unique_ptr<Mr>> VerbsPd::map_extent(std::size_t bytes) {
     return fail(error,
                 error == ENOMEM ? "verbs: more memory than may be locked (ulimit -l)" : "verbs: the memory cannot be registered");
   }
-  return std::unique_ptr<Mr>(new VerbsMr(mr, static_cast<std::byte*>(memory), bytes, bytes));
+  auto* const own = new (std::nothrow) VerbsMr(mr, static_cast<std::byte*>(memory), bytes, bytes);
+  if (own != nullptr) return std::unique_ptr<Mr>(own);
+  ibv_dereg_mr(mr);
+  munmap(memory, bytes);
+  return fail(ENOMEM, "verbs: no memory");
 }
 
 // ---- the channel
