@@ -148,6 +148,11 @@ def spawns(args):
     again.sendall(b"!")
 
 
+def is_stopped(pid):
+    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+        return file.read().rpartition(")")[2].split()[0] == "T"
+
+
 def stopped(args):
     """A peer that acknowledges nothing: the call is made all the same, and both ends learn that bytes may be lost."""
     client = connect(args.near, args.far)
@@ -155,6 +160,7 @@ def stopped(args):
     client.sendall(b"go")
     receive(client, 2)
     os.kill(peer, signal.SIGSTOP)
+    wait_for(lambda: is_stopped(peer), 60, "the peer to stop")  # one that runs goes on until the kernel comes to it
     try:
         client.sendall(b"x" * 1000)
         os.setgroups([])
