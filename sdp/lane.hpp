@@ -325,6 +325,11 @@ class Lane {
   /// What is held has a buffer at the peer: it can go before the direction ends, unless control messages take that one.
   bool may_hold() const noexcept { return in_flight() >= kGatherFrom && may_post(); }
   bool gathers(std::size_t bytes) const noexcept { return held() != 0 || (bytes <= conn.max_payload() / 4 && may_hold()); }
+  /// A message of its own, for which staging_ has a place as it is.
+  bool may_stage_at_once(std::uint32_t count) const noexcept {
+    return !gathers(count) && count < zero_copy_from_ && staging_.active() && count + wire::kBsdhBytes <= staging_.longest() &&
+           staging_.has_room(staging_.longest());
+  }
   std::size_t gather(IovCursor& from, std::size_t bytes) noexcept;
   bool open_gathered() noexcept;
   rdma::Sge close_gathered() noexcept;

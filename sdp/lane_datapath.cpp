@@ -230,8 +230,8 @@ bool Lane::publish(unsigned ring) noexcept {
 }
 
 bool Lane::send_at_once(const std::byte* bytes, std::uint32_t count) noexcept {
-  if (capture_ != nullptr || !may_buffer_ || dead()) return false;
-  if (burst_ >= kBurstBegins) {
+  if (capture_ != nullptr || dead()) return false;
+  if (may_buffer_ && burst_ >= kBurstBegins) {
     std::atomic<std::uint64_t>* const end = peer_end_[send_buffer_.ring_in_use()];
     if (end == nullptr || !send_buffer_.append_at_once(bytes, count, tx_bytes_)) return false;
     tx_bytes_ += count;
@@ -239,7 +239,8 @@ bool Lane::send_at_once(const std::byte* bytes, std::uint32_t count) noexcept {
       fail("the QP is in error");
     return true;
   }
-  if (count > conn.max_payload() || count + wire::kBsdhBytes > max_inline_ || !may_send()) return false;
+  const bool fits = may_buffer_ ? count + wire::kBsdhBytes <= max_inline_ : may_stage_at_once(count);
+  if (!fits || count > conn.max_payload() || !may_send()) return false;
   Sge sges[2];
   sges[1] = Sge{bytes, count, {}};
   if (!post_data(sges, 2, count)) return false;
@@ -517,12 +518,14 @@ void Lane::drain() noexcept {
 
 std::size_t Lane::recv_at_once(std::byte* to, std::size_t room) noexcept {
   if (capture_ != nullptr || held() != 0) return 0;
-  if (rx_head_ == rx_tail_) drain();
+  const bool is_drained = rx_head_ == rx_tail_;
+  if (is_drained) drain();
   if (rx_head_ == rx_tail_) return 0;
   Unread& u = unread_[rx_head_ % kRing];
   const std::size_t n = std::min<std::size_t>(u.length, room);
   // A read that is shorter than it could be says that there is no more.
-  if (n < room && (rx_tail_ - rx_head_ != 1 || cq_->maybe_ready() || has_advert() || peer_buffer_.holds_more_than(rx_bytes_ + n)))
+  if (n < room && (rx_tail_ - rx_head_ != 1 || (!is_drained && cq_->maybe_ready()) || has_advert() ||
+                   peer_buffer_.holds_more_than(rx_bytes_ + n)))
     return 0;
   if (!rdma::can_overwrite(to, n)) return 0;
   rdma::copy_bytes(to, buffers_[u.buffer].addr + u.offset, n);

@@ -63,6 +63,7 @@ unsigned send_flags(const SendWr& wr) noexcept {
 constexpr unsigned kMaxSge = 8;  ///< DeviceAttr::max_sge at the most
 constexpr unsigned kRecvBatch = 16;
 constexpr int kLookAhead = 16;
+constexpr unsigned kTakeAtOnce = 4;
 
 }  // namespace
 
@@ -237,8 +238,8 @@ bool VerbsCq::translate(const Told& from, Wc& to) const noexcept {
 unsigned VerbsCq::poll(std::span<Wc> out) noexcept {
   unsigned n = 0;
   for (unsigned wanted = 1, got = 1; got == wanted && n < out.size();) {
-    Told told[kLookAhead];
-    wanted = std::min(static_cast<unsigned>(out.size()) - n, unsigned{kLookAhead});
+    Told told[kTakeAtOnce];  // cleared each time
+    wanted = std::min(static_cast<unsigned>(out.size()) - n, kTakeAtOnce);
     got = take({told, wanted});
     for (unsigned i = 0; i < got; ++i)
       if (translate(told[i], out[n])) ++n;
