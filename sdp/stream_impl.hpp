@@ -231,7 +231,7 @@ class alignas(64) StreamImpl {
   }
 
   // --- after a failure (stream_recovery.cpp); the lock is held
-  bool may_recover() const noexcept { return recovery.load(std::memory_order_relaxed) == Recovery::possible && !lane->violated(); }
+  bool may_recover() const noexcept { return recovery.load(std::memory_order_relaxed) == Recovery::possible; }
   /// Stops the lane; the service thread exchanges arrived() with the peer. False: there is nothing to recover, or no way.
   bool begin_recovery() noexcept;
   /// The CM says so. It may be the path's end, the device's, or the peer's.

@@ -62,4 +62,20 @@ BOOST_AUTO_TEST_CASE(what_has_arrived_is_read_before_a_gap_is_told) {
   BOOST_TEST(e.receive(0) == 0);
 }
 
+BOOST_AUTO_TEST_CASE(a_message_that_breaks_the_protocol_costs_the_lane_and_no_byte) {
+  Ends e;
+  BOOST_TEST(e.send(0, 5000) == 5000);
+  e.pass();
+  BOOST_TEST(e.receive(1, 100) == 100);
+  e.stream(1).lane->conn.abort("a test");  // whatever comes now is refused
+  BOOST_TEST(e.send(0, 3000) == 3000);
+  for (int round = 0; round < 20; ++round) {
+    e.pass();
+    if (e.sent[1] < 700) (void)e.send(1, 700);
+    for (unsigned i : {0U, 1U}) BOOST_TEST(e.receive_all(i) == -EAGAIN);
+  }
+  for (unsigned i : {0U, 1U}) BOOST_TEST(e.received[1 - i] == e.sent[i]);
+  BOOST_TEST(e.sent[1] >= 700U);
+}
+
 }  // namespace sdp::sim
