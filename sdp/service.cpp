@@ -250,10 +250,11 @@ void Service::nudge() noexcept {
   sys::call(SYS_write, wake_fd_.load(std::memory_order_relaxed), sys::arg(&one), sizeof one);
 }
 
-void Service::take_commands() noexcept {
+void Service::take_commands(Take which) noexcept {
   for (StreamImpl* stream = inbox_.exchange(nullptr, std::memory_order_acquire); stream != nullptr;) {
     StreamImpl* const next = stream->next_command;
-    if (newest_.load() > number_) {  // they are the next thread's, which has the credentials for them
+    const bool is_not_wanted = which == Take::closed && (stream->commands.load(std::memory_order_acquire) & kClosed) == 0;
+    if (is_not_wanted || newest_.load() > number_) {  // the next thread has the credentials for them
       stream->next_command = inbox_.load(std::memory_order_relaxed);
       while (!inbox_.compare_exchange_weak(stream->next_command, stream, std::memory_order_release, std::memory_order_relaxed)) {
       }

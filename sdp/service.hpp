@@ -128,7 +128,9 @@ class Service {
   bool open() noexcept;
   bool take_devices() noexcept;
   void submit(StreamImpl* stream, std::uint8_t what) noexcept;
-  void take_commands() noexcept;
+  /// `closed`: while a device leaves, when no search may begin, for it may open other devices.
+  enum class Take : std::uint8_t { all, closed };
+  void take_commands(Take which = Take::all) noexcept;
   void refuse_all() noexcept;
   void forget(StreamImpl* stream) noexcept;
   void retire(StreamImpl* stream, Lane* lane, std::uint64_t conn, bool peer_gone) noexcept;

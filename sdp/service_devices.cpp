@@ -106,7 +106,7 @@ void Service::leave_device(rdma::Device& device) noexcept {
     give_up(h, LaneReason::device_lost);
   }
   for (;;) {
-    take_commands();  // a stream that is just being closed leaves by these
+    take_commands(Take::closed);  // a stream that is just being closed leaves by these
     const auto on_it = std::find_if(laned_.begin(), laned_.end(), [&](const StreamImpl* s) { return is_on_it(s->lane); });
     if (on_it == laned_.end()) break;
     if (!outlive(*on_it)) sys::call(SYS_sched_yield);
@@ -122,6 +122,7 @@ void Service::leave_device(rdma::Device& device) noexcept {
   }
   std::erase_if(peers_, [&](const auto& each) { return each.first.first == &device; });
   channels_.erase(&device);
+  if (inbox_.load() != nullptr) nudge();
 }
 
 /// Takes a stream off its lane, whatever it still wanted there. False: not yet, a thread waits on it or is closing it.
