@@ -431,7 +431,8 @@ Capture* capture() noexcept {
 
 bool ring_is_made() noexcept {
   Engine& e = engine();
-  return e.options.rings_mean_tcp && e.options.policy != Family::tcp && !e.has_ring.exchange(true);
+  const bool is_news = e.options.rings_mean_tcp && e.options.policy != Family::tcp && !e.has_ring.load(std::memory_order_relaxed);
+  return is_news && !in_vfork_child() && !e.has_ring.exchange(true);
 }
 bool has_ring() noexcept { return engine().has_ring.load(std::memory_order_relaxed); }
 

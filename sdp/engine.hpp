@@ -123,7 +123,7 @@ class ExecAttempt {
 };
 
 /// The program is about to make an io_uring, or has one: no stream gets a lane any more. False: that is known, or does not matter
-/// (SDP_IO_URING). Any thread.
+/// (SDP_IO_URING, a vfork child), for which it makes no system call. Any thread.
 bool ring_is_made() noexcept;
 bool has_ring() noexcept;
 /// After that and the take-downs, before the ring can be used: what lanes of RDMA devices carry arrives first, as before an exec.

@@ -253,8 +253,9 @@ void Service::nudge() noexcept {
 void Service::take_commands(Take which) noexcept {
   for (StreamImpl* stream = inbox_.exchange(nullptr, std::memory_order_acquire); stream != nullptr;) {
     StreamImpl* const next = stream->next_command;
-    const bool is_not_wanted = which == Take::closed && (stream->commands.load(std::memory_order_acquire) & kClosed) == 0;
-    if (is_not_wanted || newest_.load() > number_) {  // the next thread has the credentials for them
+    const bool has_to_wait = which == Take::closed && (stream->commands.load(std::memory_order_acquire) & kClosed) == 0;
+    const bool is_the_next_threads = newest_.load() > number_;  // which has the credentials for it
+    if (has_to_wait || is_the_next_threads) {
       stream->next_command = inbox_.load(std::memory_order_relaxed);
       while (!inbox_.compare_exchange_weak(stream->next_command, stream, std::memory_order_release, std::memory_order_relaxed)) {
       }

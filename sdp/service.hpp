@@ -128,7 +128,8 @@ class Service {
   bool open() noexcept;
   bool take_devices() noexcept;
   void submit(StreamImpl* stream, std::uint8_t what) noexcept;
-  /// `closed`: while a device leaves, when no search may begin, for it may open other devices.
+  /// `closed`: those that close a stream; the others stay. While a device leaves no search may begin: it may open other devices,
+  /// which the registry, in the middle of telling us, does not let in.
   enum class Take : std::uint8_t { all, closed };
   void take_commands(Take which = Take::all) noexcept;
   void refuse_all() noexcept;

@@ -122,7 +122,7 @@ void Service::leave_device(rdma::Device& device) noexcept {
   }
   std::erase_if(peers_, [&](const auto& each) { return each.first.first == &device; });
   channels_.erase(&device);
-  if (inbox_.load() != nullptr) nudge();
+  if (inbox_.load() != nullptr) nudge();  // what had to wait
 }
 
 /// Takes a stream off its lane, whatever it still wanted there. False: not yet, a thread waits on it or is closing it.

@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 
+import ends
+
 SKIPPED = 77
 ROOTS = ("host", "mount", "no /dev/shm", "pid", "ipc", "user", "container")  # how one user lives; no lane needs more of the rest
 LIVES = {
@@ -38,29 +40,18 @@ def names():
 
 
 def run(lib, program, folder, lives):
-    env = {k: v for k, v in os.environ.items() if not k.startswith("SDP_") and k != "LD_PRELOAD"}
     preload = [shutil.which("env"), f"LD_PRELOAD={lib}", f"SDP_STATS={folder}/ROLE.json", program]
 
     def start(role, port):
         command = [*LIVES[lives[role]], *(word.replace("ROLE", role) for word in preload), role, port, "none", "start"]
-        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return ends.start(command, ends.environment())
 
     server = start("server", "0")
     port = server.stdout.readline().strip()
     assert port.isdigit(), f"the server did not come up: {server.communicate(timeout=10)[1]}"
-    ends = {"server": server, "client": start("client", port)}
-    try:
-        said = {role: "".join(end.communicate(timeout=20)) for role, end in ends.items()}
-    except subprocess.TimeoutExpired:
-        raise AssertionError("somebody hangs") from None
-    finally:
-        for end in ends.values():
-            end.kill()
-            end.wait()
-    for role, end in ends.items():
-        assert end.returncode == 0, f"the {role} ended with {end.returncode}: {said[role]}"
+    ends.finish({"server": server, "client": start("client", port)})
     by = {}
-    for role in ends:
+    for role in lives:
         report = json.load(open(os.path.join(folder, f"{role}.json"), encoding="utf-8"))
         lanes, reasons = sum(report["lanes"].values()), report["reasons"]
         assert lanes == 1 or sum(reasons.values()) == 1 and "below_threshold" not in reasons, f"the {role}: {lanes} lanes, {reasons}"

@@ -10,9 +10,10 @@ import errno
 import itertools
 import json
 import os
-import subprocess
 import sys
 import tempfile
+
+import ends
 
 SKIPPED = 77
 # x86-64's numbers of what the library calls between two processes of one host. Not there: futex, without which libc ends the program, getpid
@@ -28,29 +29,19 @@ UNTRACKED = {"madvise"}
 
 def run(args, folder, number, error, policy="both"):
     """Both ends' reports and what they said, by role."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("SDP_") and k != "LD_PRELOAD"}
-    env.update(LD_PRELOAD=os.path.abspath(args.lib), SDP_STATS=os.path.join(folder, "%p.json"), SDP_POLICY=policy)
+    env = ends.environment(LD_PRELOAD=os.path.abspath(args.lib), SDP_STATS=os.path.join(folder, "%p.json"), SDP_POLICY=policy)
 
     def start(role, port):
         command = [args.filtered, str(number), str(error), args.end, role, port, "none", "start"]
-        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return ends.start(command, env)
 
     server = start("server", "0")
     port = server.stdout.readline().strip()
     if not port and server.wait(10) == SKIPPED:
         return None
-    ends = {"server": server, "client": start("client", port)}
-    try:
-        said = {role: "".join(end.communicate(timeout=20)) for role, end in ends.items()}
-    except subprocess.TimeoutExpired:
-        raise AssertionError("somebody hangs") from None
-    finally:
-        for end in ends.values():
-            end.kill()
-            end.wait()
-    for role, end in ends.items():
-        assert end.returncode == (0 if policy == "both" else 1), f"the {role} ended with {end.returncode}: {said[role]}"
-    return {role: (json.load(open(os.path.join(folder, f"{end.pid}.json"), encoding="utf-8")), said[role]) for role, end in ends.items()}
+    both = {"server": server, "client": start("client", port)}
+    said = ends.finish(both, 0 if policy == "both" else 1)
+    return {role: (json.load(open(os.path.join(folder, f"{end.pid}.json"), encoding="utf-8")), said[role]) for role, end in both.items()}
 
 
 def check(outcome, name):

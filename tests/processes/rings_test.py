@@ -9,9 +9,10 @@ import argparse
 import itertools
 import json
 import os
-import subprocess
 import sys
 import tempfile
+
+import ends
 
 SKIPPED = 77
 DOORS = ("liburing", "number", "instruction")
@@ -21,35 +22,24 @@ SIDES = (("server",), ("client",), ("server", "client"))
 
 def run(program, folder, door, when, sides, lib, settings):
     """Both ends' reports, by role."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("SDP_") and k != "LD_PRELOAD"}
-    if lib:
-        env.update(LD_PRELOAD=lib, SDP_STATS=os.path.join(folder, "%p.json"), **settings)
+    ours = {"LD_PRELOAD": lib, "SDP_STATS": os.path.join(folder, "%p.json"), **settings} if lib else {}
 
     def start(role, port):
         mine = door if role in sides else "none"
-        return subprocess.Popen([program, role, port, mine, when], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return ends.start([program, role, port, mine, when], ends.environment(**ours))
 
     server = start("server", "0")
     port = server.stdout.readline().strip()
     if not port:
         server.wait(10)
         return None
-    ends = {"server": server, "client": start("client", port)}
-    try:
-        said = {role: end.communicate(timeout=20)[0] for role, end in ends.items()}
-    except subprocess.TimeoutExpired:
-        raise AssertionError("somebody hangs") from None
-    finally:
-        for end in ends.values():
-            end.kill()
-            end.wait()
-    if any(end.returncode == SKIPPED for end in ends.values()):
+    both = {"server": server, "client": start("client", port)}
+    ends.finish(both, excused=SKIPPED)
+    if any(end.returncode == SKIPPED for end in both.values()):
         return None
-    for role, end in ends.items():
-        assert end.returncode == 0, f"the {role} ended with {end.returncode}: {said[role]}"
     if not lib:
         return {}
-    return {role: json.load(open(os.path.join(folder, f"{end.pid}.json"), encoding="utf-8")) for role, end in ends.items()}
+    return {role: json.load(open(os.path.join(folder, f"{end.pid}.json"), encoding="utf-8")) for role, end in both.items()}
 
 
 def check(reports, door, when, sides, settings):
