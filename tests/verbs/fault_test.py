@@ -231,6 +231,19 @@ def loss(flow):
         call("tc", "qdisc", "del", "dev", interface, "root")
 
 
+def late(flow):
+    """What is acknowledged comes after the time-out, and something is lost beside it. With it Soft-RoCE may put a packet into a message twice."""
+    def brought(seen):
+        return sum(c[by]["bytes_received"] for c in seen for by in ("lane", "tcp"))
+    interfaces = DEVICES[flow.transport][1]
+    before = brought(flow.look())
+    for interface in interfaces:
+        call("tc", "qdisc", "add", "dev", interface, "root", "netem", "delay", "60ms", "limit", "100000", "loss", "2%")
+    flow.await_("bytes, or the lane's failure", lambda seen: brought(seen) > before + (24 << 20) or failed(seen))
+    for interface in interfaces:
+        call("tc", "qdisc", "del", "dev", interface, "root")
+
+
 def down(flow):
     interface = flow.chance.choice(DEVICES[flow.transport][1])
     call("ip", "link", "set", interface, "down")
@@ -290,7 +303,7 @@ def stopped(flow):
     process.send_signal(signal.SIGCONT)
 
 
-FAULTS = {"loss": loss, "down": down, "address": address, "removal": removal, "memory": memory, "stopped": stopped}
+FAULTS = {"loss": loss, "late": late, "down": down, "address": address, "removal": removal, "memory": memory, "stopped": stopped}
 
 
 def run_fault(args, name, seed):
