@@ -21,7 +21,7 @@ namespace {
 
 using rdma::cm::ConnectionManager;
 
-std::atomic<bool> remove_now{false}, removed{false};
+std::atomic<bool> remove_now{false}, removing{false}, may_remove{false}, removed{false};
 const rdma::Device* second_device = nullptr;
 
 /// LocalCm on the second device, which goes in the service thread when the test says so, as a driver's would.
@@ -53,9 +53,14 @@ class SecondDevice final : public engine::Composition {
     const char* name() const noexcept override { return "second"; }
     const rdma::cm::Caps& caps() const noexcept override { return local->caps(); }
     void on_event(std::function<void(const rdma::cm::Event&)> h) override { local->on_event(std::move(h)); }
-    rdma::Result<rdma::Unit> offer(const rdma::cm::Anchor& a, unsigned ms) override { return local->offer(a, ms); }
+    // Both may open another transport's devices, for which they need the registry: not while it tells of a removal.
+    rdma::Result<rdma::Unit> offer(const rdma::cm::Anchor& a, unsigned ms) override {
+      BOOST_TEST(!removing);
+      return local->offer(a, ms);
+    }
     void withdraw(std::uint64_t cookie) noexcept override { local->withdraw(cookie); }
     rdma::Result<rdma::Unit> dial(const rdma::cm::Anchor& a, unsigned ms, MakeQp make) override {
+      BOOST_TEST(!removing);
       return local->dial(a, ms, std::move(make));
     }
     rdma::Result<rdma::Unit> accept(rdma::cm::ConnId c, rdma::Qp& qp, std::span<const std::byte> d) override {
@@ -68,8 +73,11 @@ class SecondDevice final : public engine::Composition {
     int next_timeout_ms() const noexcept override { return removed ? -1 : local->next_timeout_ms(); }
     void progress() override {
       if (remove_now && !removed) {
+        removing = true;
+        while (!may_remove) std::this_thread::yield();
         remove();
         removed = true;
+        removing = false;
       }
       if (!removed) local->progress();
     }
@@ -149,7 +157,12 @@ BOOST_AUTO_TEST_CASE(lanes_run_on_a_second_device_until_it_goes_and_then_their_c
     woken = sleepers[0].stream.recv(sleepers[0].fd, &byte, 1, 0);
   });
   BOOST_REQUIRE(wait_until([&] { return sleepers[0].impl().waiters.load() != 0; }));
+  // The service thread has no time for this one's wish for a lane before the device goes.
+  const auto late = connected();
   remove_now = true;
+  BOOST_REQUIRE(wait_until([] { return removing.load(); }));
+  for (int i = 0; i < 4; ++i) talk(late);
+  may_remove = true;
   BOOST_REQUIRE(wait_until([] { return removed.load(); }));
   sleeper.join();
   BOOST_TEST(woken < 0);
@@ -163,6 +176,11 @@ BOOST_AUTO_TEST_CASE(lanes_run_on_a_second_device_until_it_goes_and_then_their_c
       end.stream.close(end.fd);
       close(end.fd);
     }
+  talk(late);
+  for (const End& end : late) {
+    end.stream.close(end.fd);
+    close(end.fd);
+  }
 }
 
 }  // namespace sdp
