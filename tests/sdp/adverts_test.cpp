@@ -150,6 +150,17 @@ BOOST_AUTO_TEST_CASE(a_sink_buffer_that_crosses_the_end_of_pipelined_is_void) {
   BOOST_TEST((s.on_sink_avail(kSink) == SourceRx::error));
 }
 
+BOOST_AUTO_TEST_CASE(pipelined_does_not_return_before_its_end_was_seen) {
+  SourceAdverts s = source(FlowMode::pipelined);
+  s.want_mode(FlowMode::combined);
+  BOOST_TEST((send(s, 20) == Kind::mode_change));
+  s.want_mode(FlowMode::pipelined);
+  BOOST_TEST((send(s, 21) == Kind::none));
+  s.on_ack(20);
+  s.want_mode(FlowMode::pipelined);
+  BOOST_TEST((send(s, 21) == Kind::mode_change));
+}
+
 BOOST_AUTO_TEST_CASE(too_small_a_sink_buffer_is_refused) {
   SourceAdverts s = source(FlowMode::pipelined);
   BOOST_TEST((s.on_sink_avail({kPayload - 1, 7, 0x20000, 0}) == SourceRx::error));

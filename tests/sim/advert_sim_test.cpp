@@ -27,11 +27,12 @@ struct Message {
 };
 
 constexpr std::uint32_t kBuffer = 8;  ///< payload of a Data
+constexpr std::size_t kReadsAtOnce = 3;
 
 class Peer {
  public:
   Peer(unsigned me, Chance& chance, std::uint32_t total, unsigned adverts, bool modes)
-      : me_(me), chance_(chance), total_(total), modes_(modes), reads_at_once_(modes ? 1 : 3) {
+      : me_(me), chance_(chance), total_(total), modes_(modes) {
     source_.start(adverts, kBuffer);
     sink_.start(adverts, adverts);
   }
@@ -137,7 +138,7 @@ class Peer {
 
   /// The program reads what is there, and by RDMA what is advertised behind it.
   bool read() {
-    if (!reads_.empty() && (reads_.size() == reads_at_once_ || chance_.percent(70))) {
+    if (!reads_.empty() && (reads_.size() == kReadsAtOnce || chance_.percent(70))) {
       // The read has taken its time; the memory must still be there.
       const Read r = reads_.front();
       reads_.pop_front();
@@ -326,7 +327,6 @@ class Peer {
   std::uint64_t next_sink_ = 1'000'000, moved_seen_ = 0;
   std::uint32_t mseq_ = 0, received_ = 0, sent_ = 0, advertised_ = 0, delivered_ = 0;
   bool was_cut_ = false;  ///< a read before those that are under way
-  std::size_t reads_at_once_;
   std::deque<Read> reads_;  ///< under way, oldest first
 };
 
