@@ -117,7 +117,7 @@ void before_spawn() noexcept {
 }
 
 void before_ring() noexcept {
-  if (!sdp::engine::ring_is_made()) return;
+  if (!sdp::engine::ring_may_serve_sockets()) return;
   const rdma::sys::ProgramCall here;
   const int high = fds().highest();
   for (int fd = 0; fd <= high; ++fd)

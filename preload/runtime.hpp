@@ -17,7 +17,7 @@ void before_quick_end() noexcept;
 /// Every stream that another program would inherit (no FD_CLOEXEC) goes back to TCP: called before a spawn.
 void before_spawn() noexcept;
 
-/// Before the program makes an io_uring, or uses one: every stream goes back to TCP, for good. Cheap when that is done already.
+/// Before an io_uring can serve a socket: every stream goes back to TCP, for good. Cheap when that is done already.
 void before_ring() noexcept;
 
 /// Round an exec: the same, and what would not outlive it arrives before. `path`: nullptr if only the call finds it; one that

@@ -20,6 +20,7 @@
 #include "rdma_core/base/log.hpp"
 #include "rdma_core/base/sys.hpp"
 #include "sdp/policy.hpp"
+#include "sdp/rings.hpp"
 #include "sdp/service.hpp"
 #include "sdp/stream_impl.hpp"
 
@@ -429,12 +430,12 @@ Capture* capture() noexcept {
   return e.capture.get();
 }
 
-bool ring_is_made() noexcept {
-  Engine& e = engine();
-  const bool is_news = e.options.rings_mean_tcp && e.options.policy != Family::tcp && !e.has_ring.load(std::memory_order_relaxed);
-  return is_news && !in_vfork_child() && !e.has_ring.exchange(true);
-}
+bool ring_may_serve_sockets() noexcept { return rings_matter() && !in_vfork_child() && !engine().has_ring.exchange(true); }
 bool has_ring() noexcept { return engine().has_ring.load(std::memory_order_relaxed); }
+bool rings_matter() noexcept {
+  const Engine& e = engine();
+  return e.options.rings_mean_tcp && e.options.policy != Family::tcp && !e.has_ring.load(std::memory_order_relaxed);
+}
 
 Family policy_for(Role role, const sockaddr_storage& local, const sockaddr_storage& remote) noexcept {
   return decide(engine().options, role, local, remote);
@@ -540,6 +541,7 @@ void after_fork_child() noexcept {
   e->capture_tried = false;
   thread_bell.fd = -1;
   e->grace.forget();
+  followed_rings().forget_changes_in_child();
   forget_stats_in_child();
 }
 

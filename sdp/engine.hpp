@@ -122,11 +122,12 @@ class ExecAttempt {
   Service* service_;
 };
 
-/// The program is about to make an io_uring, or has one: no stream gets a lane any more. False: that is known, or does not matter
-/// (SDP_IO_URING, a vfork child), for which it makes no system call. Any thread.
-bool ring_is_made() noexcept;
-bool has_ring() noexcept;
-/// After that and the take-downs, before the ring can be used: what lanes of RDMA devices carry arrives first, as before an exec.
+/// The program has an io_uring that may serve sockets, or is about to make one: no stream gets a lane any more. False: that is
+/// known, or does not matter (SDP_IO_URING, a vfork child), for which it makes no system call. Any thread.
+bool ring_may_serve_sockets() noexcept;
+bool has_ring() noexcept;      ///< that is known
+bool rings_matter() noexcept;  ///< it is not, and would be of consequence
+/// After that and the take-downs, before the ring serves any: what lanes of RDMA devices carry arrives first, as before an exec.
 void finish_lanes_for_ring() noexcept;
 
 /// The process is about to end: says END on every lane, and waits until what send() took needs this process no more, for

@@ -62,7 +62,7 @@ constexpr ReasonRow kReasons[] = {
     {LaneReason::not_connected, "not_connected", "never got connected", ""},
     {LaneReason::closed, "closed", "this side closed or shut it down", ""},
     {LaneReason::too_late, "too_late", "the peer began to set up a lane and did not get through in time", ""},
-    {LaneReason::io_uring, "io_uring", "the program has an io_uring, which reads and writes sockets past the library",
+    {LaneReason::io_uring, "io_uring", "the program has an io_uring that may read and write sockets past the library",
      "SDP_IO_URING=ignore, if its rings never serve sockets"},
 };
 constexpr bool in_order() noexcept {

@@ -60,14 +60,15 @@ struct End {
   }
 };
 
-/// Bytes that TCP has carried for this connection.
+/// Bytes that TCP has sent for this connection, acknowledged or not, which the last of them may not be for a while.
 inline std::uint64_t by_tcp(int fd) {
-  std::uint64_t acked = 0;
+  std::uint64_t sent = 0, again = 0;
   char all[256] = {};
   socklen_t size = sizeof all;
   if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, all, &size) != 0) fail("TCP_INFO");
-  std::memcpy(&acked, all + 120, sizeof acked);  // tcpi_bytes_acked
-  return acked;
+  std::memcpy(&sent, all + 200, sizeof sent);    // tcpi_bytes_sent
+  std::memcpy(&again, all + 208, sizeof again);  // tcpi_bytes_retrans
+  return sent - again;
 }
 
 /// Plays ball until the client, who is asked before each, says that it is the last.

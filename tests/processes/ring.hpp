@@ -26,6 +26,8 @@ class Ring {
   virtual int send(int fd, const void* bytes, unsigned count) = 0;
   /// Fills all of `count`, unless the end comes: the bytes so far.
   virtual int recv(int fd, void* bytes, unsigned count) = 0;
+  virtual int write(int fd, const void* bytes, unsigned count) = 0;  ///< to a file, at its beginning
+  virtual int read(int fd, void* bytes, unsigned count) = 0;
   /// No receive is under way any more.
   virtual void rest() {}
 };
@@ -70,6 +72,8 @@ class BareRing final : public Ring {
     }
     return static_cast<int>(got);
   }
+  int write(int fd, const void* bytes, unsigned count) override { return request(IORING_OP_WRITE, fd, bytes, count); }
+  int read(int fd, void* bytes, unsigned count) override { return request(IORING_OP_READ, fd, bytes, count); }
 
  private:
   static long arg(const void* pointer) { return reinterpret_cast<long>(pointer); }
@@ -121,13 +125,16 @@ class PastLibc final : public Ring {
     return static_cast<int>(doors::by_instruction(SYS_sendto, fd, reinterpret_cast<long>(bytes), count, 0, 0, 0));
   }
   int recv(int fd, void* bytes, unsigned count) override { return static_cast<int>(::recv(fd, bytes, count, MSG_WAITALL)); }
+  int write(int fd, const void* bytes, unsigned count) override { return static_cast<int>(::pwrite(fd, bytes, count, 0)); }
+  int read(int fd, void* bytes, unsigned count) override { return static_cast<int>(::pread(fd, bytes, count, 0)); }
 };
 
 #ifdef HAVE_LIBURING
-/// By liburing, with a receive that stays in the kernel and buffers that the kernel chooses.
+/// By liburing, with a receive that stays in the kernel and buffers that the kernel chooses; the socket by its descriptor, or by
+/// its place in the ring's own table.
 class LibRing final : public Ring {
  public:
-  LibRing() {
+  explicit LibRing(bool by_table) : by_table_(by_table) {
     if (const int failed = io_uring_queue_init(8, &ring_, 0); failed != 0) throw std::runtime_error(std::strerror(-failed));
     void* memory = mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::runtime_error("mmap");
@@ -146,8 +153,18 @@ class LibRing final : public Ring {
   int send(int fd, const void* bytes, unsigned count) override {
     io_uring_sqe* sqe = io_uring_get_sqe(&ring_);
     io_uring_prep_send(sqe, fd, bytes, count, 0);
-    io_uring_sqe_set_data64(sqe, kSend);
-    return await([&](const Done& done) { return done.tag == kSend; }).result;
+    name(sqe, fd);
+    return result_of(sqe);
+  }
+  int write(int fd, const void* bytes, unsigned count) override {
+    io_uring_sqe* sqe = io_uring_get_sqe(&ring_);
+    io_uring_prep_write(sqe, fd, bytes, count, 0);
+    return result_of(sqe);
+  }
+  int read(int fd, void* bytes, unsigned count) override {
+    io_uring_sqe* sqe = io_uring_get_sqe(&ring_);
+    io_uring_prep_read(sqe, fd, bytes, count, 0);
+    return result_of(sqe);
   }
   int recv(int fd, void* bytes, unsigned count) override {
     unsigned got = 0;
@@ -173,13 +190,24 @@ class LibRing final : public Ring {
 
  private:
   static constexpr unsigned kBuffers = 8, kBytes = 4096, kQueue = 64;
-  static constexpr std::uint64_t kSend = 1, kReceive = 2, kCancel = 3;
+  static constexpr std::uint64_t kShort = 1, kReceive = 2, kCancel = 3;
   struct Done {
     std::uint64_t tag;
     int result;
     unsigned flags;
   };
 
+  int result_of(io_uring_sqe* sqe) {
+    io_uring_sqe_set_data64(sqe, kShort);
+    return await([](const Done& done) { return done.tag == kShort; }).result;
+  }
+  void name(io_uring_sqe* sqe, int fd) {
+    if (!by_table_) return;
+    if (!has_table_ && io_uring_register_files(&ring_, &fd, 1) != 0) throw std::runtime_error("io_uring_register_files");
+    has_table_ = true;
+    sqe->fd = 0;
+    sqe->flags |= IOSQE_FIXED_FILE;
+  }
   void give_back(unsigned buffer) {
     // Not by liburing's function: the header's `bufs` begins eight bytes too late in C++.
     std::atomic_ref<__u16> tail(buffers_->tail);
@@ -212,6 +240,7 @@ class LibRing final : public Ring {
       if (!armed_) {
         io_uring_sqe* sqe = io_uring_get_sqe(&ring_);
         io_uring_prep_recv_multishot(sqe, fd, nullptr, 0, 0);
+        name(sqe, fd);
         sqe->flags |= IOSQE_BUFFER_SELECT;
         io_uring_sqe_set_data64(sqe, kReceive);
         armed_ = true;
@@ -234,6 +263,7 @@ class LibRing final : public Ring {
   Done queue_[kQueue];
   unsigned waiting_ = 0, buffer_ = 0, at_ = 0, kept_ = 0;
   int error_ = 0;
-  bool armed_ = false, ended_ = false;
+  bool armed_ = false, ended_ = false, has_table_ = false;
+  const bool by_table_;
 };
 #endif

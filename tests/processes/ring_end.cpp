@@ -2,11 +2,13 @@
 //
 //     ring_end server|client PORT DOOR WHEN
 //
-// DOOR: none (libc to the end), liburing, number (libc's syscall()), instruction; past: no ring, but sends by an instruction. WHEN:
-// start (before there is a connection), connected, laned (after libc has carried enough for a lane), idle (at the start, and no
-// socket is handed to it), unread (as laned, with bytes that libc has sent and nobody has read yet). A server says its port on
-// standard output.
+// DOOR: none (libc to the end), liburing, table (the same; the socket is in the ring's own table), number (libc's syscall()),
+// instruction; past: no ring, but sends by an instruction. WHEN: start (before there is a connection), connected, laned (after libc
+// has carried enough for a lane), idle (at the start, and no socket is handed to it), files (the same, and it serves a file to the
+// end, beside a lane for whose bytes TCP stands still), turned (as files, and then the socket is handed to it), unread (as laned,
+// with bytes that libc has sent and nobody has read yet). A server says its port on standard output.
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 
 #include <memory>
 #include <string_view>
@@ -20,7 +22,7 @@ constexpr int kNoSuchDoor = 77;  // also where the kernel lets nobody make a rin
 
 std::unique_ptr<Ring> open_ring(std::string_view door) {
 #ifdef HAVE_LIBURING
-  if (door == "liburing") return std::make_unique<LibRing>();
+  if (door == "liburing" || door == "table") return std::make_unique<LibRing>(door == "table");
 #endif
   if (door == "number") return std::make_unique<BareRing<doors::by_libc>>();
   if (door == "instruction") return std::make_unique<BareRing<doors::by_instruction>>();
@@ -48,6 +50,19 @@ int meet_unread_bytes(const End& libc, bool is_server, std::string_view door) {
   return n < 0 || (n == 1000 && got == earlier) ? 0 : 1;
 }
 
+/// What it writes into a file it reads again.
+void serve_a_file(Ring* ring) {
+  if (ring == nullptr) return;
+  const int file = memfd_create("file", 0);
+  const std::vector<char> wrote(5000, 'f');
+  std::vector<char> read(wrote.size());
+  const auto count = static_cast<unsigned>(wrote.size());
+  if (ring->write(file, wrote.data(), count) != static_cast<int>(count) ||
+      ring->read(file, read.data(), count) != static_cast<int>(count) || read != wrote)
+    fail("the file");
+  close(file);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -59,20 +74,29 @@ int main(int argc, char** argv) {
       r != -EINVAL && door != "none")
     return kNoSuchDoor;
   std::unique_ptr<Ring> ring;
-  if (when == "start" || when == "idle") ring = open_ring(door);
+  const bool is_preloaded = std::getenv("LD_PRELOAD") != nullptr;
+  const bool has_files = when == "files" || when == "turned";
+  if (when == "start" || when == "idle" || has_files) ring = open_ring(door);
+  if (has_files) serve_a_file(ring.get());
   End libc{connected(is_server, static_cast<std::uint16_t>(std::atoi(argv[2])))};
   if (when == "connected") ring = open_ring(door);
-  warm_up(libc, is_server,
-          std::chrono::milliseconds((when == "laned" || when == "unread") && std::getenv("LD_PRELOAD") != nullptr ? 10'000 : 1000));
+  const bool may_have_lane = is_preloaded && (when == "laned" || when == "unread" || has_files);
+  warm_up(libc, is_server, std::chrono::milliseconds(may_have_lane ? 10'000 : 1000));
   std::uint64_t position = 0;
   exchange(libc, is_server, position);
   if (when == "unread") return meet_unread_bytes(libc, is_server, door);
   if (when == "laned") ring = open_ring(door);
-  const End other{libc.fd, when == "idle" ? nullptr : ring.get()};
+  const End other{libc.fd, when == "idle" || when == "files" ? nullptr : ring.get()};
+  const std::uint64_t before = by_tcp(libc.fd);
+  if (has_files) serve_a_file(ring.get());
   exchange(other, is_server, position);
   exchange(libc, is_server, position);
   exchange(other, is_server, position);
-  if (when == "laned") {  // long enough for a look of the library's at what the process has
+  if (when == "files") {
+    serve_a_file(ring.get());
+    if (is_preloaded && door != "number" && by_tcp(libc.fd) != before) fail("TCP carries bytes of a lane");
+  }
+  if (when == "laned" || has_files) {  // long enough for a look of the library's at what the process has
     const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(1);
     play_ball(libc, is_server, [&] { return std::chrono::steady_clock::now() > until; });
   }
