@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 
 namespace sdp {
 
@@ -72,7 +73,11 @@ class RingWatch {
   bool finds_one(bool before_a_lane) noexcept;
 
  private:
+  bool others_have_run() noexcept;
+
   std::int64_t last_ns_ = 0, took_ns_ = 0;
+  std::optional<std::int64_t> others_ns_;  ///< time on a processor that the other threads had had before the last look
+  unsigned spared_ = 0;                    ///< looks since then
 };
 
 }  // namespace sdp
