@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 #include <limits.h>
 #include <sys/sendfile.h>
+#include <sys/uio.h>
 
 #include "preload/dispatch.hpp"
 #include "rdma_core/base/sys.hpp"
@@ -10,6 +11,7 @@
 
 using preload::dispatch;
 using preload::dispatch_cancellable;
+using preload::fds;
 using preload::leave_lane;
 using preload::leave_lane_to_send;
 using preload::Libc;
@@ -26,6 +28,11 @@ bool moves_bytes(const iovec* iov, int count) noexcept {
     sum |= iov[i].iov_len;
   }
   return sum != 0;
+}
+
+template <class F>
+F next(const char* name) noexcept {
+  return reinterpret_cast<F>(preload::next_symbol(name));
 }
 }  // namespace
 
@@ -74,29 +81,94 @@ SDP_EXPORT ssize_t sendmsg(int fd, const msghdr* msg, int flags) {
   return dispatch_cancellable(
       fd, [&](Stream s) { return s.sendmsg(fd, msg, flags); }, [&](const Libc& c) { return c.sendmsg(fd, msg, flags); });
 }
+SDP_EXPORT int recvmmsg(int fd, mmsghdr* msgs, unsigned count, int flags, timespec* timeout) {
+  static const auto real = next<decltype(&::recvmmsg)>("recvmmsg");
+  return dispatch_cancellable(
+      fd, [&](Stream s) { return s.recvmmsg(fd, msgs, count, flags, timeout); },
+      [&](const Libc&) { return real(fd, msgs, count, flags, timeout); });
+}
+SDP_EXPORT int sendmmsg(int fd, mmsghdr* msgs, unsigned count, int flags) {
+  static const auto real = next<decltype(&::sendmmsg)>("sendmmsg");
+  if (const Stream s = fds().find(fd); !s || s.stays_on_tcp()) return real(fd, msgs, count, flags);
+  return dispatch_cancellable(
+      fd, [&](Stream s) { return s.sendmmsg(fd, msgs, count, flags); }, [&](const Libc&) { return real(fd, msgs, count, flags); });
+}
+
+namespace {
+std::int64_t receive_vector(Stream s, int fd, const iovec* iov, int count, int flags) {
+  if (!moves_bytes(iov, count)) return sys::call(SYS_readv, fd, sys::arg(iov), count);
+  msghdr msg{};
+  msg.msg_iov = const_cast<iovec*>(iov);
+  msg.msg_iovlen = static_cast<size_t>(count);
+  return s.recvmsg(fd, &msg, flags);
+}
+std::int64_t send_vector(Stream s, int fd, const iovec* iov, int count, int flags) {
+  if (!moves_bytes(iov, count)) return sys::call(SYS_writev, fd, sys::arg(iov), count);
+  msghdr msg{};
+  msg.msg_iov = const_cast<iovec*>(iov);
+  msg.msg_iovlen = static_cast<size_t>(count);
+  return s.sendmsg(fd, &msg, flags);
+}
+
+constexpr int kNothingOnSockets = RWF_HIPRI | RWF_DSYNC | RWF_SYNC | RWF_APPEND;
+/// The kernel has another answer, or we do not know what the flags mean: it is the kernel's call.
+bool is_for_kernel(off_t at, int flags) noexcept { return at != -1 || (flags & ~(kNothingOnSockets | RWF_NOWAIT)) != 0; }
+
+/// Linux 6.5 and later.
+bool sockets_take_nowait() noexcept {
+  static const bool take = [] {
+    int ends[2] = {-1, -1};
+    if (sys::call(SYS_socketpair, AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, sys::arg(ends)) != 0) return false;
+    char byte = 0;
+    const iovec one{&byte, 1};
+    const long r = sys::call(SYS_preadv2, ends[0], sys::arg(&one), 1, -1, -1, RWF_NOWAIT);
+    for (const int fd : ends) sys::call(SYS_close, fd);
+    return r == -EAGAIN;
+  }();
+  return take;
+}
+
+template <class Move>
+std::int64_t move_vector(Move move, Stream s, int fd, const iovec* iov, int count, int flags) {
+  const bool nowait = (flags & RWF_NOWAIT) != 0;
+  if (nowait && moves_bytes(iov, count) && !sockets_take_nowait()) return -EOPNOTSUPP;
+  return move(s, fd, iov, count, nowait ? MSG_DONTWAIT : 0);
+}
+}  // namespace
+
 SDP_EXPORT ssize_t readv(int fd, const iovec* iov, int count) {
   return dispatch_cancellable(
-      fd,
-      [&](Stream s) -> std::int64_t {
-        if (!moves_bytes(iov, count)) return sys::call(SYS_readv, fd, sys::arg(iov), count);
-        msghdr msg{};
-        msg.msg_iov = const_cast<iovec*>(iov);
-        msg.msg_iovlen = static_cast<size_t>(count);
-        return s.recvmsg(fd, &msg, 0);
-      },
-      [&](const Libc& c) { return c.readv(fd, iov, count); });
+      fd, [&](Stream s) { return receive_vector(s, fd, iov, count, 0); }, [&](const Libc& c) { return c.readv(fd, iov, count); });
 }
 SDP_EXPORT ssize_t writev(int fd, const iovec* iov, int count) {
   return dispatch_cancellable(
-      fd,
-      [&](Stream s) -> std::int64_t {
-        if (!moves_bytes(iov, count)) return sys::call(SYS_writev, fd, sys::arg(iov), count);
-        msghdr msg{};
-        msg.msg_iov = const_cast<iovec*>(iov);
-        msg.msg_iovlen = static_cast<size_t>(count);
-        return s.sendmsg(fd, &msg, 0);
-      },
-      [&](const Libc& c) { return c.writev(fd, iov, count); });
+      fd, [&](Stream s) { return send_vector(s, fd, iov, count, 0); }, [&](const Libc& c) { return c.writev(fd, iov, count); });
+}
+SDP_EXPORT ssize_t preadv2(int fd, const iovec* iov, int count, off_t at, int flags) {
+  static const auto real = next<decltype(&::preadv2)>("preadv2");
+  if (is_for_kernel(at, flags)) {
+    if (at == -1) leave_lane(fd, sdp::LaneReason::mode);
+    return real(fd, iov, count, at, flags);
+  }
+  return dispatch_cancellable(
+      fd, [&](Stream s) { return move_vector(receive_vector, s, fd, iov, count, flags); },
+      [&](const Libc&) { return real(fd, iov, count, at, flags); });
+}
+SDP_EXPORT ssize_t pwritev2(int fd, const iovec* iov, int count, off_t at, int flags) {
+  static const auto real = next<decltype(&::pwritev2)>("pwritev2");
+  if (is_for_kernel(at, flags)) {
+    if (at == -1 && !leave_lane_to_send(fd, (flags & RWF_NOWAIT) != 0)) return -1;
+    return real(fd, iov, count, at, flags);
+  }
+  return dispatch_cancellable(
+      fd, [&](Stream s) { return move_vector(send_vector, s, fd, iov, count, flags); },
+      [&](const Libc&) { return real(fd, iov, count, at, flags); });
+}
+SDP_EXPORT ssize_t preadv64v2(int fd, const iovec* iov, int count, off64_t at, int flags) {
+  return preadv2(fd, iov, count, at, flags);
+}
+SDP_EXPORT ssize_t pwritev64v2(int fd, const iovec* iov, int count, off64_t at, int flags) {
+  return pwritev2(fd, iov, count, at, flags);
 }
 SDP_EXPORT ssize_t sendfile(int out, int in, off_t* offset, size_t count) {
   leave_lane(in, sdp::LaneReason::mode);
@@ -108,46 +180,12 @@ SDP_EXPORT ssize_t sendfile64(int out, int in, off64_t* offset, size_t count) { 
 
 // --- what no lane carries (yet): the stream goes on by TCP
 
-namespace {
-template <class F>
-F next(const char* name) noexcept {
-  return reinterpret_cast<F>(preload::next_symbol(name));
-}
-}  // namespace
-
-SDP_EXPORT int recvmmsg(int fd, mmsghdr* msgs, unsigned count, int flags, timespec* timeout) {
-  static const auto real = next<decltype(&::recvmmsg)>("recvmmsg");
-  leave_lane(fd, sdp::LaneReason::mode);
-  return real(fd, msgs, count, flags, timeout);
-}
-SDP_EXPORT int sendmmsg(int fd, mmsghdr* msgs, unsigned count, int flags) {
-  static const auto real = next<decltype(&::sendmmsg)>("sendmmsg");
-  if (!leave_lane_to_send(fd, (flags & MSG_DONTWAIT) != 0)) return -1;
-  return real(fd, msgs, count, flags);
-}
 SDP_EXPORT ssize_t splice(int in, off64_t* in_at, int out, off64_t* out_at, size_t len, unsigned flags) {
   static const auto real = next<decltype(&::splice)>("splice");
   leave_lane(in, sdp::LaneReason::mode);
   if (!leave_lane_to_send(out, (flags & SPLICE_F_NONBLOCK) != 0)) return -1;
   return real(in, in_at, out, out_at, len, flags);
 }
-SDP_EXPORT ssize_t preadv2(int fd, const iovec* iov, int count, off_t at, int flags) {
-  static const auto real = next<decltype(&::preadv2)>("preadv2");
-  leave_lane(fd, sdp::LaneReason::mode);
-  return real(fd, iov, count, at, flags);
-}
-SDP_EXPORT ssize_t pwritev2(int fd, const iovec* iov, int count, off_t at, int flags) {
-  static const auto real = next<decltype(&::pwritev2)>("pwritev2");
-  if (!leave_lane_to_send(fd, (flags & RWF_NOWAIT) != 0)) return -1;
-  return real(fd, iov, count, at, flags);
-}
-SDP_EXPORT ssize_t preadv64v2(int fd, const iovec* iov, int count, off64_t at, int flags) {
-  return preadv2(fd, iov, count, at, flags);
-}
-SDP_EXPORT ssize_t pwritev64v2(int fd, const iovec* iov, int count, off64_t at, int flags) {
-  return pwritev2(fd, iov, count, at, flags);
-}
-
 namespace {
 /// libc's threads are about to read or write for the program.
 void leave_for(const aiocb* request) noexcept {

@@ -30,13 +30,14 @@ struct MaskAndSize {  // the sixth argument of pselect6
 
 constexpr auto kNamed = [] {
   std::array numbers{
-      long{SYS_read},         long{SYS_write},         long{SYS_readv},      long{SYS_writev},     long{SYS_recvfrom},
-      long{SYS_sendto},       long{SYS_recvmsg},       long{SYS_sendmsg},    long{SYS_recvmmsg},   long{SYS_sendmmsg},
-      long{SYS_sendfile},     long{SYS_splice},        long{SYS_socket},     long{SYS_connect},    long{SYS_accept},
-      long{SYS_accept4},      long{SYS_shutdown},      long{SYS_setsockopt}, long{SYS_getsockopt}, long{SYS_close},
-      long{SYS_close_range},  long{SYS_dup},           long{SYS_dup2},       long{SYS_dup3},       long{SYS_fcntl},
-      long{SYS_ioctl},        long{SYS_poll},          long{SYS_ppoll},      long{SYS_select},     long{SYS_pselect6},
-      long{SYS_epoll_create}, long{SYS_epoll_create1}, long{SYS_epoll_ctl},  long{SYS_epoll_wait}, long{SYS_epoll_pwait}};
+      long{SYS_read},        long{SYS_write},      long{SYS_readv},        long{SYS_writev},        long{SYS_recvfrom},
+      long{SYS_sendto},      long{SYS_recvmsg},    long{SYS_sendmsg},      long{SYS_recvmmsg},      long{SYS_sendmmsg},
+      long{SYS_sendfile},    long{SYS_splice},     long{SYS_socket},       long{SYS_connect},       long{SYS_accept},
+      long{SYS_accept4},     long{SYS_shutdown},   long{SYS_setsockopt},   long{SYS_getsockopt},    long{SYS_close},
+      long{SYS_close_range}, long{SYS_dup},        long{SYS_dup2},         long{SYS_dup3},          long{SYS_fcntl},
+      long{SYS_ioctl},       long{SYS_poll},       long{SYS_ppoll},        long{SYS_select},        long{SYS_pselect6},
+      long{SYS_preadv2},     long{SYS_pwritev2},   long{SYS_epoll_create}, long{SYS_epoll_create1}, long{SYS_epoll_ctl},
+      long{SYS_epoll_wait},  long{SYS_epoll_pwait}};
   std::sort(numbers.begin(), numbers.end());
   return numbers;
 }();
@@ -66,6 +67,10 @@ long call_by_name(long number, const long (&a)[6]) {
       return recvmmsg(fd, pointer<mmsghdr>(a[1]), static_cast<unsigned>(a[2]), flags, pointer<timespec>(a[4]));
     case SYS_sendmmsg:
       return sendmmsg(fd, pointer<mmsghdr>(a[1]), static_cast<unsigned>(a[2]), flags);
+    case SYS_preadv2:  // the upper half of the place counts for nothing here
+      return preadv2(fd, pointer<iovec>(a[1]), static_cast<int>(a[2]), a[3], static_cast<int>(a[5]));
+    case SYS_pwritev2:
+      return pwritev2(fd, pointer<iovec>(a[1]), static_cast<int>(a[2]), a[3], static_cast<int>(a[5]));
     case SYS_sendfile:
       return sendfile(fd, static_cast<int>(a[1]), pointer<off_t>(a[2]), static_cast<size_t>(a[3]));
     case SYS_splice:

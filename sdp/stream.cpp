@@ -371,6 +371,8 @@ void Stream::reset_if_bytes_stay(int fd) const noexcept {
   s->lock.unlock();
 }
 
+bool Stream::stays_on_tcp() const noexcept { return impl()->phase.load(std::memory_order_acquire) == Phase::final; }
+
 bool Stream::is_named_by(int fd) const noexcept { return impl()->names_us(fd); }
 
 bool Stream::has_lane() const noexcept {

@@ -41,6 +41,9 @@ class Stream {
   std::int64_t recv(int fd, void* buf, std::size_t len, int flags) const;
   std::int64_t sendmsg(int fd, const msghdr* msg, int flags) const;
   std::int64_t recvmsg(int fd, msghdr* msg, int flags) const;
+  std::int64_t sendmmsg(int fd, mmsghdr* msgs, unsigned count, int flags) const;
+  /// An error that waits behind what the first messages get is the next call's, as with recv() behind bytes.
+  std::int64_t recvmmsg(int fd, mmsghdr* msgs, unsigned count, int flags, timespec* timeout) const;
   std::int64_t sendfile(int fd, int in_fd, std::int64_t* offset, std::size_t count) const;
 
   // --- ends
@@ -70,6 +73,7 @@ class Stream {
   void leave_to_program() const noexcept;
   /// Before this process becomes another program, after engine::before_exec(): no connection rather than one with a gap.
   void reset_if_bytes_stay(int fd) const noexcept;
+  bool stays_on_tcp() const noexcept;       ///< for good, and there is nothing left to do that the kernel does not
   bool is_named_by(int fd) const noexcept;  ///< of a stream that has a lane: does `fd` still name its connection?
 
   // --- waiting for several descriptors (poll, select, epoll); see the protocol below

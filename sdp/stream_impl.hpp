@@ -29,6 +29,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <optional>
 
 #include "rdma_core/base/shared_lock.hpp"
 #include "rdma_core/cm/connection_manager.hpp"
@@ -53,6 +54,18 @@ struct MessageExtras {
   std::size_t room = 0;  ///< bytes
   std::size_t used = 0;
   int flags = 0;
+};
+
+/// One that the caller has counted in; it is counted out on every way, also that of a cancelled thread.
+class Counted {
+ public:
+  explicit Counted(std::atomic<std::int32_t>& count) noexcept : count_(count) {}
+  ~Counted() { count_.fetch_sub(1, std::memory_order_release); }
+  Counted(const Counted&) = delete;
+  Counted& operator=(const Counted&) = delete;
+
+ private:
+  std::atomic<std::int32_t>& count_;
 };
 
 /// Whether a failed lane can be left without a loss: `none`: no, there is no way to ask the peer; `done`: it has been; `over`: it
@@ -149,6 +162,10 @@ class alignas(64) StreamImpl {
   // --- transfer (stream_io.cpp); results as in Stream. A cancelled thread unwinds through what may block: not noexcept.
   std::int64_t send(int fd, IovCursor& from, int flags, std::uint16_t gen);
   std::int64_t recv(int fd, IovCursor& to, int flags, std::uint16_t gen, MessageExtras* extras = nullptr);
+
+  // --- several messages in one call (stream_mmsg.cpp)
+  std::optional<std::int64_t> recvmmsg_before_lane(int fd, mmsghdr* msgs, unsigned count, int flags, timespec* timeout);
+  void owe_reset(std::uint16_t gen) noexcept;  ///< a call met the peer's reset and has bytes to return
 
   // --- the same where nothing but a message is to be moved (stream_at_once.cpp); 0: it is more than that
   std::int64_t send_at_once(const void* bytes, std::size_t count, int flags, std::uint16_t gen) noexcept;

@@ -30,18 +30,6 @@ namespace {
 std::int64_t now_ns() noexcept { return rdma::SteadyClock{}.now(); }
 constexpr std::size_t kMaxIov = 64;
 
-/// One that the caller has counted in; it is counted out on every way, also that of a cancelled thread.
-class Counted {
- public:
-  explicit Counted(std::atomic<std::int32_t>& count) noexcept : count_(count) {}
-  ~Counted() { count_.fetch_sub(1, std::memory_order_release); }
-  Counted(const Counted&) = delete;
-  Counted& operator=(const Counted&) = delete;
-
- private:
-  std::atomic<std::int32_t>& count_;
-};
-
 /// As recvmsg().
 template <class Call>
 long receive_message(std::span<iovec> pieces, MessageExtras* extras, Call call) {

@@ -376,26 +376,6 @@ CASE(splice_falls_back) {
   }
   told("peer", peer.call(Do::recv, 0, 1000));
 }
-CASE(mmsg) {
-  Peer peer;
-  Conn c = connection(peer);
-  std::byte data[2][100];
-  fill(data[0], 100, c.tx);
-  fill(data[1], 100, c.tx + 100);
-  iovec iov[2] = {{data[0], 100}, {data[1], 100}};
-  mmsghdr msgs[2]{};
-  for (int i = 0; i < 2; ++i) {
-    msgs[i].msg_hdr.msg_iov = &iov[i];
-    msgs[i].msg_hdr.msg_iovlen = 1;
-  }
-  told("sendmmsg", sendmmsg(c.fd, msgs, 2, 0));
-  say("%u %u", msgs[0].msg_len, msgs[1].msg_len);
-  told("peer", peer.call(Do::recv, 0, 200));
-  peer.call(Do::send, 0, 150);
-  told("recvmmsg", recvmmsg(c.fd, msgs, 2, MSG_DONTWAIT, nullptr));
-  say("%u %u right %d", msgs[0].msg_len, msgs[1].msg_len, matches(data[0], 100, c.rx) && matches(data[1], 50, c.rx + 100));
-}
-
 // The lane goes with bytes of an idle peer on it: they come all the same.
 CASE(mode_behind_bytes) {
   Peer peer;
