@@ -95,7 +95,7 @@ sdp::Stream track(int fd, sdp::Role role) noexcept {
 
 void before_quick_end() noexcept {
   if (!had_connections.load(std::memory_order_acquire) || sdp::engine::in_vfork_child()) return;
-  sdp::engine::finish_lanes();
+  sdp::engine::at_quick_end();
 }
 
 namespace {

@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
 #include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
@@ -22,6 +23,7 @@
 #include "sdp/policy.hpp"
 #include "sdp/rings.hpp"
 #include "sdp/service.hpp"
+#include "sdp/stats_process.hpp"
 #include "sdp/stream_impl.hpp"
 
 namespace sdp::engine {
@@ -589,6 +591,16 @@ void at_exit() noexcept {
   if (e == nullptr) return;
   if (e->capture != nullptr) e->capture->flush();
   if (!e->options.stats_file.empty()) write_stats_report(e->options);
+}
+
+void at_quick_end() noexcept {
+  finish_lanes();
+  const Engine* e = engine_pointer.load(std::memory_order_acquire);
+  stack_t stack{};
+  if (e == nullptr || e->options.stats_file.empty() || !is_own_process() || sys::call(SYS_sigaltstack, 0, sys::arg(&stack)) != 0 ||
+      (stack.ss_flags & SS_ONSTACK) != 0)
+    return;
+  write_stats_report(e->options);
 }
 
 }  // namespace sdp::engine

@@ -135,5 +135,8 @@ void finish_lanes_for_ring() noexcept;
 void finish_lanes() noexcept;
 /// exit(): that, and the reports, SDP_PCAP and SDP_STATS.
 void at_exit() noexcept;
+/// An end without exit handlers: the same without SDP_PCAP, also in a signal handler. There is no report of a fork's child that has
+/// had no connection, nor on an alternate stack, which may be too small for it.
+void at_quick_end() noexcept;
 
 }  // namespace sdp::engine

@@ -133,6 +133,9 @@ def run(how, lib, folder, to_plain):
         report = json.load(open(os.path.join(folder, f"{counted.pid}.json"), encoding="utf-8"))
         lane = report["bytes"]["lane"][way]
         least = 1 if how == "fork" else 3_000_000
+        if how == "exit" and not to_plain:  # by _exit()
+            with open(os.path.join(folder, f"{writer.pid}.json"), encoding="utf-8") as own:
+                assert json.load(own)["bytes"]["lane"]["sent"] >= least, f"{how}: the writer's report"
         assert lane >= least, f"{how}: only {lane} bytes {way} by the lane"
     print(f"{how}{', then read by a plain program' if to_plain else ''}: every byte arrived", flush=True)
 

@@ -19,7 +19,7 @@ SKIPPED = 77
 # x86-64's numbers of what the library calls between two processes of one host. Not there: futex, without which libc ends the program, getpid
 # (the name of the report), and what libc itself needs before main.
 CALLS = {"poll": 7, "rt_sigaction": 13, "rt_sigprocmask": 14, "ioctl": 16, "sched_yield": 24, "madvise": 28, "sendmsg": 46,
-         "recvmsg": 47, "getpeername": 52, "clone": 56, "fcntl": 72, "ftruncate": 77, "fchmod": 91, "geteuid": 107, "fstatfs": 138,
+         "recvmsg": 47, "getpeername": 52, "clone": 56, "fcntl": 72, "ftruncate": 77, "fchmod": 91, "geteuid": 107, "sigaltstack": 131, "fstatfs": 138,
          "getpriority": 140, "gettid": 186, "sched_getaffinity": 204, "clock_gettime": 228, "epoll_ctl": 233, "tgkill": 234, "readlinkat": 267,
          "epoll_pwait": 281, "accept4": 288, "eventfd2": 290, "epoll_create1": 291, "process_vm_readv": 310, "process_vm_writev": 311,
          "sched_setattr": 314, "getrandom": 318, "memfd_create": 319, "membarrier": 324, "clone3": 435, "faccessat2": 439}
