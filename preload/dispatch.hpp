@@ -72,6 +72,10 @@ inline bool leave_lane_to_send(int fd, bool nowait = false) {
   return to_libc<int>(cancellable([&]() -> std::int64_t { return stream.await_tcp(fd, sdp::LaneReason::mode, nowait); })) == 0;
 }
 
+/// The same for calls that let libc send later, and neither wait nor end early by themselves: on a descriptor that does not block
+/// it waits no longer than a second, then errno is EAGAIN. No cancellation point.
+bool leave_lane_to_libc(int fd) noexcept;
+
 }  // namespace preload
 
 /// Marks what the library exports; everything else is hidden. The list is exports.map.

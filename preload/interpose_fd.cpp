@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
+#include <cstring>
 
 #include "preload/dispatch.hpp"
 #include "preload/epoll_set.hpp"
@@ -170,6 +171,8 @@ SDP_EXPORT FILE* freopen64(const char* path, const char* mode, FILE* file) { ret
 
 SDP_EXPORT FILE* fdopen(int fd, const char* mode) noexcept {
   static const auto real = reinterpret_cast<decltype(&::fdopen)>(preload::next_symbol("fdopen"));
+  const bool writes = rdma::is_readable(mode, 1) && (mode[0] != 'r' || std::strchr(mode, '+') != nullptr);
+  if (writes && !preload::leave_lane_to_libc(fd)) return nullptr;
   preload::leave_lane(fd, sdp::LaneReason::mode);
   return real(fd, mode);
 }

@@ -187,28 +187,34 @@ SDP_EXPORT ssize_t splice(int in, off64_t* in_at, int out, off64_t* out_at, size
   return real(in, in_at, out, out_at, len, flags);
 }
 namespace {
-/// libc's threads are about to read or write for the program.
-void leave_for(const aiocb* request) noexcept {
-  if (rdma::is_readable(request, sizeof *request)) leave_lane(request->aio_fildes, sdp::LaneReason::mode);
+/// libc's threads are about to read or write for the program. False: errno is EAGAIN.
+bool leave_for(const aiocb* request, bool writes) noexcept {
+  if (!rdma::is_readable(request, sizeof *request)) return true;
+  if (writes) return preload::leave_lane_to_libc(request->aio_fildes);
+  leave_lane(request->aio_fildes, sdp::LaneReason::mode);
+  return true;
 }
 }  // namespace
 
 SDP_EXPORT int aio_read(aiocb* request) noexcept {
   static const auto real = next<decltype(&::aio_read)>("aio_read");
-  leave_for(request);
+  (void)leave_for(request, false);
   return real(request);
 }
 SDP_EXPORT int aio_write(aiocb* request) noexcept {
   static const auto real = next<decltype(&::aio_write)>("aio_write");
-  leave_for(request);
-  return real(request);
+  return leave_for(request, true) ? real(request) : -1;
 }
 SDP_EXPORT int lio_listio(int mode, aiocb* const* requests, int count, sigevent* event) noexcept {
   static const auto real = next<int (*)(int, aiocb* const*, int, sigevent*)>("lio_listio");
-  if (count > 0 && rdma::is_readable(requests, static_cast<size_t>(count) * sizeof(void*)))
-    for (int i = 0; i < count; ++i)
-      if (requests[i] != nullptr) leave_for(requests[i]);
-  return real(mode, requests, count, event);
+  const bool sound = count > 0 && rdma::is_readable(requests, static_cast<size_t>(count) * sizeof(void*));
+  bool ready = true;
+  for (int i = 0; sound && i < count; ++i)
+    if (requests[i] != nullptr) ready = leave_for(requests[i], requests[i]->aio_lio_opcode == LIO_WRITE) && ready;
+  if (ready) return real(mode, requests, count, event);
+  for (int i = 0; i < count; ++i)
+    if (requests[i] != nullptr) requests[i]->__error_code = EAGAIN;  // aio_error(): none has been queued
+  return -1;
 }
 static_assert(sizeof(aiocb) == sizeof(aiocb64));
 SDP_EXPORT int aio_read64(aiocb64* request) noexcept { return aio_read(reinterpret_cast<aiocb*>(request)); }

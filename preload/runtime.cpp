@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <vector>
 
+#include "preload/dispatch.hpp"
 #include "preload/epoll_set.hpp"
 #include "preload/fd_table.hpp"
 #include "preload/handlers.hpp"
@@ -91,6 +92,28 @@ sdp::Stream track(int fd, sdp::Role role) noexcept {
   take_handlers();
   had_connections.store(true, std::memory_order_relaxed);
   return sdp::engine::track(fd, role);
+}
+
+bool leave_lane_to_libc(int fd) noexcept {
+  constexpr std::int64_t kStepMs = 2;
+  const sdp::Stream stream = fds().find(fd);
+  if (!stream) return true;
+  int state = PTHREAD_CANCEL_ENABLE;
+  pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &state);
+  const bool blocks = (rdma::sys::call(SYS_fcntl, fd, F_GETFL) & O_NONBLOCK) == 0;
+  const std::int64_t most_ms = std::int64_t{sdp::engine::options().exit_timeout_s} * 1000;
+  int result = 0;
+  for (std::int64_t waited = 0;; waited += kStepMs) {
+    const rdma::sys::ProgramCall here;  // a new one: handlers have run, and the wait goes on
+    result = stream.await_tcp(fd, sdp::LaneReason::mode, !blocks);
+    const bool again = result == -EINTR || (result == -EAGAIN && !blocks && waited < most_ms);
+    if (!again) break;
+    if (!blocks) rdma::sys::sleeping_call(rdma::sys::EndedBy::nothing, SYS_poll, 0, 0, kStepMs);
+  }
+  pthread_setcancelstate(state, nullptr);
+  if (result != -EAGAIN) return true;  // what else there is, of an end, the kernel says again
+  errno = EAGAIN;
+  return false;
 }
 
 void before_quick_end() noexcept {

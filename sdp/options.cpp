@@ -295,9 +295,10 @@ constexpr Row kTable[] = {
     row<Number<&Options::lane_timeout_s, 1, 3600>>("SDP_LANE_TIMEOUT",
                                                    "a lane between hosts on which nothing arrives for so long is given up",
                                                    "seconds", "a number from 1 to 3600"),
-    row<Number<&Options::exit_timeout_s, 0, 3600>>("SDP_EXIT_TIMEOUT",
-                                                   "exit, exec, setuid and its kin wait so long at most for what is under way",
-                                                   "seconds", "a number from 0 to 3600"),
+    row<Number<&Options::exit_timeout_s, 0, 3600>>(
+        "SDP_EXIT_TIMEOUT",
+        "exit, exec, setuid and its kin, and fdopen where it may not block, wait so long at most for what is under way", "seconds",
+        "a number from 0 to 3600"),
     row<Flavour>("SDP_DEVICE_FLAVOUR", "what the software device looks like", "", "ib or rnic"),
 };
 static_assert(std::size(kTable) == kRows && kRows + 2 <= kMaxOptionProblems, "Index and kTable go together");

@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <string>
 
+#include "blocking.hpp"
 #include "trace.hpp"
 
 using namespace differential;
@@ -145,4 +146,53 @@ CASE(asynchronous_io) {
   aiocb none = request_for(-1, 0, got, sizeof got);
   told("aio_read of none", aio_read(&none));
   told("read", await(none));
+}
+
+namespace {
+/// The peer leaves the lane with more unread on it than TCP takes at once: it is sent again, and libc's own threads and streams may
+/// not send anything before. Bytes that the peer is about to read, with the case's.
+struct SentAgain {
+  Peer peer;
+  Conn c;
+  long bytes = 0;
+  explicit SentAgain(long more)
+      : c(cold(peer, 0, [](int fd) {
+          const int little = 4096;
+          setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &little, sizeof little);
+          setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &little, sizeof little);
+        })) {
+    peer.call(Do::option, 0, SOL_SOCKET, SO_RCVBUF, 4096);
+    warm(peer, c);
+    bytes = static_cast<long>(fill_up(c)) + more;
+    peer.call(Do::option, 0, SOL_SOCKET, SO_TIMESTAMP, 1);
+    settle(300);  // the peer's word is heard
+    peer.later(200, Do::recv, 0, bytes);
+  }
+  void tell() { say("the peer got all: %d", peer.answer().result == bytes); }
+};
+}  // namespace
+
+CASE(stdio_waits_for_its_turn) {
+  for (const bool blocks : {true, false}) {
+    SentAgain e(5000);
+    if (!blocks) fcntl(e.c.fd, F_SETFL, O_NONBLOCK);
+    FILE* const file = fdopen(e.c.fd, "r+");
+    if (file == nullptr) fail("fdopen");
+    fcntl(e.c.fd, F_SETFL, 0);
+    const std::string text = next_bytes(e.c, 5000);
+    told("fwrite", static_cast<long>(fwrite(text.data(), 1, text.size(), file)));
+    told("fflush", fflush(file));
+    e.tell();
+  }
+}
+CASE(asynchronous_writes_wait_for_their_turn) {
+  for (const bool by_list : {false, true}) {
+    SentAgain e(1000);
+    std::string text = next_bytes(e.c, 1000);
+    aiocb write = request_for(e.c.fd, LIO_WRITE, text.data(), text.size());
+    aiocb* const list[] = {&write};
+    told("asked for", by_list ? lio_listio(LIO_NOWAIT, list, 1, nullptr) : aio_write(&write));
+    told("wrote", await(write));
+    e.tell();
+  }
 }
