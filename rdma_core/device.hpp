@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 
 #include "rdma_core/base/result.hpp"
@@ -42,6 +43,9 @@ struct DeviceAttr {
   bool posts_arrive_at_once = false;    ///< Sends and RDMA Writes are in the peer's memory when post_send returns: nothing that
                                         ///< leaves later by another way overtakes them
   bool maps_peer_memory = false;        ///< Qp::remote_view() works; RDMA Writes are seen in the order in which they were posted
+  bool reads_program_memory = false;  ///< for a device whose other regions lie in extents: RDMA Reads also reach memory that is the
+                                      ///< peer program's, and not pinned. A region for remote reads alone may lie there; see
+                                      ///< Pd::register_memory, Qp::withdraw and Wc::byte_len
 };
 
 // clang-format 14 takes an enum with an attribute for a function.
@@ -153,6 +157,13 @@ class Qp {
     (void)word, (void)value, (void)wake;
     return Post::qp_error;
   }
+  /// Ends the peer's Reads of a region of the program's memory of ours (DeviceAttr::reads_program_memory) without asking the peer:
+  /// a Read that has not completed by then brings nothing. Returns how many bytes Reads of it have brought in all; the peer can
+  /// make it any number. Also in a fork's child. nullopt: the device cannot do that, or it has been done already.
+  virtual std::optional<std::uint32_t> withdraw(Rkey rkey) noexcept {
+    (void)rkey;
+    return std::nullopt;
+  }
   // Control path: may block and allocate. Legal moves and required attributes: the tables in qp_attr.hpp.
   virtual Result<Unit> modify(const QpAttributes&) = 0;
 };
@@ -162,7 +173,9 @@ class Qp {
 class Pd {
  public:
   virtual ~Pd() = default;
-  /// Registers memory of the caller's. The memory must outlive the Mr. Errors: ENOMEM, EPERM (memlock limit), EINVAL.
+  /// Registers memory of the caller's. The memory must outlive the Mr. Errors: ENOMEM, EPERM (memlock limit), EINVAL. Of the
+  /// program's memory, for remote reads alone, where DeviceAttr::reads_program_memory: with the reason if this peer cannot read
+  /// there (EPERM, EACCES, ENOSYS, ESRCH…; EAGAIN: it has not tried).
   virtual Result<std::unique_ptr<Mr>> register_memory(std::span<std::byte> memory, Access access) = 0;
   /// New zeroed memory that the device can reach best, a multiple of the page size, already registered for all kinds of access.
   /// Unmapped with the Mr. Errors: ENOMEM, ENOSPC.

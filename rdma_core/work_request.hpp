@@ -63,7 +63,10 @@ struct Wc {
   std::uint64_t wr_id = 0;
   WcStatus status = WcStatus::success;
   WcOpcode opcode = WcOpcode::recv;
-  std::uint32_t byte_len = 0;  ///< recv and rdma_read: bytes placed. Peer-controlled, but never above the posted length
+  /// recv and rdma_read: bytes placed. Peer-controlled, but never above the posted length. An rdma_read of the peer program's
+  /// memory (DeviceAttr::reads_program_memory) completes well with fewer bytes than asked for, or none, where there are no more:
+  /// the peer has unmapped or withdrawn them, or is gone. What else lies in the buffer then means nothing.
+  std::uint32_t byte_len = 0;
   Qpn qpn{};
 };
 

@@ -159,6 +159,7 @@ Reason LocalCm::State::make_link(int fd, Channel& channel, Frame& frame) {
   } else {
     link->bell.use_socket(fd, std::as_bytes(std::span(&kRing, 1)));
   }
+  if (device.attr().reads_program_memory) link->open_program_memory();
   device.links().add(link);
   channel.link = std::move(link);
   return Reason::none;

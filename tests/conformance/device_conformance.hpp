@@ -7,11 +7,13 @@
 
 #include <errno.h>
 #include <sys/epoll.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <array>
 #include <random>
 #include <tuple>
+#include <vector>
 
 #include "tests/conformance/ends.hpp"
 
@@ -962,6 +964,96 @@ BOOST_AUTO_TEST_CASE_TEMPLATE(the_peers_memory_is_in_view_where_the_device_says_
   BOOST_TEST(ends.a.qp->remote_view(base, 64, Rkey{static_cast<std::uint32_t>(key) ^ 0x00F0'0000u}) == nullptr);
   auto writable = Ends<F>::must(b.pd->register_memory({b.slot(6), 1024}, Access::local_write | Access::remote_write));
   BOOST_TEST(ends.a.qp->remote_view(writable->remote_base, 64, writable->rkey) == nullptr);
+}
+
+namespace detail {
+/// One Read by `a` into its slot 3.
+template <class F>
+Wc read_program(Ends<F>& ends, std::uint64_t from, std::uint32_t bytes, Rkey rkey) {
+  std::memset(ends.a.slot(3), 0, kSlotBytes);
+  BOOST_REQUIRE_EQUAL(ends.a.post(WrOpcode::rdma_read, 3, bytes, kSignalled, 31, from, rkey), Post::ok);
+  return ends.wait_one(*ends.a.send_cq);
+}
+}  // namespace detail
+
+BOOST_AUTO_TEST_CASE_TEMPLATE(memory_of_the_program_is_read_until_it_is_withdrawn, F, DeviceFixtures) {
+  Ends<F> ends;
+  std::vector<std::byte> memory(kSlotBytes);
+  for (std::uint32_t k = 0; k < kSlotBytes; ++k) memory[k] = End::pattern(6, k);
+  if (!ends.a.device->attr().reads_program_memory) {
+    BOOST_TEST(!ends.b.qp->withdraw(ends.b.memory->rkey).has_value());
+    return;
+  }
+  auto mr = Ends<F>::must(ends.b.pd->register_memory(memory, Access::remote_read));
+  Wc wc = detail::read_program(ends, mr->remote_base, 5000, mr->rkey);
+  BOOST_TEST(wc.status == WcStatus::success);
+  BOOST_TEST(wc.byte_len == 5000u);
+  BOOST_TEST(ends.a.holds(3, 5000, 6));
+  BOOST_TEST((ends.a.slot(3)[5000] == std::byte{0}));
+  wc = detail::read_program(ends, mr->remote_base + kSlotBytes - 1, 1, mr->rkey);
+  BOOST_TEST(wc.byte_len == 1u);
+  BOOST_TEST((ends.a.slot(3)[0] == memory.back()));
+
+  BOOST_TEST(ends.b.qp->withdraw(mr->rkey).value_or(0) == 5001u);
+  BOOST_TEST(!ends.b.qp->withdraw(mr->rkey).has_value());
+  for (bool is_registered : {true, false}) {
+    wc = detail::read_program(ends, mr->remote_base, 100, mr->rkey);
+    BOOST_TEST(wc.status == WcStatus::success);
+    BOOST_TEST(wc.byte_len == 0u);
+    if (is_registered) ends.b.qp->withdraw(mr->rkey);
+  }
+  const Rkey old = mr->rkey;
+  const std::uint64_t base = mr->remote_base;
+  mr.reset();
+  mr = Ends<F>::must(ends.b.pd->register_memory(memory, Access::remote_read));
+  BOOST_TEST((mr->rkey != old));
+  BOOST_TEST(detail::read_program(ends, base, 100, old).byte_len == 0u);
+  BOOST_TEST(detail::read_program(ends, base, 100, mr->rkey).byte_len == 100u);
+  BOOST_TEST(ends.b.qp->withdraw(mr->rkey).value_or(0) == 100u);
+  BOOST_TEST(ends.a.qp->state() == QpState::rts);
+}
+
+BOOST_AUTO_TEST_CASE_TEMPLATE(memory_of_the_program_is_read_within_bounds_and_never_written, F, DeviceFixtures) {
+  for (const int spoil : {0, 1, 2, 3}) {
+    Ends<F> ends;
+    if (!ends.a.device->attr().reads_program_memory) return;
+    std::vector<std::byte> memory(kSlotBytes);
+    auto mr = Ends<F>::must(ends.b.pd->register_memory(memory, Access::remote_read));
+    std::uint64_t at = mr->remote_base;
+    if (spoil == 0) at -= 1;
+    if (spoil == 1) at += kSlotBytes - 63;
+    if (spoil == 2) at = ~std::uint64_t{0} - 10;
+    const WrOpcode opcode = spoil == 3 ? WrOpcode::rdma_write : WrOpcode::rdma_read;
+    ends.a.fill(3, 64, 1);
+    BOOST_REQUIRE_EQUAL(ends.a.post(opcode, 3, 64, kSignalled, 1, at, mr->rkey), Post::ok);
+    BOOST_TEST(ends.wait_one(*ends.a.send_cq).status == WcStatus::remote_access_error);
+    BOOST_TEST(ends.a.qp->state() == QpState::error);
+    BOOST_TEST((memory[0] == std::byte{0}));
+    BOOST_TEST(ends.a.qp->remote_view(mr->remote_base, 64, mr->rkey) == nullptr);
+    BOOST_TEST(ends.a.qp->remote_word(mr->remote_base, mr->rkey) == nullptr);
+  }
+}
+
+BOOST_AUTO_TEST_CASE_TEMPLATE(what_the_program_has_unmapped_is_missing_from_a_read, F, DeviceFixtures) {
+  Ends<F> ends;
+  if (!ends.a.device->attr().reads_program_memory) return;
+  const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  auto* const memory = static_cast<std::byte*>(mmap(nullptr, 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  for (std::uint32_t k = 0; k < page; ++k) memory[k] = End::pattern(4, k);
+  auto mr = Ends<F>::must(ends.b.pd->register_memory({memory, 2 * page}, Access::remote_read));
+  munmap(memory + page, page);
+  Wc wc = detail::read_program(ends, mr->remote_base + page - 1000, 3000, mr->rkey);
+  BOOST_TEST(wc.status == WcStatus::success);
+  BOOST_TEST(wc.byte_len == 1000u);
+  for (std::uint32_t k = 0; k < 1000; ++k)
+    BOOST_REQUIRE((ends.a.slot(3)[k] == End::pattern(4, static_cast<std::uint32_t>(page) - 1000 + k)));
+  BOOST_TEST(detail::read_program(ends, mr->remote_base + page, 100, mr->rkey).byte_len == 0u);
+  munmap(memory, page);
+  BOOST_TEST(detail::read_program(ends, mr->remote_base, 100, mr->rkey).byte_len == 0u);
+  BOOST_TEST(ends.b.qp->withdraw(mr->rkey).value_or(0) == 1000u);
+  BOOST_REQUIRE_EQUAL(ends.b.post_recv(0), Post::ok);
+  BOOST_REQUIRE_EQUAL(ends.a.send(1, 64), Post::ok);
+  BOOST_TEST(ends.wait_one(*ends.b.recv_cq).status == WcStatus::success);
 }
 
 BOOST_AUTO_TEST_CASE_TEMPLATE(words_of_the_peer_are_stored_without_a_request_where_its_memory_is_in_view, F, DeviceFixtures) {

@@ -22,6 +22,7 @@ class ShmProcesses {
   explicit ShmProcesses(NodeType flavour) {
     shm::ShmOptions options;
     options.flavour = flavour;
+    options.reads_program_memory = true;
     options.segment_bytes = std::size_t{16} << 20;
     for (Process& p : processes_) {
       p.device = Ends<ShmProcesses>::must(shm::ShmDevice::create(options));

@@ -8,6 +8,7 @@
 #include <boost/test/unit_test.hpp>
 #include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "rdma_core/drivers/shm/shm_device.hpp"
@@ -29,6 +30,13 @@ inline void link_devices(ShmDevice& a, ShmDevice& b, Path& path_a, Path& path_b)
   la->own->close_fd();
   lb->own->close_fd();
   la->needs_fence = lb->needs_fence = !a.has_membarrier();
+  la->nonce = lb->nonce = {{1, 2}};
+  for (auto& [link, peer] : {std::pair(la, &b), std::pair(lb, &a)})
+    link->peer = {peer->process_id(), geteuid(), getpid(), geteuid()};
+  if (a.attr().reads_program_memory) {
+    la->open_program_memory();
+    lb->open_program_memory();
+  }
   a.links().add(la);
   b.links().add(lb);
   path_a = Path{la->id};
@@ -89,9 +97,11 @@ inline void move_to_rts(End& end, Qpn peer, NodeType node) { qp_to_rts(*end.qp, 
 /// Two connected QPs. self: both on one device, tied to itself.
 struct Pair {
   End a, b;
-  explicit Pair(std::uint32_t depth = 64, std::uint32_t buf_bytes = 4096, NodeType node = NodeType::ib_ca) {
-    a.device = std::move(*ShmDevice::create({.flavour = node, .segment_bytes = kTestSegment}));
-    b.device = std::move(*ShmDevice::create({.flavour = node, .segment_bytes = kTestSegment}));
+  explicit Pair(std::uint32_t depth = 64, std::uint32_t buf_bytes = 4096, NodeType node = NodeType::ib_ca,
+                bool reads_program_memory = false) {
+    const ShmOptions options{.flavour = node, .segment_bytes = kTestSegment, .reads_program_memory = reads_program_memory};
+    a.device = std::move(*ShmDevice::create(options));
+    b.device = std::move(*ShmDevice::create(options));
     link_devices(*a.device, *b.device, a.path, b.path);
     open_end(a, depth, buf_bytes);
     open_end(b, depth, buf_bytes);

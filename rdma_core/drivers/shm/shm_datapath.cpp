@@ -2,6 +2,7 @@
 #include <limits.h>
 #include <linux/futex.h>
 
+#include <algorithm>
 #include <cassert>
 #include <cstring>
 
@@ -180,6 +181,7 @@ Post ShmQp::post_rdma(const SendWr& wr) noexcept {
   if ((read || (wr.flags & kInline) == 0) && !local_sges_ok(wr, read ? sink : Access::local_read))
     return fail_send(wr, WcStatus::local_protection_error);
 
+  if (read && is_program_key(static_cast<std::uint32_t>(wr.rkey))) return read_program(wr, static_cast<std::uint32_t>(total));
   enter_window();
   if (peer_page_->closed.load(std::memory_order_relaxed) != 0) return fail_send(wr, WcStatus::retry_exceeded);
   std::byte* remote = remote_range(wr.remote_addr, total, wr.rkey, read ? Access::remote_read : Access::remote_write);
@@ -205,6 +207,37 @@ Post ShmQp::post_rdma(const SendWr& wr) noexcept {
   leave_window();
   if (wr.flags & kSignalled) push_send(wr, WcStatus::success, static_cast<std::uint32_t>(total));
   if (!read && (wr.flags & kSolicited)) wake_if_armed();
+  return Post::ok;
+}
+
+/// Nobody waits for the end of it: what is read is dropped if the owner has withdrawn the region meanwhile, or shut us out.
+__attribute__((noinline)) Post ShmQp::read_program(const SendWr& wr, std::uint32_t total) noexcept {
+  const auto rkey = static_cast<std::uint32_t>(wr.rkey);
+  MrEntry& entry = at<MrEntry>(peer_base_ + kMrOffset)[rkey & (kMrCapacity - 1)];
+  std::uint64_t taken = entry.taken.load(std::memory_order_acquire);
+  const auto is_there = [&] { return static_cast<std::uint32_t>(taken >> 32) == rkey; };
+  const std::uint64_t base = entry.base.load(std::memory_order_relaxed);
+  const std::uint64_t length = entry.bytes.load(std::memory_order_relaxed);
+  const auto access = static_cast<Access>(entry.access.load(std::memory_order_relaxed));
+  if (peer_page_->closed.load(std::memory_order_relaxed) != 0) return fail_send(wr, WcStatus::retry_exceeded);
+  std::uint32_t bytes = 0;
+  if (is_there()) {
+    const bool within = wr.remote_addr >= base && wr.remote_addr - base <= length && total <= length - (wr.remote_addr - base);
+    if (!within || !allows(access, Access::remote_read)) {
+      taken = entry.taken.load(std::memory_order_acquire);
+      if (is_there()) return fail_send(wr, WcStatus::remote_access_error);
+    } else {
+      bytes = pd_.link().reader.read({wr.sges, wr.sge_count}, wr.remote_addr, total);
+    }
+  }
+  do {
+    if (!is_there()) bytes = 0;
+  } while (bytes != 0 &&
+           !entry.taken.compare_exchange_weak(
+               taken, taken_word(rkey, static_cast<std::uint32_t>(taken) + std::min(bytes, ~static_cast<std::uint32_t>(taken))),
+               std::memory_order_acq_rel));
+  if (peer_page_->closed.load(std::memory_order_acquire) != 0) return fail_send(wr, WcStatus::retry_exceeded);
+  if (wr.flags & kSignalled) push_send(wr, WcStatus::success, bytes);
   return Post::ok;
 }
 

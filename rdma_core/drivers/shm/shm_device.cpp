@@ -29,6 +29,7 @@ ShmDevice::ShmDevice(const ShmOptions& options) noexcept : segment_bytes_(option
   attr_.remembers_sent_data = true;
   attr_.posts_arrive_at_once = true;
   attr_.maps_peer_memory = true;
+  attr_.reads_program_memory = options.reads_program_memory;
 }
 
 Result<std::unique_ptr<ShmDevice>> ShmDevice::create(const ShmOptions& options) {
@@ -90,7 +91,10 @@ Result<Path> ShmDevice::self_path() {
   link->needs_fence = !has_membarrier_;
   link->peer.process = process_id_;
   link->bell.use_own(bell_);
+  link->peer.pid = static_cast<std::int32_t>(sys::call(SYS_getpid));
+  link->peer.uid = link->peer.own_euid = static_cast<std::uint32_t>(sys::call(SYS_geteuid));
   sys::call(SYS_getrandom, sys::arg(&link->nonce), sizeof link->nonce, GRND_NONBLOCK);
+  if (attr_.reads_program_memory) link->open_program_memory();
   links_.add(link);
   return Path{link->id};
 }

@@ -5,7 +5,8 @@
 // moves.
 //
 // A Pd belongs to one link, that is, one peer process; Path::id names it. Paths come from LocalCm, and from self_path().
-// RDMA reaches only memory in extents (Pd::map_extent, and register_memory on a part of one).
+// RDMA reaches only memory in extents (Pd::map_extent, and register_memory on a part of one); Reads also reach the program's, if
+// the options say so and the kernel lets the peer's reader (shm_program_memory.hpp).
 //
 // What differs from the general contract:
 // - Cq::wake_word() exists while exactly one Qp receives into the Cq; else it is nullptr.
@@ -30,6 +31,7 @@ namespace rdma::shm {
 struct ShmOptions {
   NodeType flavour = NodeType::ib_ca;                ///< ib_ca or rnic
   std::size_t segment_bytes = std::size_t{1} << 30;  ///< address space per link and direction; only touched pages cost memory
+  bool reads_program_memory = false;                 ///< DeviceAttr has it, if the system call exists
 };
 
 class ShmDevice final : public Device {

@@ -5,7 +5,8 @@
 // addresses: it holds offsets, never pointers. Everything that the other side can write is untrusted: copied once, checked, used.
 //
 //   0x000000  SegmentHeader   written once, before the memfd is handed over
-//   0x001000  MrEntry[1024]   what the peer may reach by RDMA Read and Write; written by the owner
+//   0x000040  ProgramWindow   whether the peer can read the owner's memory outside of the segment
+//   0x001000  MrEntry[1024]   what the peer may reach by RDMA Read and Write; written by the owner, but for `taken`
 //   0x00C000  pages           QP pages and extents (Pd::map_extent), cut by the owner in whole pages; free pages read as zeros
 //
 // A QP of the owner has one QP page; its number (Qpn) is the page's offset / 4096. It starts with a ShmQpPage:
@@ -29,6 +30,14 @@
 // and sleeps. The sender stores the flag, then looks at `armed`, with no fence of its own. Taking a buffer back works the same way:
 // the owner sets `closed`, passes the barrier and waits until the peer's `sending` is 0; a sender stores `sending`, then looks at
 // `closed`. Where membarrier is not to be had, senders fence (Hello's flags say so).
+//
+// The owner's program memory is read by process_vm_readv(2), in the reader's context. A process id says nothing lasting about who
+// is there: it is given anew, and exec changes what runs. The call takes hold of one address space for all of its pieces; so each
+// call's first piece is the Proof, which no other address space holds: half of it is the reader's own choice, and it lies in a page
+// that reads as zeros in a fork's child. The reader tries that when its first QP is connected, and leaves word in `answer`.
+//
+// Who withdraws a region waits for nobody: it exchanges `taken` for 0 and knows how far the peer had come. The reader adds to it
+// behind each piece, with a compare-and-exchange, and drops the piece if another word is there.
 #pragma once
 
 #include <atomic>
@@ -40,7 +49,7 @@ namespace rdma::shm {
 inline constexpr std::size_t kPageBytes = 4096;
 inline constexpr std::uint32_t kSegmentMagic = 0x53'44'50'31;  // "SDP1"
 inline constexpr std::uint32_t kQpMagic = 0x51'50'53'48;
-inline constexpr std::uint32_t kLayoutVersion = 1;
+inline constexpr std::uint32_t kLayoutVersion = 2;
 inline constexpr std::size_t kMrCapacity = 1024;  ///< a power of two; entry 0 stays empty, so that key 0 never works
 inline constexpr std::uint32_t kMaxDepth = 1024;  ///< receives of a QP; a power of two
 inline constexpr std::size_t kMinSegmentBytes = 1u << 20;
@@ -63,14 +72,37 @@ struct SegmentHeader {
 };
 static_assert(sizeof(SegmentHeader) == 48);
 
+/// What the owner puts into memory of its own for the peer to find.
+struct Proof {
+  ProcessId link;    ///< ShmLink::nonce
+  ProcessId reader;  ///< the peer's, as its Hello says
+  friend bool operator==(const Proof&, const Proof&) = default;
+};
+
+struct ProgramWindow {
+  std::atomic<std::uint64_t> proof;   ///< address of the owner's Proof in its address space; 0: nothing may be read
+  std::atomic<std::uint32_t> answer;  ///< by the peer: 0 not tried yet, kCanRead, else an errno
+};
+inline constexpr std::uint32_t kCanRead = ~0U;
+inline constexpr std::size_t kWindowOffset = 64;
+static_assert(sizeof(SegmentHeader) <= kWindowOffset);
+
 struct MrEntry {
   std::atomic<std::uint64_t> base;    ///< what remote_addr is for the first byte
-  std::atomic<std::uint64_t> offset;  ///< of the first byte in the segment
+  std::atomic<std::uint64_t> offset;  ///< of the first byte in the segment; kProgramMemory: `base` is its address in the owner
   std::atomic<std::uint64_t> bytes;
   std::atomic<std::uint32_t> access;  ///< bits of rdma::Access
   std::atomic<std::uint32_t> key;     ///< 0: empty. Its low bits are the entry's index
+  std::atomic<std::uint64_t> taken;   ///< of the program's memory: its key, then 32 bits of how many bytes the peer has read
 };
-static_assert(sizeof(MrEntry) == 32);
+static_assert(sizeof(MrEntry) == 40);
+inline constexpr std::uint64_t kProgramMemory = ~std::uint64_t{0};
+inline constexpr std::uint32_t kKeyKind = 3u << 30;     ///< these bits of a key are kProgramKey's if it is of the program's memory,
+inline constexpr std::uint32_t kProgramKey = 2u << 30;  ///< and zero in all others
+constexpr bool is_program_key(std::uint32_t key) noexcept { return (key & kKeyKind) == kProgramKey; }
+constexpr std::uint64_t taken_word(std::uint32_t key, std::uint32_t bytes) noexcept {
+  return static_cast<std::uint64_t>(key) << 32 | bytes;
+}
 
 struct RqEntry {
   std::atomic<std::uint64_t> offset;  ///< of the buffer in the segment, a multiple of 8, at least 8

@@ -10,6 +10,7 @@
 
 #include "rdma_core/base/result.hpp"
 #include "rdma_core/drivers/shm/shm_bell.hpp"
+#include "rdma_core/drivers/shm/shm_program_memory.hpp"
 #include "rdma_core/drivers/shm/shm_segment.hpp"
 
 namespace rdma::shm {
@@ -35,11 +36,17 @@ class ShmLink {
   PeerBell bell;             ///< the peer's completion channel
   std::unique_ptr<OwnSegment> own;
   std::unique_ptr<PeerSegment> theirs;  ///< nullptr on a self link
+  OwnProof proof;                       ///< by which the peer may read this process's memory
+  ProgramReader reader;                 ///< by which we read the peer's
   std::atomic<bool> alive{true};        ///< false: the peer is gone, or this process is a fork's child
   std::atomic<bool> impatient{false};   ///< the peer once kept us waiting in the middle of a message
 
   std::byte* peer_base() const noexcept { return self ? own->base() : theirs->base(); }
   std::size_t peer_bytes() const noexcept { return self ? own->bytes() : theirs->bytes(); }
+  /// Once, when nonce, peer and segments are known and before any QP is: the peer may read memory of the program's, if it can.
+  void open_program_memory() noexcept { proof.publish({nonce, peer.process}, own->window()); }
+  /// Can we read the peer's? It is told. `myself`: what our Hello said. Any thread.
+  void try_to_read(const ProcessId& myself) noexcept;
 };
 
 /// Threads: any.

@@ -58,7 +58,16 @@ Result<std::unique_ptr<Mr>> ShmPd::register_memory(std::span<std::byte> memory, 
   mr->length = memory.size();
   mr->remote_base = reinterpret_cast<std::uint64_t>(memory.data());
   if (auto entered = enter(*mr, access); !entered) return Err{entered.error()};
-  if (!inherited() && link_->own->contains(mr->addr, mr->length)) {
+  if (access == Access::remote_read && device_.attr().reads_program_memory) {
+    if (inherited()) return fail(EPERM, "shm: inherited by fork");
+    const std::uint32_t answer = link_->own->window().answer.load(std::memory_order_acquire);
+    if (answer != kCanRead)
+      return fail(answer == 0 ? EAGAIN : static_cast<int>(std::min(answer, 4095U)),
+                  "shm: the peer cannot read this process's memory");
+    auto key = link_->own->publish_program(mr->addr, mr->length, static_cast<std::uint32_t>(access));
+    if (!key) return Err{key.error()};
+    mr->rkey = static_cast<Rkey>(*key);
+  } else if (!inherited() && link_->own->contains(mr->addr, mr->length)) {
     auto key = link_->own->publish(mr->addr, mr->length, static_cast<std::uint32_t>(access));
     if (!key) return Err{key.error()};
     mr->rkey = static_cast<Rkey>(*key);
@@ -210,6 +219,7 @@ Result<Unit> ShmQp::connect_to(std::uint32_t peer_qpn) {
   peer_bytes_ = bytes;
   sent_ = known_posted_ = 0;
   fence_ = link.needs_fence;
+  if (pd_.device().attr().reads_program_memory) pd_.link().try_to_read(pd_.device().process_id());
   return Unit{};
 }
 

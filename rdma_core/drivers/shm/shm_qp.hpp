@@ -113,6 +113,9 @@ class ShmQp final : public Qp {
   const std::byte* remote_view(std::uint64_t remote_addr, std::size_t bytes, Rkey rkey) noexcept override;
   std::atomic<std::uint64_t>* remote_word(std::uint64_t remote_addr, Rkey rkey) noexcept override;
   Post store_word(std::atomic<std::uint64_t>& word, std::uint64_t value, bool wake) noexcept override;
+  std::optional<std::uint32_t> withdraw(Rkey rkey) noexcept override {
+    return pd_.link().own->withdraw(static_cast<std::uint32_t>(rkey));
+  }
 
   bool recv_ready() const noexcept {
     const std::uint64_t word = peek(*next_flag_.load(std::memory_order_relaxed));
@@ -142,6 +145,7 @@ class ShmQp final : public Qp {
   // Datapath.
   Post post_message(const SendWr& wr, std::uint64_t total) noexcept;
   Post post_rdma(const SendWr& wr) noexcept;
+  Post read_program(const SendWr& wr, std::uint32_t total) noexcept;
   Post fail_send(const SendWr& wr, WcStatus status) noexcept;
   std::byte* remote_range(std::uint64_t remote_addr, std::uint64_t bytes, Rkey rkey, Access need) noexcept;
   bool local_sges_ok(const SendWr& wr, Access need) const noexcept;

@@ -131,6 +131,14 @@ bool OwnSegment::contains(const std::byte* p, std::size_t bytes) const noexcept 
 
 Result<std::uint32_t> OwnSegment::publish(const std::byte* addr, std::size_t bytes, std::uint32_t access) {
   if (!contains(addr, bytes)) return fail(EINVAL, "shm: not in this segment");
+  return enter(addr, static_cast<std::uint64_t>(addr - base_), bytes, access);
+}
+
+Result<std::uint32_t> OwnSegment::publish_program(const std::byte* addr, std::size_t bytes, std::uint32_t access) {
+  return enter(addr, kProgramMemory, bytes, access);
+}
+
+Result<std::uint32_t> OwnSegment::enter(const std::byte* addr, std::uint64_t offset, std::size_t bytes, std::uint32_t access) {
   const std::lock_guard lock(mutex_);
   for (std::size_t w = 0; w < std::size(used_); ++w) {
     if (used_[w] == ~std::uint64_t{0}) continue;
@@ -138,12 +146,14 @@ Result<std::uint32_t> OwnSegment::publish(const std::byte* addr, std::size_t byt
     used_[w] |= std::uint64_t{1} << bit;
     const auto index = static_cast<std::uint32_t>(w * 64 + bit);
     // A new key each time: one that the peer kept from an earlier region does not open this one.
-    const std::uint32_t key = (generation_++ * static_cast<std::uint32_t>(kMrCapacity)) | index;
+    const std::uint32_t number = ((generation_++ * static_cast<std::uint32_t>(kMrCapacity)) | index) & ~kKeyKind;
+    const std::uint32_t key = offset == kProgramMemory ? number | kProgramKey : number;
     MrEntry& entry = mr_table()[index];
     entry.base.store(reinterpret_cast<std::uint64_t>(addr), std::memory_order_relaxed);
-    entry.offset.store(static_cast<std::uint64_t>(addr - base_), std::memory_order_relaxed);
+    entry.offset.store(offset, std::memory_order_relaxed);
     entry.bytes.store(bytes, std::memory_order_relaxed);
     entry.access.store(access, std::memory_order_relaxed);
+    entry.taken.store(offset == kProgramMemory ? taken_word(key, 0) : 0, std::memory_order_relaxed);
     entry.key.store(key, std::memory_order_release);
     return key;
   }
@@ -155,9 +165,20 @@ void OwnSegment::retract(std::uint32_t key) noexcept {
   if (index == 0) return;
   const std::lock_guard lock(mutex_);
   MrEntry& entry = mr_table()[index];
+  (void)withdraw(key);
   entry.key.store(0, std::memory_order_release);
   entry.bytes.store(0, std::memory_order_relaxed);
   used_[index / 64] &= ~(std::uint64_t{1} << (index % 64));
+}
+
+std::optional<std::uint32_t> OwnSegment::withdraw(std::uint32_t key) noexcept {
+  std::atomic<std::uint64_t>& taken = mr_table()[key & (kMrCapacity - 1)].taken;
+  std::uint64_t word = taken.load(std::memory_order_relaxed);
+  if (key == 0) return std::nullopt;
+  do {
+    if (static_cast<std::uint32_t>(word >> 32) != key) return std::nullopt;
+  } while (!taken.compare_exchange_weak(word, 0, std::memory_order_seq_cst));
+  return static_cast<std::uint32_t>(word);
 }
 
 Result<std::unique_ptr<PeerSegment>> PeerSegment::adopt(int fd, const ProcessId& owner) {

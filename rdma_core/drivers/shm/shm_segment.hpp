@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 
 #include "rdma_core/base/result.hpp"
 #include "rdma_core/drivers/shm/shm_layout.hpp"
@@ -36,10 +37,16 @@ class OwnSegment {
 
   /// Enters a region that lies in this segment; returns its key. Errors: ENOSPC.
   Result<std::uint32_t> publish(const std::byte* addr, std::size_t bytes, std::uint32_t access);
+  /// Likewise one of the program's memory.
+  Result<std::uint32_t> publish_program(const std::byte* addr, std::size_t bytes, std::uint32_t access);
   void retract(std::uint32_t key) noexcept;
+  /// As Qp::withdraw(). Any process that has the mapping.
+  std::optional<std::uint32_t> withdraw(std::uint32_t key) noexcept;
+  ProgramWindow& window() const noexcept { return *at<ProgramWindow>(base_ + kWindowOffset); }
 
  private:
   OwnSegment() = default;
+  Result<std::uint32_t> enter(const std::byte* addr, std::uint64_t offset, std::size_t bytes, std::uint32_t access);
   MrEntry* mr_table() const noexcept { return at<MrEntry>(base_ + kMrOffset); }
 
   std::byte* base_ = nullptr;

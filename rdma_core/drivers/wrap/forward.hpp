@@ -44,6 +44,7 @@ class ForwardQp : public Qp {
   Post store_word(std::atomic<std::uint64_t>& word, std::uint64_t value, bool wake) noexcept override {
     return inner_->store_word(word, value, wake);
   }
+  std::optional<std::uint32_t> withdraw(Rkey rkey) noexcept override { return inner_->withdraw(rkey); }
   Result<Unit> modify(const QpAttributes& attr) override { return inner_->modify(attr); }
   Qp& inner() noexcept { return *inner_; }
 
