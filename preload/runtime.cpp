@@ -42,7 +42,8 @@ class Composed final : public sdp::engine::Composition {
     std::vector<rdma::Carrier> order;
     for (const sdp::Transport each : options.transports) order.push_back(carrier_of(each));
     auto mine = std::make_unique<Composed>();
-    auto built = rdma::compose_builtin(mine->registry_, order, options.device_flavour, options.secret_file.c_str());
+    auto built = rdma::compose_builtin(mine->registry_, order, options.device_flavour, options.secret_file.c_str(),
+                                       options.zero_copy_from != 0);
     if (!built) {
       RDMA_LOG(warn, "the software device cannot be made: %s", built.error().what);
       return nullptr;

@@ -13,17 +13,18 @@ namespace rdma {
 
 namespace {
 
-Result<std::unique_ptr<shm::ShmDevice>> make_shm(NodeType flavour) {
+Result<std::unique_ptr<shm::ShmDevice>> make_shm(NodeType flavour, bool reads_program_memory) {
   shm::ShmOptions options;
   options.flavour = flavour;
+  options.reads_program_memory = reads_program_memory;
   return shm::ShmDevice::create(options);
 }
 
 class Composed final : public Builtin {
  public:
   static Result<std::unique_ptr<Builtin>> make(DeviceRegistry& registry, std::span<const Carrier> order, NodeType flavour,
-                                               std::string secret_file) {
-    auto device = make_shm(flavour);
+                                               std::string secret_file, bool reads_program_memory) {
+    auto device = make_shm(flavour, reads_program_memory);
     if (!device) return Err{device.error()};
     auto local = cm::LocalCm::create(**device);
     if (!local) return Err{local.error()};
@@ -116,12 +117,12 @@ class Composed final : public Builtin {
 void prepare_process() noexcept { (void)shm::ShmDevice::register_for_fences(); }
 
 Result<std::unique_ptr<Builtin>> compose_builtin(DeviceRegistry& registry, std::span<const Carrier> order, NodeType flavour,
-                                                 std::string secret_file) {
-  return Composed::make(registry, order, flavour, std::move(secret_file));
+                                                 std::string secret_file, bool reads_program_memory) {
+  return Composed::make(registry, order, flavour, std::move(secret_file), reads_program_memory);
 }
 
 Result<std::unique_ptr<Device>> make_software_device(NodeType flavour) {
-  auto device = make_shm(flavour);
+  auto device = make_shm(flavour, false);
   if (!device) return Err{device.error()};
   return std::unique_ptr<Device>(std::move(*device));
 }

@@ -39,9 +39,10 @@ class Builtin {
 void prepare_process() noexcept;
 
 /// `order`: the carriers that connections may use, the preferred first; not empty. `flavour`: what the software device plays, ib_ca
-/// or rnic. `secret_file`: as open_verbs_module() has it. Errors: EMFILE, ENOMEM, ENOSYS: this process can have no lanes.
+/// or rnic. `secret_file`: as open_verbs_module() has it. `reads_program_memory`: its RDMA Reads are to reach program memory.
+/// Errors: EMFILE, ENOMEM, ENOSYS: this process can have no lanes.
 Result<std::unique_ptr<Builtin>> compose_builtin(DeviceRegistry& registry, std::span<const Carrier> order, NodeType flavour,
-                                                 std::string secret_file);
+                                                 std::string secret_file, bool reads_program_memory);
 
 /// The software device alone, to look at. Errors as above.
 Result<std::unique_ptr<Device>> make_software_device(NodeType flavour);

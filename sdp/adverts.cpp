@@ -1,5 +1,7 @@
 #include "sdp/adverts.hpp"
 
+#include <algorithm>
+
 namespace sdp {
 
 using Kind = DueAdvert::Kind;
@@ -7,14 +9,33 @@ using Kind = DueAdvert::Kind;
 // ---- the source
 
 SourceAdverts::Rx SourceAdverts::on_rdma_rd_compl(std::uint32_t bytes) noexcept {
+  if (reports_owed_ != 0) {
+    if (bytes > reports_owed_) return Rx::error;
+    reports_owed_ -= bytes;
+    return Rx::nothing;
+  }
   if (open_.empty()) return Rx::nothing;
   Open& oldest = open_.front();
   if (bytes > oldest.left) return Rx::error;
   oldest.left -= bytes;
+  oldest.reported += bytes;
   moved_ += bytes;
   if (oldest.left != 0) return Rx::progress;
   open_.pop();
   return open_.empty() ? over() : Rx::progress;
+}
+
+void SourceAdverts::withdrawn(std::uint32_t read) noexcept {
+  if (open_.empty()) return;
+  const Open advert = open_.front();
+  const std::uint32_t owed = std::clamp(read, advert.reported, advert.reported + advert.left) - advert.reported;
+  moved_ += owed;
+  reports_owed_ += owed;
+  open_.clear();
+  if (owed == advert.left)
+    cancel_ = Cancel::no;
+  else
+    cancel_ = cancel_ == Cancel::sent ? Cancel::no : Cancel::due;
 }
 
 // Whatever we advertised before we took it is void: the sink drops what it has, and what was on its way to it.
@@ -80,7 +101,7 @@ void SourceAdverts::sent(const DueAdvert& message, std::uint32_t mseq) noexcept 
       cancel_ack_ = false;
       break;
     case Kind::src_cancel:
-      cancel_ = Cancel::sent;
+      cancel_ = open_.empty() ? Cancel::no : Cancel::sent;
       break;
     case Kind::mode_change:
       if (mode_ == FlowMode::pipelined) {

@@ -102,7 +102,8 @@ class SourceAdverts {
 
   /// No byte may pass one that is advertised: a SendSm would bring that one later.
   bool may_send_data() const noexcept {
-    return open_.empty() && !write_is_over_ && !cancel_ack_ && (sinks_.empty() || sinks_.front().written == 0);
+    return open_.empty() && cancel_ == Cancel::no && !write_is_over_ && !cancel_ack_ &&
+           (sinks_.empty() || sinks_.front().written == 0);
   }
   /// SrcAvail: with payload in line in Combined, without in Pipelined. `sink_is_busy`: the other half-pipe has an advert of the
   /// peer's that is not finished. Two sides that both wait for a reader would wait for ever.
@@ -119,8 +120,11 @@ class SourceAdverts {
   }
   void on_advert_sent(std::uint32_t len, std::uint32_t in_line) noexcept {
     if (in_line != 0) ++sent_payloads_;
-    open_.push({len - in_line});
+    open_.push({len - in_line, 0});
   }
+  /// The only advert is over without the sink's word: of its memory `read` bytes have been read, and no read that ends later
+  /// counts. What is left of it goes as Data behind a SrcAvailCancel; the sink's reports, and its SendSm, may still come.
+  void withdrawn(std::uint32_t read) noexcept;
   /// False: nothing is open. Nothing more is advertised until it is over, which on_X() says.
   bool want_cancel() noexcept {
     if (open_.empty()) return false;
@@ -171,7 +175,8 @@ class SourceAdverts {
  private:
   enum class Cancel : std::uint8_t { no, due, sent };
   struct Open {
-    std::uint32_t left;  ///< bytes not known to have crossed
+    std::uint32_t left;      ///< bytes not known to have crossed
+    std::uint32_t reported;  ///< bytes that have, by the sink's word
   };
   struct Sink {
     std::uint64_t address;
@@ -193,6 +198,7 @@ class SourceAdverts {
   AdvertQueue<Open> open_;
   AdvertQueue<Sink> sinks_;
   std::uint64_t moved_ = 0;
+  std::uint32_t reports_owed_ = 0;   ///< bytes of a withdrawn advert that the sink has read and not reported yet
   std::uint32_t sent_payloads_ = 0;  ///< messages with payload, less those that went into a sink buffer: compared with NonDiscards
   UnseenMessage left_pipelined_;     ///< the ModeChange by which we did
   std::uint32_t left_at_payloads_ = 0;  ///< sent_payloads_ then

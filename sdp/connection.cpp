@@ -24,7 +24,8 @@ bool Connection::move(ConnEvent event) noexcept {
 
 /// What the state and the adverts together allow.
 void Connection::see_adverts() noexcept {
-  sending_ = (state_ == ConnState::established || state_ == ConnState::disconn_rcvd) && !source_.is_open();
+  sending_ =
+      (state_ == ConnState::established || state_ == ConnState::disconn_rcvd) && !source_.is_open() && !source_.is_cancelling();
   takes_data_ = state_ == ConnState::established && !sink_.is_open();
 }
 
@@ -183,6 +184,11 @@ void Connection::emit_src_avail(const wire::SrcAvail& advert, std::uint32_t in_l
   see_adverts();
 }
 
+void Connection::advert_withdrawn(std::uint32_t read) noexcept {
+  source_.withdrawn(read);
+  see_adverts();
+}
+
 void Connection::want_send_sm() noexcept {
   (void)sink_.want_send_sm();
   see_adverts();
@@ -204,6 +210,7 @@ std::size_t Connection::next_advert_control(std::byte* out) noexcept {
   if (const DueAdvert due = source_.next(); due.kind != DueAdvert::Kind::none) {
     const std::size_t n = emit_control(Mid::src_avail_cancel, 0, false, out);
     source_.sent(due, credit_.sent());
+    see_adverts();
     return n;
   }
   return 0;

@@ -97,7 +97,8 @@ class Connection {
   void emit_src_avail(const wire::SrcAvail& advert, std::uint32_t in_line,
                       std::span<std::byte, wire::payload_offset(wire::Mid::src_avail)> out) noexcept;
   void want_src_cancel() noexcept { (void)source_.want_cancel(); }
-  void want_send_sm() noexcept;  ///< the rest of the peer's advert is to come as Data; not while it is read
+  void advert_withdrawn(std::uint32_t read) noexcept;  ///< as SourceAdverts::withdrawn()
+  void want_send_sm() noexcept;                        ///< the rest of the peer's advert is to come as Data; not while it is read
   void read_started(std::uint32_t bytes) noexcept { sink_.read_started(bytes); }
   void read_done(std::uint32_t started, std::uint32_t bytes) noexcept;
 

@@ -51,9 +51,9 @@ Result<Unit> Lane::open(rdma::CompletionChannel* channel) noexcept {
   may_buffer_ = device_->attr().maps_peer_memory;
   unordered_ = !device_->attr().posts_arrive_at_once;
   max_sge_ = device_->attr().max_sge < 8 ? device_->attr().max_sge : 8;
-  // Where memory is mapped by both, one copy by one side is no gain over two that overlap.
-  if (limits_.zero_copy_from != 0 && unordered_ && !device_->attr().maps_peer_memory && !device_->attr().recv_needs_extent)
-    zero_copy_from_ = limits_.zero_copy_from;
+  may_withdraw_ = device_->attr().reads_program_memory;
+  const bool reaches_programs = may_withdraw_ || (unordered_ && !may_buffer_ && !device_->attr().recv_needs_extent);
+  if (limits_.zero_copy_from != 0 && reaches_programs) zero_copy_from_ = limits_.zero_copy_from;
   auto words = peer.heap->allocate(sizeof(LaneBlock), 64);
   if (!words) return rdma::Err{words.error()};
   block_ = new (words->addr) LaneBlock{};

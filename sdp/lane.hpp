@@ -196,6 +196,7 @@ class Lane {
   static constexpr std::uint32_t kLeastRead = 16384;        ///< bytes: for less the copy is cheaper than to register the memory
   static constexpr std::uint32_t kReadPiece = 65536;        ///< bytes of one RDMA Read
   static constexpr std::uint32_t kReadsAhead = 4;           ///< reads under way, if the device can have so many
+  static constexpr std::uint32_t kReadAtOnce = 1U << 20;    ///< bytes of one that is done when it is posted
   /// Bytes that lie together and are worth to be offered; more than any send has: none are.
   std::size_t zero_copy_from() const noexcept { return zero_copy_from_; }
   enum class Offered : std::uint8_t { yes, not_now, unregistered };
@@ -204,7 +205,7 @@ class Lane {
   Offered offer(const std::byte* bytes, std::uint32_t count) noexcept;
   bool is_offering() const noexcept { return zero_copy_.offer.is_open; }
   std::uint32_t offer_crossed() const noexcept { return zero_copy_.offer.crossed; }  ///< bytes, so far
-  void cancel_offer() noexcept;                                                      ///< over when the peer has answered
+  void cancel_offer() noexcept;  ///< over when the peer has answered; at once where the device can withdraw it
   /// Cancels, and waits for the answer for 20 ms at the most. False: there was none.
   bool settle_offer() noexcept;
   /// An offer that is not cancelled yet, though the peer has said `which`.
@@ -358,7 +359,9 @@ class Lane {
   void queue(std::uint32_t buffer, std::uint32_t headers, std::uint32_t bytes) noexcept;
   void follow_offer() noexcept;
   void continue_read() noexcept;
-  void on_read_done(bool success) noexcept;
+  void on_read_done(bool success, std::uint32_t bytes) noexcept;
+  /// The offer is over now, whatever the peer does. False: the device cannot do that, or there is none.
+  bool withdraw_offer() noexcept;
   void leave_programs_memory() noexcept;
   bool may_not_wait() const noexcept;
   void flush_posts() noexcept;
@@ -427,6 +430,7 @@ class Lane {
   std::uint32_t send_depth_ = kSendDepth;
   std::uint32_t max_inline_ = 0;  ///< bytes; a longer message is gathered in staging_
   std::size_t zero_copy_from_ = ~std::size_t{0};
+  bool may_withdraw_ = false;  ///< reads in place are the process's own work, done when they are posted; offers end at our word
 
   std::uint32_t rx_head_ = 0, rx_tail_ = 0;  ///< unread queue: [head, tail)
   std::uint64_t rx_bytes_queued_ = 0, rx_bytes_ = 0, rx_arrivals_ = 0;

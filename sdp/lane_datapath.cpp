@@ -207,6 +207,8 @@ std::size_t Lane::send(IovCursor& from) noexcept {
 
 std::size_t Lane::buffer(IovCursor& from, std::size_t limit) noexcept {
   if (dead() || !may_buffer_) return 0;
+  if (is_offering()) [[unlikely]]
+    cancel_offer();
   IovCursor shown = from;
   const std::size_t taken =
       send_buffer_.append(from, std::min(limit, SendBuffer::kCapacity), tx_bytes_, block_->pulled, *(*peer_)->heap);
@@ -441,7 +443,7 @@ inline void Lane::queue(std::uint32_t index, std::uint32_t headers, std::uint32_
 
 void Lane::on_completion(const Wc& wc) noexcept {
   if (wc.status != rdma::WcStatus::success) [[unlikely]] {
-    if (wc.opcode == rdma::WcOpcode::rdma_read) on_read_done(false);
+    if (wc.opcode == rdma::WcOpcode::rdma_read) on_read_done(false, 0);
     return fail(to_string(wc.status));
   }
   if (wc.opcode != rdma::WcOpcode::recv) {
@@ -449,7 +451,7 @@ void Lane::on_completion(const Wc& wc) noexcept {
     if (staging_.active()) [[unlikely]]
       free_staged();
     if (wc.opcode == rdma::WcOpcode::rdma_read) [[unlikely]]
-      on_read_done(true);
+      on_read_done(true, wc.byte_len);
     return;
   }
   const auto index = static_cast<std::uint32_t>(wc.wr_id);
@@ -466,6 +468,7 @@ void Lane::on_completion(const Wc& wc) noexcept {
     return queue(index, wire::kBsdhBytes, wc.byte_len);
   switch (rx) {
     case Rx::advert:
+      (void)withdraw_offer();  // both programs send: see Connection
       return queue(index, wire::payload_offset(wire::Mid::src_avail), wc.byte_len);
     case Rx::answered:
       follow_offer();

@@ -38,7 +38,8 @@ bool await(Lane& lane, std::int64_t ns, Done done) noexcept {
 /// In line goes what lies before the next page, so that the rest is whole pages, as far as a message holds it.
 Lane::Offered Lane::offer(const std::byte* bytes, std::uint32_t count) noexcept {
   ZeroCopy::Offer& offer = zero_copy_.offer;
-  if (offer.has_owner || !flush() || !may_send() || !conn.may_advertise() || !make_room(kPageBytes)) return Offered::not_now;
+  if (offer.has_owner || buffered() != 0 || !flush() || !may_send() || !conn.may_advertise() || !make_room(kPageBytes))
+    return Offered::not_now;
   const std::uint32_t longest = longest_payload();
   const auto to_next_page = static_cast<std::uint32_t>(kPageBytes - reinterpret_cast<std::uintptr_t>(bytes) % kPageBytes);
   if (longest <= kMoreHeader || count <= to_next_page) return Offered::not_now;
@@ -62,6 +63,7 @@ Lane::Offered Lane::offer(const std::byte* bytes, std::uint32_t count) noexcept 
   ++tx_messages_;
   burst_ = 0;
   offer.mr = std::move(*mr);
+  offer.rkey = offer.mr->rkey;
   offer.memory = bytes;
   offer.bytes = count;
   offer.in_line = offer.crossed = in_line;
@@ -82,13 +84,22 @@ void Lane::follow_offer() noexcept {
   offer.crossed = crossed;
   if (conn.source().is_open()) return;
   offer.is_open = false;
-  offer.mr.reset();
+  if (!may_withdraw_) offer.mr.reset();  // else a fork's child may be here: its owner does it
 }
 
 void Lane::cancel_offer() noexcept {
   zero_copy_.offer.is_cancelled = true;
   conn.want_src_cancel();
+  (void)withdraw_offer();
   send_control();
+}
+
+bool Lane::withdraw_offer() noexcept {
+  if (!may_withdraw_ || !is_offering()) return false;
+  // A peer that has spoilt the word has read what it has reported.
+  conn.advert_withdrawn(qp_->withdraw(zero_copy_.offer.rkey).value_or(0));
+  follow_offer();
+  return true;
 }
 
 bool Lane::settle_offer() noexcept {
@@ -100,6 +111,7 @@ bool Lane::settle_offer() noexcept {
 Lane::OfferEnd Lane::take_offer() noexcept {
   ZeroCopy::Offer& offer = zero_copy_.offer;
   offer.has_owner = false;
+  offer.mr.reset();
   return {offer.crossed, offer.crossed - offer.in_line - offer.kept, offer.crossed == offer.bytes, offer.is_cancelled};
 }
 
@@ -124,18 +136,24 @@ bool Lane::begin_read(std::byte* to, std::size_t room) noexcept {
   read.started = read.done = read.under_way = 0;
   continue_read();
   read.has_owner = is_reading();
-  if (!read.has_owner) read.mr.reset();
+  // Without leaving the lock: what has been read counts as arrived before anybody can ask.
+  while (may_withdraw_ && is_reading()) {
+    drain();
+    if (!is_reading() && unread() == 0) continue_read();
+  }
+  if (!is_reading()) read.mr.reset();
   return read.has_owner;
 }
 
 /// Several pieces are under way, so that the peer hears of each and none waits for another's way there and back.
 void Lane::continue_read() noexcept {
   ZeroCopy::Read& read = zero_copy_.read;
-  const std::uint32_t most = std::min(kReadsAhead, device_->attr().max_read_outstanding);
+  const std::uint32_t most = may_withdraw_ ? 1 : std::min(kReadsAhead, device_->attr().max_read_outstanding);
   while (!dead() && read.started < read.bytes && read.under_way < most && requests_ - reaped_ < send_depth_ - kSpareSends) {
     const SinkAdverts::Source source = conn.sink().next_read();
     if (source.left == 0) return;
-    const rdma::Sge piece{read.memory + read.started, std::min(kReadPiece, read.bytes - read.started), read.mr->lkey};
+    const rdma::Sge piece{read.memory + read.started, std::min(may_withdraw_ ? kReadAtOnce : kReadPiece, read.bytes - read.started),
+                          read.mr->lkey};
     rdma::SendWr wr;
     wr.opcode = rdma::WrOpcode::rdma_read;
     wr.sge_count = 1;
@@ -159,20 +177,22 @@ void Lane::continue_read() noexcept {
 }
 
 /// Reads complete in the order in which they were posted, and none behind one that has failed brings anything.
-void Lane::on_read_done(bool success) noexcept {
+void Lane::on_read_done(bool success, std::uint32_t bytes) noexcept {
   ZeroCopy::Read& read = zero_copy_.read;
   if (read.under_way == 0) return;
   --read.under_way;
   if (success) {
-    const std::uint32_t piece = std::min(kReadPiece, read.bytes - read.done);
+    const std::uint32_t asked = may_withdraw_ ? read.started - read.done : std::min(kReadPiece, read.bytes - read.done);
+    const std::uint32_t piece = may_withdraw_ ? std::min(bytes, asked) : asked;
+    if (piece < asked) read.bytes = read.started;
     if (capture_ != nullptr) capture_->read_response(capture_conn_, false, {read.memory + read.done, piece});
     read.done += piece;
     rx_bytes_ += piece;
     arrived_.store(arrived_.load(std::memory_order_relaxed) + piece, std::memory_order_relaxed);
-    conn.read_done(piece, piece);
-    if (!stopped_) continue_read();
+    conn.read_done(asked, piece);
+    if (!stopped_ && !may_withdraw_) continue_read();
   }
-  if (read.under_way == 0) read.mr.reset();
+  if (read.under_way == 0 && !may_withdraw_) read.mr.reset();
 }
 
 std::uint32_t Lane::take_read() noexcept {
@@ -196,6 +216,7 @@ void Lane::refuse_advert() noexcept {
 /// Nothing reaches the program's memory any more. What the peer may have read of it, or not, counts as sent: read_back() finds it.
 void Lane::leave_programs_memory() noexcept {
   ZeroCopy::Offer& offer = zero_copy_.offer;
+  (void)withdraw_offer();
   if (offer.is_open) {
     const std::uint32_t left = offer.bytes - offer.crossed;
     if (std::byte* const room = zero_copy_.rest.room(left)) {

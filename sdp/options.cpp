@@ -282,7 +282,7 @@ constexpr Row kTable[] = {
                                                 "a number from 4 to 128"),
     row<Copying>("SDP_BULK_COPY", "how bulk is copied between two processes of one host: into the cache, or past it (direct)", "",
                  "auto (what is faster), cached or direct"),
-    row<ZeroCopy>("SDP_ZCOPY_THRESHOLD", "blocking sends from so long on are read by the peer in place, between hosts", "bytes",
+    row<ZeroCopy>("SDP_ZCOPY_THRESHOLD", "blocking sends from so long on are read by the peer in place", "bytes",
                   "off, or a number from 16K to 1024M"),
     row<Rings>("SDP_IO_URING",
                "what a program gets whose io_uring may serve more than files: TCP alone, or lanes, if it never serves sockets", "",

@@ -85,7 +85,7 @@ struct Options {
   std::uint32_t recv_buffers_initial = 8;  ///< receive buffers of a lane at first
   std::uint32_t recv_buffers = 64;         ///< to which their number may grow
   BulkCopy bulk_copy = BulkCopy::tried;    ///< between two processes of one host
-  std::uint32_t zero_copy_from = 0;        ///< bytes of a send that the peer may read in place, between hosts; 0: never
+  std::uint32_t zero_copy_from = 0;        ///< bytes of a send that the peer may read in place; 0: never
   std::uint32_t lane_timeout_s = 3;        ///< seconds after which a silent lane between hosts is looked into
   std::uint32_t exit_timeout_s = 5;        ///< seconds that exit, exec and a change of credentials wait for what is under way
   bool rings_mean_tcp = true;              ///< SDP_IO_URING: a process that has an io_uring stays on TCP

@@ -8,6 +8,7 @@
 
 #include "rdma_core/base/clock.hpp"
 #include "rdma_core/base/program_call.hpp"
+#include "rdma_core/base/user_memory.hpp"
 #include "sdp/engine.hpp"
 #include "sdp/stream_impl.hpp"
 
@@ -57,8 +58,9 @@ class Watch {
 StreamImpl::InPlace StreamImpl::send_in_place(int at, IovCursor& from, std::uint16_t gen, std::int64_t& deadline) noexcept {
   lane->drain();
   const std::int64_t now = now_ns();
-  // A lane that could not be recovered would be lost with what is under way on it, and then nobody could say how much that is.
-  if (!may_recover() || lane->dead() || lane->zero_copy().is_paused(now)) return {};
+  // An unordered lane that could not be recovered would be lost with what is under way on it, and nobody could say how much that
+  // is.
+  if ((lane->unordered() && !may_recover()) || lane->dead() || lane->zero_copy().is_paused(now)) return {};
   const auto bytes = static_cast<std::uint32_t>(std::min<std::size_t>(from.chunk(), Lane::kLongestOffer));
   const Lane::Offered offered = lane->offer(from.data(), bytes);
   if (offered != Lane::Offered::yes) {
@@ -79,6 +81,9 @@ StreamImpl::InPlace StreamImpl::send_in_place(int at, IovCursor& from, std::uint
     lane->zero_copy().went_well();
   else if (sent.result == 0)  // nothing of the caller's has ended it
     lane->zero_copy().pause(now_ns());
+  // Another thread may have unmapped what the peer could not read. Those who copy have to know that.
+  if (!end.whole && sent.result == 0 && !rdma::is_readable(from.data(), std::min<std::size_t>(from.chunk(), bytes - end.sent)))
+    sent.result = -EFAULT;
   if (stats == nullptr) return sent;
   stats->lane.bytes_sent.add(end.sent);
   stats->lane.messages_sent.add(1);
@@ -97,7 +102,7 @@ int StreamImpl::await_offer(int at, std::uint16_t gen, std::int64_t deadline, st
   while (lane->is_offering()) {
     if (lane->dead() || lane_is_over()) {
       leave_dead_lane(at);
-      if (lane->is_offering()) lane->stop();
+      if (lane->is_offering()) lane->unordered() ? lane->stop() : lane->cancel_offer();
       break;
     }
     watch.look(now, lane->offer_crossed());
@@ -127,6 +132,10 @@ int StreamImpl::await_offer(int at, std::uint16_t gen, std::int64_t deadline, st
 }
 
 bool StreamImpl::settle_offer() noexcept {
+  if (!lane->unordered()) {
+    lane->cancel_offer();
+    return true;
+  }
   if (!lane->dead() && lane->settle_offer()) return true;
   if (begin_recovery()) return false;
   lane->stop();

@@ -22,6 +22,7 @@ class ZeroCopy {
 
   struct Offer {
     std::unique_ptr<rdma::Mr> mr;
+    rdma::Rkey rkey{};
     const std::byte* memory = nullptr;
     std::uint32_t bytes = 0;
     std::uint32_t in_line = 0;

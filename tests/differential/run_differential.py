@@ -24,6 +24,7 @@ WAYS = {
     "lane-accept": (True, True, True, {}, {"ROLE_ACCEPT": "1"}),
     "lane-ipv6": (True, True, True, {}, {"FAMILY": "6"}),
     "lane-mapped": (True, True, True, {}, {"FAMILY": "mapped", "ROLE_ACCEPT": "1"}),
+    "lane-in-place": (True, True, True, {"SDP_ZCOPY_THRESHOLD": "64K"}, {}),
     "near": (True, False, False, {}, {}),
     "far": (False, True, False, {}, {}),
     "tcp-policy": (True, True, False, {"SDP_POLICY": "tcp"}, {}),

@@ -1,6 +1,7 @@
 #include "sdp/adverts.hpp"
 
 #include <boost/test/unit_test.hpp>
+#include <utility>
 
 namespace {
 
@@ -51,6 +52,48 @@ BOOST_AUTO_TEST_CASE(an_open_advert_stops_data_and_ends_with_the_last_byte) {
   BOOST_TEST((s.on_rdma_rd_compl(590) == SourceRx::over));
   BOOST_TEST(s.may_send_data());
   BOOST_TEST(s.moved() == 990U);
+}
+
+// The source knows how far the sink has read, and goes on at once; the sink's word for it comes later.
+BOOST_AUTO_TEST_CASE(a_withdrawn_advert_is_over_and_its_reports_may_still_come) {
+  SourceAdverts s = source();
+  s.on_advert_sent(1000, 10);
+  BOOST_TEST((s.on_rdma_rd_compl(100) == SourceRx::progress));
+  s.withdrawn(400);
+  BOOST_TEST(!s.is_open());
+  BOOST_TEST(s.moved() == 400U);
+  BOOST_TEST(!s.may_send_data());  // not before the sink knows
+  BOOST_TEST(!s.may_advertise(false));
+  BOOST_TEST((send(s) == Kind::src_cancel));
+  BOOST_TEST(s.may_send_data());
+  s.on_advert_sent(500, 10);
+  BOOST_TEST((s.on_rdma_rd_compl(300) == SourceRx::nothing));
+  BOOST_TEST(s.moved() == 400U);
+  BOOST_TEST((s.on_send_sm() == SourceRx::over));  // of the first; the sink drops the second, too
+  s.on_advert_sent(500, 10);
+  BOOST_TEST((s.on_rdma_rd_compl(490) == SourceRx::over));
+}
+
+BOOST_AUTO_TEST_CASE(withdrawn_when_all_is_read_nothing_is_cancelled) {
+  SourceAdverts s = source();
+  s.on_advert_sent(1000, 10);
+  BOOST_TEST(s.want_cancel());
+  s.withdrawn(990);
+  BOOST_TEST(s.moved() == 990U);
+  BOOST_TEST((s.next().kind == Kind::none));
+  BOOST_TEST(s.may_send_data());
+  BOOST_TEST((s.on_rdma_rd_compl(991) == SourceRx::error));
+  BOOST_TEST((s.on_rdma_rd_compl(990) == SourceRx::nothing));
+}
+
+BOOST_AUTO_TEST_CASE(a_spoilt_count_of_a_withdrawn_advert_is_no_more_than_it_and_no_less_than_was_reported) {
+  for (const auto& [said, counts] : {std::pair(~0U, 990U), std::pair(0U, 50U)}) {
+    SourceAdverts s = source();
+    s.on_advert_sent(1000, 10);
+    BOOST_TEST((s.on_rdma_rd_compl(50) == SourceRx::progress));
+    s.withdrawn(said);
+    BOOST_TEST(s.moved() == counts);
+  }
 }
 
 BOOST_AUTO_TEST_CASE(more_than_was_advertised_is_refused) {

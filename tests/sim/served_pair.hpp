@@ -231,8 +231,10 @@ class ServedPair {
   void serve_stream(Served& s, StreamEnd& e) {
     StreamImpl& stream = *e.stream;
     epoll_event ev;
-    if (epoll_wait(s.epoll, &ev, 1, 0) == 1) stream.anchor_event = true;
+    const bool has_event = epoll_wait(s.epoll, &ev, 1, 0) == 1;
+    if (has_event) stream.anchor_event = true;
     (void)stream.lock.lock();
+    if (has_event && stream.lane != nullptr) stream.lane->wake_sleepers();
     stream.tend();
     const Arrived now = stream.lane != nullptr ? stream.arrived() : Arrived{};
     if (stream.take_spent_lane() != nullptr) {

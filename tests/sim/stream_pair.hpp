@@ -26,11 +26,12 @@ struct Hosts {
   std::array<std::unique_ptr<rdma::test::ForgetfulDevice>, 2> forgetful;  ///< or these, for programs with threads
   std::array<LaneHost, 2> host;
 
-  enum class Order : std::uint8_t { at_once, late, unpromised };
+  enum class Order : std::uint8_t { at_once, late, unpromised, at_once_in_place };  ///< the last: programs' memory is read, too
   explicit Hosts(rdma::NodeType flavour, Order order = Order::at_once, std::uint32_t max_inline = 0) {
     std::array<rdma::Path, 2> path;
     for (auto& d : device)
-      d = std::move(*rdma::shm::ShmDevice::create({.flavour = flavour, .segment_bytes = std::size_t{256} << 20}));
+      d = std::move(*rdma::shm::ShmDevice::create(
+          {.flavour = flavour, .segment_bytes = std::size_t{256} << 20, .reads_program_memory = order == Order::at_once_in_place}));
     rdma::shm::test::link_devices(*device[0], *device[1], path[0], path[1]);
     for (unsigned i : {0U, 1U}) {
       if (order == Order::late) late[i] = std::make_unique<rdma::wrap::LateDevice>(*device[i], max_inline);
