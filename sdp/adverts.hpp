@@ -158,8 +158,9 @@ class SourceAdverts {
     if (!more || s.len - s.written < least_sink_) write_is_over_ = true;
   }
 
-  /// Combined to Buffered or Pipelined, Pipelined to Combined. It waits for the end of open adverts. Nothing is done about a wish for
-  /// Pipelined while the sink may not have seen that we left it: of what it says meanwhile we could not tell which time it means.
+  /// Combined to Buffered or Pipelined, Pipelined to Combined. It waits for the end of open adverts. Nothing is done about a wish
+  /// for Pipelined while the sink may not have seen that we left it: of what it says meanwhile we could not tell which time it
+  /// means.
   void want_mode(FlowMode mode) noexcept {
     if (mode == FlowMode::pipelined && left_pipelined_.is_unseen()) return;
     if (mode != mode_ && is_source_move(mode_, mode)) wanted_mode_ = mode;

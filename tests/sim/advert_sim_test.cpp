@@ -326,7 +326,7 @@ class Peer {
   std::deque<Buffer> sinks_;
   std::uint64_t next_sink_ = 1'000'000, moved_seen_ = 0;
   std::uint32_t mseq_ = 0, received_ = 0, sent_ = 0, advertised_ = 0, delivered_ = 0;
-  bool was_cut_ = false;  ///< a read before those that are under way
+  bool was_cut_ = false;    ///< a read before those that are under way
   std::deque<Read> reads_;  ///< under way, oldest first
 };
 
