@@ -63,6 +63,7 @@ struct Engine {
   std::unique_ptr<Capture> capture;  ///< made by the service thread
   bool capture_tried = false;
   std::atomic<int> parents_wake_fd{-1};
+  std::atomic<long> parents_pid{0};                ///< in a fork's child
   std::atomic<std::uint64_t> helper_fds[64] = {};  ///< bit set of descriptors 0..4095
   std::atomic<std::uint32_t> spin_success{128};    ///< 0..255: how often spinning paid lately
   std::atomic<std::uint32_t> spin_probe{0};
@@ -247,11 +248,13 @@ Stream track(int fd, Role role) noexcept {
 }
 
 StreamSnapshot snapshot(Stream stream) noexcept {
-  const auto* s = reinterpret_cast<const StreamImpl*>(stream.word() & 0xffffffffffffULL);
+  auto* const s = reinterpret_cast<StreamImpl*>(stream.word() & 0xffffffffffffULL);
+  s->was_forked.store(true, std::memory_order_relaxed);
   return {stream,
           s->role,
           s->blocking.load(),
           static_cast<std::uint8_t>(s->phase.load()),
+          s->published_lane.load(),
           s->rx_shut,
           s->tx_shut,
           s->fd,
@@ -276,14 +279,24 @@ Stream inherit(const StreamSnapshot& was) noexcept {
   s->stats = acquire_stats(was.fd);
   s->transcript.restart(engine().options.transports.leaves_host() && was.tcp_sent == 0 && was.tcp_received == 0);
   const auto phase = static_cast<Phase>(was.phase);
-  if (phase == Phase::pursued || phase == Phase::laned || phase == Phase::resting) {
-    s->inherited = reinterpret_cast<StreamImpl*>(was.parents.word() & 0xffffffffffffULL);
-    s->inherited_generation = static_cast<std::uint16_t>(was.parents.word() >> 48);
-    s->owner = ~0U;
-    s->phase.store(Phase::laned);
+  s->phase.store(phase);
+  if (phase == Phase::final) return handle_of(s);
+  auto* const parents = reinterpret_cast<StreamImpl*>(was.parents.word() & 0xffffffffffffULL);
+  s->owner = ~0U;
+  s->is_unused = true;
+  if (parents->is_unused) {  // which is its own parent's
+    s->inherited_generation = parents->inherited_generation;
+    s->inherited_phase = parents->inherited_phase;
+    s->inherited_lane = parents->inherited_lane;
+    s->inherited = parents->inherited.load();
   } else {
-    s->phase.store(phase);
+    s->inherited_generation = static_cast<std::uint16_t>(was.parents.word() >> 48);
+    s->inherited_phase = phase;
+    s->inherited_lane = was.lane;
+    s->inherited = parents;
   }
+  // A stream that is still to be judged is so at its first use; the others look when they see a lane that is not theirs.
+  if (phase != Phase::unjudged) s->phase.store(Phase::laned);
   return handle_of(s);
 }
 
@@ -311,6 +324,8 @@ void bytes_are_held() noexcept {
 void buffer_is_large() noexcept {
   if (Service* running = engine().service.load(std::memory_order_acquire)) running->buffer_is_large();
 }
+
+bool parent_lives() noexcept { return sys::call(SYS_getppid) == engine().parents_pid.load(std::memory_order_relaxed); }
 
 void nudge_parent() noexcept {
   const int fd = engine().parents_wake_fd.load(std::memory_order_relaxed);
@@ -525,6 +540,7 @@ void after_fork_child() noexcept {
   Engine* e = engine_pointer.load(std::memory_order_acquire);
   if (e == nullptr) return;
   new (&e->lock) rdma::SharedLock;
+  e->parents_pid.store(sys::call(SYS_getppid));
   if (Service* parents = e->service.load()) {
     e->parents_wake_fd.store(parents->wake_fd());
     parents->abandon_in_child();

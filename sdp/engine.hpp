@@ -15,8 +15,9 @@
 #include "sdp/stream.hpp"
 
 namespace sdp {
+class Lane;
 class Service;
-}
+}  // namespace sdp
 
 namespace sdp::engine {
 
@@ -54,12 +55,13 @@ struct StreamSnapshot {
   Role role;
   Blocking blocking;
   std::uint8_t phase;
+  const Lane* lane;  ///< nullptr: none is up
   bool rx_shut, tx_shut;
   int fd;
   std::int64_t rcv_timeout_ns, snd_timeout_ns;
   std::uint64_t tcp_sent, tcp_received;
 };
-StreamSnapshot snapshot(Stream) noexcept;
+StreamSnapshot snapshot(Stream) noexcept;  ///< before a fork
 /// In the child: its own stream in the parent's place. Nothing happens to the parent's until the child uses it. Empty: untracked
 /// from here on.
 Stream inherit(const StreamSnapshot&) noexcept;

@@ -215,8 +215,11 @@ int Stream::shutdown(int fd, int how) const noexcept {
 
 Phase StreamImpl::close(int at) noexcept {
   inherited = nullptr;  // a child that only inherits changes nothing
+  is_unused = false;
   const bool laned = lane != nullptr && phase.load(std::memory_order_relaxed) == Phase::laned;
   if (laned) {
+    // It may not be the end for a child: what is unread is to come by TCP, where the kernel knows whether it is.
+    if (was_forked.load(std::memory_order_relaxed) && !lane->unordered()) take_down_locked(LaneReason::second_process);
     if (abandoned()) handle_abandon(at);
     if (!has_said_end()) end_sending(*this);
     lane->end_read();
@@ -263,7 +266,13 @@ void Stream::close(int fd) const noexcept {
   engine::closed(s, fd);
 }
 
-void Stream::renumber(int fd) const noexcept { impl()->fd.store(fd, std::memory_order_relaxed); }
+// The number that it had is closed next: who works for the stream by it has to be done with it.
+void Stream::renumber(int fd) const noexcept {
+  StreamImpl* s = impl();
+  const bool locked = s->lock.enter();
+  s->fd.store(fd, std::memory_order_relaxed);
+  if (locked) s->lock.unlock();
+}
 
 void Stream::set_nonblocking(bool on) const noexcept {
   impl()->blocking.store(on ? Blocking::no : Blocking::yes, std::memory_order_relaxed);
@@ -337,8 +346,7 @@ void Stream::take_down(LaneReason reason) const noexcept {
   if (s->phase.load(std::memory_order_acquire) == Phase::final || !s->lock.enter()) return;
   if (s->generation.load(std::memory_order_relaxed) == generation()) {
     s->take_down_locked(reason);
-    if (reason == LaneReason::io_uring && s->lane != nullptr && s->phase.load(std::memory_order_relaxed) == Phase::laned)
-      s->keep_gap_from_ring(s->fd);
+    if (reason == LaneReason::io_uring || reason == LaneReason::second_process) s->keep_gap_from_others(s->fd);
   }
   s->lock.unlock();
 }

@@ -144,9 +144,14 @@ class alignas(64) StreamImpl {
   std::atomic<std::uint32_t> waiters{0};  ///< threads between unlock and lock inside a wait on the lane
   std::uint64_t conn = 0;                 ///< the CM's ConnId
   Transcript transcript;
-  /// In a fork's child: the parent's stream that this one stands for, until its first use takes the parent's lane down.
-  StreamImpl* inherited = nullptr;
+  /// In a fork's child: the parent's stream that this one stands for, until the parent has closed it or is gone. Before the child's
+  /// first use nothing happens to it; by that use the parent's lane goes down, and it gets none.
+  std::atomic<StreamImpl*> inherited{nullptr};
   std::uint16_t inherited_generation = 0;
+  Phase inherited_phase = Phase::final;   ///< at the fork
+  const Lane* inherited_lane = nullptr;   ///< then; what the parent made later lies in memory of its own
+  bool is_unused = false;                 ///< since the fork
+  std::atomic<bool> was_forked{false};    ///< a child may go on with the connection when we close it
   std::atomic<std::uint8_t> commands{0};  ///< what the service thread is asked to do
   StreamImpl* next_command = nullptr;
   StreamImpl* next = nullptr;  ///< free list, or the service thread's list
@@ -277,8 +282,11 @@ class alignas(64) StreamImpl {
   }
   void take_down_locked(LaneReason reason) noexcept;
   void take_down_inherited(LaneReason reason) noexcept;
+  bool is_parents_too() noexcept;  ///< a parent may use it as well
   /// Of a lane that the peer has left, when a ring is made: what is unread there cannot come by TCP any more.
-  void keep_gap_from_ring(int fd) noexcept;
+  /// Bytes of the lane are unread that come before what TCP brings, which only this process can read.
+  bool has_gap_for_others(int fd) const noexcept;
+  void keep_gap_from_others(int fd) noexcept;  ///< by a reset
   void end_tx_locked() noexcept;
   void abandon_rx() noexcept;
   /// The anchor ended before it had brought everything again: the rest is read where it lies. False: there was nothing to bring.
@@ -386,6 +394,7 @@ void forget_helper_fd(int fd) noexcept;
 void buffer_is_large() noexcept;  ///< some stream's has_large_buffer went up
 void bytes_are_held() noexcept;   ///< some stream's lane holds bytes: Lane::held()
 void nudge_parent() noexcept;     ///< in a fork's child: the parent's service thread should look at its streams
+bool parent_lives() noexcept;     ///< in a fork's child: whose fork it is
 void nudge() noexcept;            ///< the service thread should look at its streams
 /// The connection `fd` is closed with bytes to resend, which become ours: they go out, and then FIN, by a descriptor of ours.
 /// Not before the peer has acknowledged the end of the lane `behind`, if there is one; release_lingering() says that this lane

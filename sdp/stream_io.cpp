@@ -70,7 +70,7 @@ void StreamImpl::count_tcp(bool sent, std::int64_t bytes) noexcept {
     (sent ? stats->tcp.bytes_sent : stats->tcp.bytes_received).add(n);
     (sent ? stats->tcp.messages_sent : stats->tcp.messages_received).add(1);
   }
-  if (phase.load(std::memory_order_relaxed) != Phase::plain) return;
+  if (phase.load(std::memory_order_relaxed) != Phase::plain || is_parents_too()) return;
   const Options& options = engine::options();
   const std::uint32_t messages = tcp_messages.fetch_add(1, std::memory_order_relaxed) + 1;
   if (messages >= options.upgrade_messages ||
@@ -123,7 +123,7 @@ std::int64_t StreamImpl::kernel_recv(int at, IovCursor& to, int flags, MessageEx
 
 bool StreamImpl::usable_here() noexcept {
   if (owner == engine::process_id()) return true;
-  if (inherited != nullptr)
+  if (is_unused)
     take_down_inherited(LaneReason::second_process);
   else
     take_down_locked(LaneReason::second_process);
@@ -182,6 +182,11 @@ void StreamImpl::read_timeouts(int at) noexcept {
 }
 
 void StreamImpl::judge(int at) noexcept {
+  if (is_unused) {
+    (void)lock.lock();
+    if (is_unused) take_down_inherited(LaneReason::second_process);
+    lock.unlock();
+  }
   sockaddr_storage local{}, remote{};
   socklen_t len = sizeof local;
   if (sys::call(SYS_getsockname, at, sys::arg(&local), sys::arg(&len)) != 0) return;

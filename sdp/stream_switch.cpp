@@ -369,6 +369,8 @@ void StreamImpl::unguard_resend() noexcept {
 
 void StreamImpl::tend() noexcept {
   if (lane != nullptr && !has_said_end() && lane->said(kAbandon)) handle_abandon(fd);
+  if (lane != nullptr && !lane->unordered() && asked_down.exchange(Asked::no) != Asked::no)
+    take_down_locked(LaneReason::second_process);
   if (lane != nullptr && lane->unordered() && phase.load(std::memory_order_relaxed) == Phase::laned) {
     acknowledge_end();
     if (const Asked asked = asked_down.load(std::memory_order_acquire); asked != Asked::no) {
@@ -404,7 +406,7 @@ Lane* StreamImpl::take_spent_lane() noexcept {
 
 // Rule 8: stores only, waits for nobody; also in a fork's child and before exec.
 void StreamImpl::take_down_locked(LaneReason reason) noexcept {
-  if (inherited != nullptr) return take_down_inherited(reason);
+  if (is_unused) return take_down_inherited(reason);
   taken_down = true;
   if (phase.load(std::memory_order_relaxed) != Phase::laned) {
     phase.store(Phase::final, std::memory_order_release);
@@ -423,32 +425,60 @@ void StreamImpl::take_down_locked(LaneReason reason) noexcept {
   engine::nudge();
 }
 
-// A ring would take what TCP brings for the next bytes.
-void StreamImpl::keep_gap_from_ring(int at) noexcept {
-  if (rx.load(std::memory_order_relaxed) != RxState::lane || !lane->said(kEnd) || lane_is_left() || !names_us(at)) return;
-  lane->drain();
-  if (lane->unread() == 0 || has_fin(at)) return;
-  RDMA_LOG(error, "fd %d: an io_uring is made with bytes of the lane unread; the connection is reset", at);
+// Who reads past us would take what TCP brings for the next bytes.
+bool StreamImpl::has_gap_for_others(int at) const noexcept {
+  std::uint64_t end = 0;
+  const RxState now = rx.load(std::memory_order_relaxed);
+  return (now == RxState::lane || now == RxState::draining) && lane->said(kEnd, &end) && lane->rx_bytes() < end && !has_fin(at);
+}
+
+void StreamImpl::keep_gap_from_others(int at) noexcept {
+  if (lane == nullptr || phase.load(std::memory_order_relaxed) != Phase::laned || lane_is_left() || !has_gap_for_others(at) ||
+      !names_us(at))
+    return;
+  RDMA_LOG(error, "fd %d: goes to others with bytes of the lane unread; the connection is reset", at);
   break_off(at);
 }
 
-// Rule 9: a child's first use. The parent's cell is shared memory, its lock too; the parent learns of it at its next call.
+// Rule 9: a child's first use. The parent's cell is shared memory, its lock too; the parent learns of it at its next call. What it
+// has made since the fork, and a QP, can be used by it alone.
 void StreamImpl::take_down_inherited(LaneReason reason) noexcept {
-  StreamImpl* parent = inherited;
+  StreamImpl* const parent = inherited.load(std::memory_order_relaxed);
+  is_unused = false;
+  (void)parent->lock.lock();
+  const bool current = parent->generation.load(std::memory_order_relaxed) == inherited_generation;
+  const Phase parents = current ? parent->phase.load(std::memory_order_relaxed) : Phase::final;
+  const bool is_its_own = parents == Phase::laned && (parent->lane != inherited_lane || parent->lane->unordered());
+  bool has_gap = false;
+  if (parents != Phase::final && !is_its_own) {
+    parent->take_down_locked(reason == LaneReason::io_uring ? LaneReason::second_process : reason);
+    has_gap = parents == Phase::laned && parent->has_gap_for_others(fd);
+  }
+  const bool has_more = parents == Phase::laned && (parent->tx.load() == TxState::ending || !parent->resend.empty());
+  parent->lock.unlock();
+  const bool was_on_tcp = inherited_phase == Phase::plain || inherited_phase == Phase::unjudged;
+  if (was_on_tcp && parents != Phase::laned && reason == LaneReason::second_process) {
+    owner = 0;
+    phase.store(inherited_phase, std::memory_order_release);
+    return;
+  }
   inherited = nullptr;
   phase.store(Phase::final, std::memory_order_release);
   if (stats != nullptr) stats->set_reason(reason);
-  (void)parent->lock.lock();
-  const bool current = parent->generation.load(std::memory_order_relaxed) == inherited_generation &&
-                       parent->phase.load(std::memory_order_relaxed) == Phase::laned;
-  const bool unordered = current && parent->lane->unordered();  // its QP works in no other process
-  if (parent->generation.load(std::memory_order_relaxed) == inherited_generation && !unordered)
-    parent->take_down_locked(reason == LaneReason::io_uring ? LaneReason::second_process : reason);
-  parent->lock.unlock();
-  if (!unordered || ask_parent_down(*parent, inherited_generation)) return;
-  RDMA_LOG(error, "fd %d: the parent's lane could not be taken down; the connection is reset", fd.load());
+  if (!has_gap && ((!is_its_own && !has_more) || ask_parent_down(*parent, inherited_generation))) return;
+  RDMA_LOG(error, "fd %d: %s; the connection is reset", fd.load(),
+           has_gap ? "bytes of the parent's lane are unread, and what follows them comes by TCP"
+                   : "the parent's lane could not be taken down");
   const sockaddr nobody{.sa_family = AF_UNSPEC, .sa_data = {}};
   sys::call(SYS_connect, fd, sys::arg(&nobody), sizeof nobody);  // the kernel says ECONNRESET here, and RST to the peer
+}
+
+bool StreamImpl::is_parents_too() noexcept {
+  const StreamImpl* const parent = inherited.load(std::memory_order_relaxed);
+  if (parent == nullptr) return false;
+  if (parent->generation.load(std::memory_order_acquire) == inherited_generation && engine::parent_lives()) return true;
+  inherited.store(nullptr, std::memory_order_relaxed);
+  return false;
 }
 
 }  // namespace sdp

@@ -94,7 +94,9 @@ bool StreamImpl::ask_parent_down(StreamImpl& parent, std::uint16_t generation) n
   engine::nudge_parent();
   for (int waited = 0; waited < kPatienceMs; waited += kStepMs) {
     (void)parent.lock.lock();
-    const bool through = parent.generation.load(std::memory_order_relaxed) != generation || parent.is_through();
+    const bool through = parent.generation.load(std::memory_order_relaxed) != generation || parent.is_through() ||
+                         (parent.taken_down && parent.asked_down.load() == Asked::no && parent.tx.load() != TxState::ending &&
+                          parent.resend.empty());  // of an ordered lane no more is needed: its peer sends what is unread anew
     parent.lock.unlock();
     if (through) return true;
     sys::call(SYS_poll, 0, 0, kStepMs);
@@ -133,6 +135,7 @@ bool StreamImpl::last_words_arrived() noexcept {
 }
 
 void StreamImpl::reset_if_bytes_stay(int at) noexcept {
+  if (lane != nullptr && !lane->unordered() && owner == engine::process_id()) return keep_gap_from_others(at);
   if (phase.load() != Phase::laned || lane == nullptr || !lane->unordered() || owner != engine::process_id()) return;
   const bool all_read = rx.load() == RxState::ended || lane->end_reached();
   if (all_read && tx.load() == TxState::ended && resend.empty()) return;
