@@ -74,7 +74,7 @@ inline bool leave_lane_to_send(int fd, bool nowait = false) {
 
 /// The same for calls that let libc send later, and neither wait nor end early by themselves: on a descriptor that does not block
 /// it waits no longer than a second, then errno is EAGAIN. No cancellation point.
-bool leave_lane_to_libc(int fd) noexcept;
+bool leave_lane_to_libc(int fd, sdp::LaneReason why = sdp::LaneReason::mode) noexcept;
 
 }  // namespace preload
 

@@ -5,6 +5,8 @@
 #include <sys/sendfile.h>
 #include <sys/uio.h>
 
+#include <cstring>
+
 #include "preload/dispatch.hpp"
 #include "rdma_core/base/sys.hpp"
 #include "rdma_core/base/user_memory.hpp"
@@ -77,7 +79,28 @@ SDP_EXPORT ssize_t recvmsg(int fd, msghdr* msg, int flags) {
   return dispatch_cancellable(
       fd, [&](Stream s) { return s.recvmsg(fd, msg, flags); }, [&](const Libc& c) { return c.recvmsg(fd, msg, flags); });
 }
+namespace {
+/// Connections that go to another process by SCM_RIGHTS: it has no lane of theirs, and may use them at once. False: errno is set.
+bool leave_lanes_to_receiver(const msghdr* msg) noexcept {
+  if (!rdma::is_readable(msg, sizeof *msg) || msg->msg_control == nullptr ||
+      !rdma::is_readable(msg->msg_control, msg->msg_controllen))
+    return true;
+  auto* const head = const_cast<msghdr*>(msg);
+  for (cmsghdr* each = CMSG_FIRSTHDR(head); each != nullptr; each = CMSG_NXTHDR(head, each)) {
+    if (each->cmsg_level != SOL_SOCKET || each->cmsg_type != SCM_RIGHTS || each->cmsg_len < CMSG_LEN(0)) continue;
+    const auto* const data = CMSG_DATA(each);
+    for (std::size_t at = 0; at + sizeof(int) <= each->cmsg_len - CMSG_LEN(0); at += sizeof(int)) {
+      int passed;
+      std::memcpy(&passed, data + at, sizeof passed);
+      if (!preload::leave_lane_to_libc(passed, sdp::LaneReason::second_process)) return false;
+    }
+  }
+  return true;
+}
+}  // namespace
+
 SDP_EXPORT ssize_t sendmsg(int fd, const msghdr* msg, int flags) {
+  if (!fds().find(fd) && !leave_lanes_to_receiver(msg)) return -1;
   return dispatch_cancellable(
       fd, [&](Stream s) { return s.sendmsg(fd, msg, flags); }, [&](const Libc& c) { return c.sendmsg(fd, msg, flags); });
 }
@@ -89,6 +112,9 @@ SDP_EXPORT int recvmmsg(int fd, mmsghdr* msgs, unsigned count, int flags, timesp
 }
 SDP_EXPORT int sendmmsg(int fd, mmsghdr* msgs, unsigned count, int flags) {
   static const auto real = next<decltype(&::sendmmsg)>("sendmmsg");
+  if (!fds().find(fd) && rdma::is_readable(msgs, count * sizeof *msgs))
+    for (unsigned i = 0; i < count; ++i)
+      if (!leave_lanes_to_receiver(&msgs[i].msg_hdr)) return -1;
   if (const Stream s = fds().find(fd); !s || s.stays_on_tcp()) return real(fd, msgs, count, flags);
   return dispatch_cancellable(
       fd, [&](Stream s) { return s.sendmmsg(fd, msgs, count, flags); }, [&](const Libc&) { return real(fd, msgs, count, flags); });

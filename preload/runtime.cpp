@@ -95,7 +95,7 @@ sdp::Stream track(int fd, sdp::Role role) noexcept {
   return sdp::engine::track(fd, role);
 }
 
-bool leave_lane_to_libc(int fd) noexcept {
+bool leave_lane_to_libc(int fd, sdp::LaneReason why) noexcept {
   constexpr std::int64_t kStepMs = 2;
   const sdp::Stream stream = fds().find(fd);
   if (!stream) return true;
@@ -106,7 +106,7 @@ bool leave_lane_to_libc(int fd) noexcept {
   int result = 0;
   for (std::int64_t waited = 0;; waited += kStepMs) {
     const rdma::sys::ProgramCall here;  // a new one: handlers have run, and the wait goes on
-    result = stream.await_tcp(fd, sdp::LaneReason::mode, !blocks);
+    result = stream.await_tcp(fd, why, !blocks);
     const bool again = result == -EINTR || (result == -EAGAIN && !blocks && waited < most_ms);
     if (!again) break;
     if (!blocks) rdma::sys::sleeping_call(rdma::sys::EndedBy::nothing, SYS_poll, 0, 0, kStepMs);
