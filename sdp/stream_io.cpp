@@ -284,6 +284,7 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
     }
     if (strict.load(std::memory_order_relaxed) && phase.load(std::memory_order_relaxed) == Phase::laned &&
         tx.load(std::memory_order_relaxed) == TxState::prepared && !lane_is_over()) {
+      advance_rx(at);  // the peer may wait here, too, for our word that it may begin
       if (nowait) {
         lock.unlock();
         return -EAGAIN;

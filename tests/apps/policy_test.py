@@ -16,6 +16,24 @@ import tempfile
 from harness import enter_private_network, listening, need, wait_for
 
 PORT = 12865
+BOTH_SEND_FIRST = """
+import socket, threading
+listener = socket.create_server(("127.0.0.1", 0))
+ends = [socket.create_connection(listener.getsockname())]
+ends.append(listener.accept()[0])
+
+def talk(end):
+    end.sendall(b"x" * 100_000)
+    left = 100_000
+    while left:
+        left -= len(end.recv(left))
+
+threads = [threading.Thread(target=talk, args=(end,)) for end in ends]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
 
 
 def no_process_left(group):
@@ -81,6 +99,8 @@ def main():
         got = case.run(None, {"SDP_POLICY": "sdp"}, ok=False)
         assert "policy sdp" in got["said"] and "no_peer" in got["said"], got
         assert got["tcp"] == 0, got
+        env = dict(os.environ, LD_PRELOAD=library, SDP_POLICY="sdp")
+        subprocess.run([sys.executable, "-c", BOTH_SEND_FIRST], env=env, timeout=30, check=True)
 
         got = case.run({"SDP_POLICY": "tcp"}, {})
         assert got["lane"] == 0 and got["tcp"] > 1000, got
