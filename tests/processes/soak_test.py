@@ -2,7 +2,7 @@
 """Pairs of programs at random, for as long as is asked for: see soak_end.py for what they do. No byte is lost, changed or doubled, nobody
 hangs, and when all are gone nothing is left of them: no process, no name, and in a process that has served them no memory and no descriptor.
 
-    soak_test.py --lib LIBRARY [--seconds N] [--seed N] [--pairs N] [--transport T --addresses SERVER CLIENT]
+    soak_test.py --lib LIBRARY [--seconds N] [--seed N] [--pairs N]
 
 A failure prints what replays the pair: --seed N --pairs 1.
 """
@@ -21,6 +21,7 @@ import time
 import ends
 
 END = os.path.join(os.path.dirname(os.path.abspath(__file__)), "soak_end.py")
+ADDRESS = "127.0.0.1"
 AT_ONCE = 3
 PATIENCE = 120    # seconds for one pair
 SLACK_KIB = 4096  # what a process that serves may grow by, over hundreds of connections
@@ -35,11 +36,10 @@ def names():
 class Soak:
     def __init__(self, args):
         self.args = args
-        self.addresses = args.addresses or ("127.0.0.1", "127.0.0.1")
 
     def environment(self, folder, chance):
         env = ends.environment(LD_PRELOAD=self.args.lib, SOAK_PRELOAD=self.args.lib, SDP_STATS=f"{folder}/%p.json",
-                               SDP_TRANSPORT=self.args.transport, SDP_UPGRADE_MESSAGES=str(chance.choice((1, 8, 100))))
+                               SDP_UPGRADE_MESSAGES=str(chance.choice((1, 8, 100))))
         if chance.random() < 0.3:
             env.update(SDP_RECV_BUFFER_MAX="2048", SDP_RECV_BUFFERS="8")
         return env
@@ -55,10 +55,10 @@ class Soak:
         with tempfile.TemporaryDirectory(prefix="sdpreload-soak-") as folder:
             def env(role):
                 return ends.environment() if kind == f"plain {role}" else self.environment(folder, chance)
-            two = {"server": self.start(env("server"), "serve", self.addresses[0], str(seed))}
+            two = {"server": self.start(env("server"), "serve", ADDRESS, str(seed))}
             try:
                 port = two["server"].stdout.readline().strip()
-                two["client"] = self.start(env("client"), "connect", f"{self.addresses[0]}:{port}", str(seed))
+                two["client"] = self.start(env("client"), "connect", f"{ADDRESS}:{port}", str(seed))
                 if kind == "killed":
                     time.sleep(chance.uniform(0.1, 1.5))
                     killed = chance.choice(list(two))
@@ -124,12 +124,12 @@ class Soak:
             os.kill(os.getpid(), 9) if sys.argv[3] == 'killed' else None
         """
         with tempfile.TemporaryDirectory(prefix="sdpreload-soak-") as folder:
-            server = self.start(self.environment(folder, chance), "pool", self.addresses[0])
+            server = self.start(self.environment(folder, chance), "pool", ADDRESS)
             try:
                 port = server.stdout.readline().strip()
                 held = []
                 for turn in range(10):
-                    subprocess.run([sys.executable, "-c", client, self.addresses[0], port, "killed" if turn % 3 == 2 else ""],
+                    subprocess.run([sys.executable, "-c", client, ADDRESS, port, "killed" if turn % 3 == 2 else ""],
                                    env=self.environment(folder, chance), timeout=PATIENCE, check=False)
                     deadline = time.monotonic() + 20
                     while True:  # what its peers have left may take a moment
@@ -191,8 +191,6 @@ def main():
     parser.add_argument("--seconds", type=float, default=30)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=0, help="so many, however long they take")
-    parser.add_argument("--transport", default="local")
-    parser.add_argument("--addresses", nargs=2)
     args = parser.parse_args()
     try:
         Soak(args).run()
