@@ -219,7 +219,8 @@ Phase StreamImpl::close(int at) noexcept {
   const bool laned = lane != nullptr && phase.load(std::memory_order_relaxed) == Phase::laned;
   if (laned) {
     // It may not be the end for a child: what is unread is to come by TCP, where the kernel knows whether it is.
-    if (was_forked.load(std::memory_order_relaxed) && !lane->unordered()) take_down_locked(LaneReason::second_process);
+    if (was_forked.load(std::memory_order_relaxed) && !lane->unordered() && !lane->said(kEnd))
+      take_down_locked(LaneReason::second_process);
     if (abandoned()) handle_abandon(at);
     if (!has_said_end()) end_sending(*this);
     lane->end_read();

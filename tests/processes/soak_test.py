@@ -68,7 +68,7 @@ class Soak:
                     said[role] = end.communicate(timeout=PATIENCE)[0].strip()
                 words = {role: text.split() for role, text in said.items()}
                 if kind == "killed":
-                    fine = all(w[:1] in (["ok"], ["reset"]) or role == killed or "the end after" in said[role]
+                    fine = all(w[:1] in (["ok"], ["reset"]) or role == killed or "the end after" in said[role] or "the last byte" in said[role]
                                for role, w in words.items())
                 else:
                     fine = all(w[:1] == ["ok"] for w in words.values()) and words["server"][1:] == words["client"][:0:-1]
