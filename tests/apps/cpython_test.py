@@ -19,11 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from harness import PYTHON, Skip, enter_private_network, need
 
 # The longest first. In each of the first ones lanes must carry bytes; the connections of the others are too short, or are none.
-WITH_LANES = ("test_xmlrpc", "test_imaplib", "test_socket", "test_ssl", "test_httplib", "test_ftplib", "test_poplib", "test_wsgiref",
+WITH_LANES = ("test_xmlrpc", "test_imaplib", "test_socket", "test_ssl", "test_httplib", "test_ftplib", "test_poplib",
               "test_asyncio.test_sendfile", "test_asyncio.test_streams", "test_asyncio.test_events")
 OTHERS = ("test_subprocess", "test_selectors", "test_poll", "test_select", "test_epoll", "test_asyncore", "test_asynchat", "test_smtplib",
           "test_httpservers", "test_telnetlib", "test_urllib2_localnet", "test_socketserver", "test_asyncio.test_server",
-          "test_asyncio.test_sock_lowlevel")
+          "test_asyncio.test_sock_lowlevel", "test_wsgiref")
 LEFT_OUT = ("*VSOCK*", "*Vsock*")  # wait for ever where the host has that family and nobody answers
 LIMIT_S = 240
 IN_A_NETWORK = ("unshare", "-n", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
