@@ -361,7 +361,13 @@ def main(role, *rest):
         return run(state, fd)
     if role == "serve":
         with listener_at(rest[0]) as listener:
-            connection = listener.accept()[0]
+            listener.settimeout(HANG)
+            try:
+                connection = listener.accept()[0]
+            except TimeoutError:  # its client was killed before it came
+                print("reset 0 0")
+                return 1
+            connection.setblocking(True)
     else:
         host, _, port = rest[0].rpartition(":")
         try:
