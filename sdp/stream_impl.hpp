@@ -105,7 +105,7 @@ class alignas(64) StreamImpl {
   bool gone_is_said = false;           ///< at exit
   bool awaits_posts = false;           ///< see last_words_arrived()
   bool changes_lane = false;           ///< another is about to take the lane's place: nobody begins to wait for this one
-  bool has_ring = false;               ///< an io_uring may read and write the anchor past us
+  bool others_use_anchor = false;      ///< an io_uring or another process may read and write it past us
   bool watched = false;                ///< the anchor is in the service thread's epoll
   std::uint8_t doubts = 0;             ///< how often our counts differed from the kernel's
 

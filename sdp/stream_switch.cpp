@@ -128,8 +128,8 @@ void StreamImpl::advance_rx(int at) noexcept {
       const std::uint64_t received = tcp_received.load(std::memory_order_relaxed);
       resent_from = lane->said(kSwitch, &p) && p > received ? p : received;
       resent_to = resent_from + (end > lane->rx_bytes() ? end - lane->rx_bytes() : 0);
-      // A ring takes some of them past us, so that nobody can say when all have come.
-      rx.store(has_ring ? RxState::ended : RxState::resent, std::memory_order_release);
+      // Others take some of them past us, so that nobody can say when all have come.
+      rx.store(others_use_anchor ? RxState::ended : RxState::resent, std::memory_order_release);
       state_edges.fetch_add(1, std::memory_order_relaxed);
     } else if (over) {
       rx.store(before_abandon, std::memory_order_release);
@@ -413,9 +413,10 @@ void StreamImpl::take_down_locked(LaneReason reason) noexcept {
     if (stats != nullptr) stats->set_reason(reason);
     return;
   }
-  has_ring = has_ring || reason == LaneReason::io_uring;
+  others_use_anchor =
+      others_use_anchor || reason == LaneReason::io_uring || reason == LaneReason::second_process || reason == LaneReason::exec;
   // What the peer's ring waits for has to come by TCP.
-  if (has_ring && abandoned()) handle_abandon(fd);
+  if (reason == LaneReason::io_uring && abandoned()) handle_abandon(fd);
   const TxState tx_now = tx.load(std::memory_order_relaxed);
   if (tx_now == TxState::lane || tx_now == TxState::prepared) end_tx_locked();
   abandon_rx();
