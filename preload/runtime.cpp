@@ -117,8 +117,16 @@ bool leave_lane_to_libc(int fd, sdp::LaneReason why) noexcept {
   return false;
 }
 
+namespace {
+void leave_to_parent() noexcept {
+  for (int fd = fds().highest(); fd >= 0; --fd)
+    if (const sdp::Stream stream = fds().find(fd)) stream.leave_heirs();
+}
+}  // namespace
+
 void before_quick_end() noexcept {
   if (!had_connections.load(std::memory_order_acquire) || sdp::engine::in_vfork_child()) return;
+  leave_to_parent();
   sdp::engine::at_quick_end();
 }
 
@@ -165,7 +173,9 @@ __attribute__((constructor)) void at_load() {
   start();  // before there are threads that could meet in it, and handlers that could interrupt it
 }
 __attribute__((destructor)) void at_exit() {
-  if (had_connections.load(std::memory_order_acquire)) sdp::engine::at_exit();
+  if (!had_connections.load(std::memory_order_acquire)) return;
+  leave_to_parent();
+  sdp::engine::at_exit();
 }
 }  // namespace
 

@@ -249,7 +249,7 @@ Stream track(int fd, Role role) noexcept {
 
 StreamSnapshot snapshot(Stream stream) noexcept {
   auto* const s = reinterpret_cast<StreamImpl*>(stream.word() & 0xffffffffffffULL);
-  s->was_forked.store(true, std::memory_order_relaxed);
+  s->heirs.fetch_add(1, std::memory_order_relaxed);
   return {stream,
           s->role,
           s->blocking.load(),
@@ -284,6 +284,8 @@ Stream inherit(const StreamSnapshot& was) noexcept {
   auto* const parents = reinterpret_cast<StreamImpl*>(was.parents.word() & 0xffffffffffffULL);
   s->owner = ~0U;
   s->is_unused = true;
+  s->counted_in = parents;
+  s->counted_generation = static_cast<std::uint16_t>(was.parents.word() >> 48);
   if (parents->is_unused) {  // which is its own parent's
     s->inherited_generation = parents->inherited_generation;
     s->inherited_phase = parents->inherited_phase;

@@ -214,12 +214,13 @@ int Stream::shutdown(int fd, int how) const noexcept {
 }
 
 Phase StreamImpl::close(int at) noexcept {
+  leave_heirs();
   inherited = nullptr;  // a child that only inherits changes nothing
   is_unused = false;
   const bool laned = lane != nullptr && phase.load(std::memory_order_relaxed) == Phase::laned;
   if (laned) {
     // It may not be the end for a child: what is unread is to come by TCP, where the kernel knows whether it is.
-    if (was_forked.load(std::memory_order_relaxed) && !lane->unordered() && !lane->said(kEnd))
+    if (heirs.load(std::memory_order_relaxed) != 0 && !lane->unordered() && !lane->said(kEnd))
       take_down_locked(LaneReason::second_process);
     if (abandoned()) handle_abandon(at);
     if (!has_said_end()) end_sending(*this);
@@ -248,6 +249,8 @@ Phase StreamImpl::close(int at) noexcept {
   if (lane != nullptr) lane->wake_sleepers();
   return was;
 }
+
+void Stream::leave_heirs() const noexcept { impl()->leave_heirs(); }
 
 void Stream::close(int fd) const noexcept {
   StreamImpl* s = impl();

@@ -54,6 +54,7 @@ class Stream {
 
   // --- what the shim saw the program set
   void set_nonblocking(bool on) const noexcept;
+  void leave_heirs() const noexcept;     ///< as a fork's child ends: the parent's close() is the end of the connection
   void renumber(int fd) const noexcept;  ///< the connection goes by this descriptor now: the one that we knew is being closed
   void set_timeout(bool receives, std::int64_t ns) const noexcept;  ///< as socket_modes.hpp's timeout_ns()
   void set_linger(int fd) const noexcept;                           ///< the kernel has taken another SO_LINGER

@@ -148,10 +148,12 @@ class alignas(64) StreamImpl {
   /// first use nothing happens to it; by that use the parent's lane goes down, and it gets none.
   std::atomic<StreamImpl*> inherited{nullptr};
   std::uint16_t inherited_generation = 0;
-  Phase inherited_phase = Phase::final;   ///< at the fork
-  const Lane* inherited_lane = nullptr;   ///< then; what the parent made later lies in memory of its own
-  bool is_unused = false;                 ///< since the fork
-  std::atomic<bool> was_forked{false};    ///< a child may go on with the connection when we close it
+  Phase inherited_phase = Phase::final;  ///< at the fork
+  const Lane* inherited_lane = nullptr;  ///< then; what the parent made later lies in memory of its own
+  bool is_unused = false;                ///< since the fork
+  std::atomic<std::uint32_t> heirs{0};   ///< children that may go on with the connection when we close it, or were killed
+  std::uint16_t counted_generation = 0;
+  StreamImpl* counted_in = nullptr;       ///< in a child: whose heir it is, until it closes
   std::atomic<std::uint8_t> commands{0};  ///< what the service thread is asked to do
   StreamImpl* next_command = nullptr;
   StreamImpl* next = nullptr;  ///< free list, or the service thread's list
@@ -282,6 +284,7 @@ class alignas(64) StreamImpl {
   }
   void take_down_locked(LaneReason reason) noexcept;
   void take_down_inherited(LaneReason reason) noexcept;
+  void leave_heirs() noexcept;     ///< this process has no more to do with it
   bool is_parents_too() noexcept;  ///< a parent may use it as well
   /// Of a lane that the peer has left, when a ring is made: what is unread there cannot come by TCP any more.
   /// Bytes of the lane are unread that come before what TCP brings, which only this process can read.

@@ -474,6 +474,14 @@ void StreamImpl::take_down_inherited(LaneReason reason) noexcept {
   sys::call(SYS_connect, fd, sys::arg(&nobody), sizeof nobody);  // the kernel says ECONNRESET here, and RST to the peer
 }
 
+void StreamImpl::leave_heirs() noexcept {
+  StreamImpl* const parent = std::exchange(counted_in, nullptr);
+  if (parent == nullptr || parent->generation.load(std::memory_order_acquire) != counted_generation) return;
+  std::uint32_t now = parent->heirs.load(std::memory_order_relaxed);
+  while (now != 0 && !parent->heirs.compare_exchange_weak(now, now - 1)) {
+  }
+}
+
 bool StreamImpl::is_parents_too() noexcept {
   const StreamImpl* const parent = inherited.load(std::memory_order_relaxed);
   if (parent == nullptr) return false;
