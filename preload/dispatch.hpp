@@ -73,7 +73,7 @@ inline bool leave_lane_to_send(int fd, bool nowait = false) {
 }
 
 /// The same for calls that let libc send later, and neither wait nor end early by themselves: on a descriptor that does not block
-/// it waits no longer than a second, then errno is EAGAIN. No cancellation point.
+/// it waits no longer than SDP_EXIT_TIMEOUT, then errno is EAGAIN. No cancellation point.
 bool leave_lane_to_libc(int fd, sdp::LaneReason why = sdp::LaneReason::mode) noexcept;
 
 }  // namespace preload

@@ -63,8 +63,12 @@ void FdTable::before_fork() noexcept {
   noted.clear();
   const int high = highest();
   for (int i = 0; i <= high; ++i)
-    if (const sdp::Stream stream = find(i)) noted.push_back({sdp::engine::snapshot(stream), {}});
+    if (const sdp::Stream stream = find(i)) noted.push_back({{.parents = stream}, {}});
   std::sort(noted.begin(), noted.end(), [](const Noted& a, const Noted& b) { return a.word() < b.word(); });
+  // One heir of each, by however many descriptors.
+  const auto same = [](const Noted& a, const Noted& b) { return a.word() == b.word(); };
+  noted.erase(std::unique(noted.begin(), noted.end(), same), noted.end());
+  for (Noted& each : noted) each.was = sdp::engine::snapshot(each.was.parents);
 }
 
 void FdTable::inherit() noexcept {

@@ -286,7 +286,6 @@ class alignas(64) StreamImpl {
   void take_down_inherited(LaneReason reason) noexcept;
   void leave_heirs() noexcept;     ///< this process has no more to do with it
   bool is_parents_too() noexcept;  ///< a parent may use it as well
-  /// Of a lane that the peer has left, when a ring is made: what is unread there cannot come by TCP any more.
   /// Bytes of the lane are unread that come before what TCP brings, which only this process can read.
   bool has_gap_for_others(int fd) const noexcept;
   void keep_gap_from_others(int fd) noexcept;  ///< by a reset
