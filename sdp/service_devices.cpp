@@ -138,7 +138,8 @@ bool Service::detach(StreamImpl* s) noexcept {
   }
   s->state_edges.fetch_add(1);  // who waits finds that nothing is to be had from the lane, and leaves it
   s->lane->wake_sleepers();
-  s->reset_by_peer = s->bytes_missing = false;
+  s->error_due = 0;
+  s->bytes_missing = false;
   const Arrived last = s->arrived();
   const std::uint64_t conn = s->conn;
   Lane* const lane = laned ? s->take_spent_lane() : nullptr;

@@ -227,13 +227,15 @@ Phase StreamImpl::close(int at) noexcept {
     lane->end_read();
     lane->drain();
     if (lane->unordered()) acknowledge_end();
-    // Rule 7: closing with bytes unread resets the connection; the peer reads what it has and then gets ECONNRESET.
-    const bool reset = rx.load(std::memory_order_relaxed) == RxState::lane && lane->unread() != 0;
-    const bool shut = lane_rest() != 0;  // the peer has seen the end of our direction
-    lane->write_word(kGone, reset ? 1 : 0);
-    // Where no word reaches the peer, or may change what it has seen, the kernel tells it, and drops what is unsent as it always
-    // does.
-    if (shut || (reset && lane->stopped())) {
+    // Rule 7: closing with bytes unread resets the connection; the peer reads what it has and then gets ECONNRESET. Where its bytes
+    // are never overtaken, or no word reaches it, or has told it of an end already, the kernel says so, and drops what is unsent as
+    // it always does.
+    const RxState now = rx.load(std::memory_order_relaxed);
+    const bool resets = (now == RxState::ready || now == RxState::draining || now == RxState::lane) && lane->unread() != 0;
+    const bool by_word = resets && lane->unordered() && !lane->stopped();
+    const bool by_kernel = lane_rest() != 0 || (resets && !by_word);
+    lane->write_word(kGone, by_word ? 1 : 0);
+    if (by_kernel && !others_use_anchor) {
       resend.clear();
       unguard_resend();
       KeptBytes::set_linger(at, {1, 0});
@@ -432,7 +434,7 @@ std::uint32_t Stream::poll(std::uint32_t events, bool* anchor_too) const noexcep
         ready |= POLLIN | POLLRDNORM;  // the end, or bytes of the anchor: either way a read returns
       }
     }
-    if (s->reset_by_peer || s->bytes_missing) ready |= POLLIN | POLLRDNORM;
+    if (s->error_due.load(std::memory_order_relaxed) != 0 || s->bytes_missing) ready |= POLLIN | POLLRDNORM;
     if (s->tx.load(std::memory_order_relaxed) != TxState::lane && !s->resend.empty()) (void)s->flush_resend(fd);
     if (!s->end_is_settled() && !s->tx_shut) {
       if (s->resend.size() < StreamImpl::kBufferAhead)

@@ -94,7 +94,7 @@ class alignas(64) StreamImpl {
   std::atomic<bool> tx_blocked{false};        ///< the program was told that it cannot write
   std::atomic<std::uint32_t> full_at{0};      ///< bytes that the lane's buffer took at the most when it refused the last ones
   bool rx_shut = false;                       ///< SHUT_RD, maybe before it had a lane
-  bool reset_by_peer = false;                 ///< one ECONNRESET is due behind the bytes that the anchor still has
+  std::atomic<int> error_due{0};              ///< -errno, once, behind the bytes that the anchor still has; 0: none
   bool bytes_missing = false;                 ///< bytes before those on the anchor are lost: one ECONNRESET is due at once
   bool tx_switched = false;                   ///< SWITCH is said
   std::atomic<Recovery> recovery{Recovery::none};
@@ -172,7 +172,10 @@ class alignas(64) StreamImpl {
 
   // --- several messages in one call (stream_mmsg.cpp)
   std::optional<std::int64_t> recvmmsg_before_lane(int fd, mmsghdr* msgs, unsigned count, int flags, timespec* timeout);
-  void owe_reset(std::uint16_t gen) noexcept;  ///< a call met the peer's reset and has bytes to return
+  /// A call met `error` and has bytes to return. The kernel has told it, and will not again.
+  void owe(std::int64_t error, std::uint16_t gen) noexcept;
+  /// What the end, which a receive has met, is to be told as: an error that was owed, or 0.
+  int end_of_stream() noexcept { return error_due.exchange(0, std::memory_order_relaxed); }
 
   // --- the same where nothing but a message is to be moved (stream_at_once.cpp); 0: it is more than that
   std::int64_t send_at_once(const void* bytes, std::size_t count, int flags, std::uint16_t gen) noexcept;

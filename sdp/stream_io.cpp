@@ -48,6 +48,11 @@ long receive_message(std::span<iovec> pieces, MessageExtras* extras, Call call) 
   return n;
 }
 
+/// Of a receive: it ends the connection, rather than the call alone.
+bool is_fatal(std::int64_t error) noexcept {
+  return error < 0 && error != -EAGAIN && error != -EINTR && error != -EFAULT && error != -EINVAL && error != -EBADF;
+}
+
 /// Of what is left, up to the first page that cannot be read.
 std::size_t readable_bytes(IovCursor from) noexcept {
   std::size_t total = 0;
@@ -61,6 +66,12 @@ std::size_t readable_bytes(IovCursor from) noexcept {
 }
 
 }  // namespace
+
+void StreamImpl::owe(std::int64_t error, std::uint16_t gen) noexcept {
+  if (!is_fatal(error) || !lock.enter()) return;
+  if (generation.load(std::memory_order_relaxed) == gen) error_due = static_cast<int>(error);
+  lock.unlock();
+}
 
 void StreamImpl::count_tcp(bool sent, std::int64_t bytes) noexcept {
   if (bytes <= 0) return;
@@ -103,6 +114,7 @@ std::int64_t StreamImpl::kernel_send(int at, IovCursor& from, int flags) {
 
 std::int64_t StreamImpl::kernel_recv(int at, IovCursor& to, int flags, MessageExtras* extras) {
   const Counted here(kernel_receivers);
+  const std::size_t wants = to.remaining();
   return to.with_rest([&](std::span<iovec> pieces) -> std::int64_t {
     const iovec& first = pieces[0];
     const long n = pieces.size() == 1 && extras == nullptr
@@ -111,6 +123,8 @@ std::int64_t StreamImpl::kernel_recv(int at, IovCursor& to, int flags, MessageEx
                        : receive_message(pieces, extras, [&](long msg) {
                            return sys::blocking_call(sys::EndedBy::nothing, SYS_recvmsg, at, msg, flags);
                          });
+    if (n == 0 && wants != 0) return end_of_stream();
+    if (is_fatal(n)) error_due.store(0, std::memory_order_relaxed);
     if (flags & (MSG_PEEK | MSG_OOB)) return n;
     if (n > 0 && transcript.received.is_open()) {
       if (flags & MSG_TRUNC) transcript.received.close();
@@ -494,7 +508,10 @@ std::int64_t StreamImpl::take_from_anchor(Receiving& r, RxState state) noexcept 
   std::int64_t n = SSIZE_MAX;
   if (state == RxState::ready) {
     n = anchor_bytes_before_switch(r.at);
-    if (lane->said(kSwitch)) return kLookAgain;
+    if (lane->said(kSwitch)) {
+      if (is_fatal(n)) error_due = static_cast<int>(n);
+      return kLookAgain;
+    }
   }
   if (n > 0) {
     const std::uint64_t cap = state == RxState::draining ? switch_at - received
@@ -505,11 +522,11 @@ std::int64_t StreamImpl::take_from_anchor(Receiving& r, RxState state) noexcept 
   if (n > 0) return n;
   if (n == -EAGAIN) return 0;
   if (state == RxState::resent && resume_after_resend()) {
-    if (n < 0) reset_by_peer = true;  // the kernel has told its error, and we owe it behind the lane's bytes
+    if (n < 0) error_due = static_cast<int>(n);  // the kernel has told it, and we owe it behind the lane's bytes
     return kLookAgain;
   }
   if (state == RxState::ready && end_is_awaited()) {  // SWITCH may be on its way, with bytes behind it
-    if (n < 0) reset_by_peer = true;
+    if (n < 0) error_due = static_cast<int>(n);
     return 0;
   }
   if (n < 0)
@@ -576,7 +593,8 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
     if (phase.load(std::memory_order_relaxed) != Phase::laned || tcp_alone || ended) {
       if (bytes_missing) {
         if (r.total > 0) break;  // it is the next call's
-        bytes_missing = reset_by_peer = false;
+        bytes_missing = false;
+        error_due = 0;
         r.result = -ECONNRESET;
         break;
       }
@@ -586,12 +604,7 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
       lock.unlock();
       n = kernel_recv(at, to, kernel_flags, extras);
       if (n > 0) return r.total + n;
-      if (n == -EAGAIN || n == -EINTR || phase.load(std::memory_order_acquire) != Phase::laned) return r.total > 0 ? r.total : n;
-      // The end. The kernel tells an error once: what is owed, or cannot be told with bytes to return, is the next call's.
-      (void)lock.lock();
-      if (n == 0 && reset_by_peer) n = -ECONNRESET;
-      reset_by_peer = n < 0 && r.total > 0;
-      lock.unlock();
+      if (r.total > 0) owe(n, gen);
       return r.total > 0 ? r.total : n;
     } else if (state == RxState::lane) {
       n = take_from_lane(r);
@@ -640,6 +653,7 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
   // already.
   const RxState now = rx.load(std::memory_order_relaxed);
   if (phase.load(std::memory_order_relaxed) == Phase::laned && (now == RxState::draining || now == RxState::resent)) advance_rx(at);
+  if (r.total > 0 && is_fatal(r.result)) error_due = r.result;
   lock.unlock();
   return r.total > 0 ? r.total : r.result;
 }

@@ -72,7 +72,7 @@ std::int64_t Stream::recvmmsg(int fd, mmsghdr* msgs, unsigned count, int flags, 
     urgent = (msg.msg_hdr.msg_flags & MSG_OOB) != 0;
   }
   if (got == 0) return n;
-  if (n == -ECONNRESET) s->owe_reset(generation());
+  s->owe(n, generation());
   if (timeout != nullptr) {
     if (!rdma::can_overwrite(timeout, sizeof *timeout)) return -EFAULT;
     *timeout = {left_ns / kSecond, left_ns % kSecond};
@@ -89,7 +89,10 @@ std::optional<std::int64_t> StreamImpl::recvmmsg_before_lane(int at, mmsghdr* ms
   const Counted here(kernel_receivers);
   if (phase.load(std::memory_order_seq_cst) == Phase::laned) return {};
   const long n = sys::blocking_call(sys::EndedBy::nothing, SYS_recvmmsg, at, sys::arg(msgs), count, flags, sys::arg(timeout));
-  if (n <= 0 || (flags & (MSG_PEEK | MSG_OOB)) != 0) return n;
+  if (n <= 0) return n;
+  if (msgs[0].msg_len == 0 && length_of(msgs[0].msg_hdr) != 0)
+    if (const int error = end_of_stream(); error != 0) return error;
+  if ((flags & (MSG_PEEK | MSG_OOB)) != 0) return n;
   if (flags & MSG_TRUNC) transcript.received.close();
   std::uint64_t bytes = 0;
   for (long i = 0; i < n; ++i) {
@@ -100,13 +103,6 @@ std::optional<std::int64_t> StreamImpl::recvmmsg_before_lane(int at, mmsghdr* ms
   }
   count_tcp(false, static_cast<std::int64_t>(bytes));
   return n;
-}
-
-void StreamImpl::owe_reset(std::uint16_t gen) noexcept {
-  if (!lock.enter()) return;
-  if (generation.load(std::memory_order_relaxed) == gen && phase.load(std::memory_order_relaxed) == Phase::laned)
-    reset_by_peer = true;
-  lock.unlock();
 }
 
 }  // namespace sdp

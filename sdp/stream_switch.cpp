@@ -146,7 +146,7 @@ void StreamImpl::advance_rx(int at) noexcept {
     if (lane->said(kSwitch, &switch_at)) {
       rx.store(RxState::draining, std::memory_order_release);
     } else if (ended || over) {
-      if (!ended && lane->unordered()) reset_by_peer = true;  // SWITCH and bytes may be lost behind those of the anchor
+      if (!ended && lane->unordered()) error_due = -ECONNRESET;  // SWITCH and bytes may be lost behind those of the anchor
       rx.store(RxState::ended, std::memory_order_release);
     }
   }
@@ -178,7 +178,7 @@ void StreamImpl::look_at_anchor(int at) noexcept {
   std::byte one;
   const long n = sys::call(SYS_recvfrom, at, sys::arg(&one), 1, MSG_PEEK | MSG_DONTWAIT);
   if (n == -EAGAIN || (n == 0 && rx_shut && !has_fin(at))) return;
-  if (n < 0) reset_by_peer = true;  // the kernel tells its error once; the program gets it after the lane's bytes
+  if (n < 0) error_due = static_cast<int>(n);  // the kernel tells it once; the program gets it after the lane's bytes
   if (lane->unordered()) return (void)end_is_awaited();
   lane->drain();
   if (lane->unread() != 0) {
@@ -197,7 +197,7 @@ void StreamImpl::look_at_anchor(int at) noexcept {
 }
 
 void StreamImpl::reset_here(int at) noexcept {
-  reset_by_peer = true;
+  error_due = -ECONNRESET;
   if (names_us(at)) sys::call(SYS_shutdown, at, SHUT_RDWR);
 }
 
@@ -393,7 +393,7 @@ void StreamImpl::tend() noexcept {
 
 Lane* StreamImpl::take_spent_lane() noexcept {
   if (lane == nullptr || phase.load(std::memory_order_relaxed) != Phase::laned || waiters != 0 || !resend.empty() ||
-      reset_by_peer || bytes_missing || tx.load(std::memory_order_relaxed) != TxState::ended ||
+      error_due.load(std::memory_order_relaxed) != 0 || bytes_missing || tx.load(std::memory_order_relaxed) != TxState::ended ||
       rx.load(std::memory_order_relaxed) != RxState::ended)
     return nullptr;
   lane->write_word(kGone, 0);

@@ -118,7 +118,7 @@ void StreamImpl::leave_failed_lane(int at) noexcept {
 
 // To the peer it is a RST, and here what a RST leaves: one ECONNRESET, behind what has come by the lane; then the end.
 void StreamImpl::leave_gap(int at) noexcept {
-  reset_by_peer = true;
+  error_due = -ECONNRESET;
   if (!names_us(at)) return;
   break_off(at);
   sys::call(SYS_shutdown, at, SHUT_RDWR);

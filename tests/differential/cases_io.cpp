@@ -148,6 +148,19 @@ CASE(waitall) {
   peer.answer();
   peer.answer();
 }
+CASE(waitall_before_a_reset) {
+  Peer peer;
+  Conn c = connection(peer);
+  c.send(10);
+  settle();
+  peer.later(0, Do::send, 0, 50);
+  peer.later(100, Do::close, 0);  // with bytes unread
+  told("recv", c.recv(100, MSG_WAITALL));
+  peer.answer();
+  peer.answer();
+  told("the reset", c.recv(100));
+  told("the end", c.recv(100));
+}
 CASE(msg_more) {
   Peer peer;
   Conn c = connection(peer);

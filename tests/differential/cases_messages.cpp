@@ -173,6 +173,20 @@ CASE(recvmmsg_end_between) {
   told("peer", peer.call(Do::recv, 0, 300));
 }
 
+CASE(recvmmsg_before_a_reset) {
+  Peer peer;
+  Conn c = connection(peer);
+  Messages m;
+  peer.call(Do::send, 0, 100);
+  c.send(10);
+  settle();
+  peer.later(150, Do::close, 0);  // with bytes unread
+  told("until the reset", m.receive(c, 3));
+  peer.answer();
+  told("the reset", m.receive(c, 3));
+  told("the end", m.receive(c, 1));
+}
+
 CASE(recvmmsg_is_interrupted) {
   Peer peer;
   Conn c = connection(peer);
