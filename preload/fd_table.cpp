@@ -12,7 +12,7 @@ namespace preload {
 namespace {
 /// A stream of the parent's and the child's own in its place.
 struct Noted {
-  sdp::engine::StreamSnapshot was;
+  sdp::StreamSnapshot was;
   sdp::Stream mine;
   std::uint64_t word() const noexcept { return was.parents.word(); }
 };
@@ -68,7 +68,7 @@ void FdTable::before_fork() noexcept {
   // One heir of each, by however many descriptors.
   const auto same = [](const Noted& a, const Noted& b) { return a.word() == b.word(); };
   noted.erase(std::unique(noted.begin(), noted.end(), same), noted.end());
-  for (Noted& each : noted) each.was = sdp::engine::snapshot(each.was.parents);
+  for (Noted& each : noted) each.was = each.was.parents.snapshot();
 }
 
 void FdTable::inherit() noexcept {

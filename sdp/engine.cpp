@@ -247,58 +247,10 @@ Stream track(int fd, Role role) noexcept {
   return handle_of(s);
 }
 
-StreamSnapshot snapshot(Stream stream) noexcept {
-  auto* const s = reinterpret_cast<StreamImpl*>(stream.word() & 0xffffffffffffULL);
-  s->heirs.fetch_add(1, std::memory_order_relaxed);
-  return {stream,
-          s->role,
-          s->blocking.load(),
-          static_cast<std::uint8_t>(s->phase.load()),
-          s->published_lane.load(),
-          s->rx_shut,
-          s->tx_shut,
-          s->fd,
-          s->rcv_timeout_ns,
-          s->snd_timeout_ns,
-          s->tcp_sent.load(),
-          s->tcp_received.load()};
-}
-
 Stream inherit(const StreamSnapshot& was) noexcept {
   StreamImpl* s = new_stream();
   if (s == nullptr) return {};
-  s->role = was.role;
-  s->fd = was.fd;
-  s->rx_shut = was.rx_shut;
-  s->tx_shut = was.tx_shut;
-  s->blocking.store(was.blocking);
-  s->rcv_timeout_ns = was.rcv_timeout_ns;
-  s->snd_timeout_ns = was.snd_timeout_ns;
-  s->tcp_sent.store(was.tcp_sent);
-  s->tcp_received.store(was.tcp_received);
-  s->stats = acquire_stats(was.fd);
-  s->transcript.restart(engine().options.transports.leaves_host() && was.tcp_sent == 0 && was.tcp_received == 0);
-  const auto phase = static_cast<Phase>(was.phase);
-  s->phase.store(phase);
-  if (phase == Phase::final) return handle_of(s);
-  auto* const parents = reinterpret_cast<StreamImpl*>(was.parents.word() & 0xffffffffffffULL);
-  s->owner = ~0U;
-  s->is_unused = true;
-  s->counted_in = parents;
-  s->counted_generation = static_cast<std::uint16_t>(was.parents.word() >> 48);
-  if (parents->is_unused) {  // which is its own parent's
-    s->inherited_generation = parents->inherited_generation;
-    s->inherited_phase = parents->inherited_phase;
-    s->inherited_lane = parents->inherited_lane;
-    s->inherited = parents->inherited.load();
-  } else {
-    s->inherited_generation = static_cast<std::uint16_t>(was.parents.word() >> 48);
-    s->inherited_phase = phase;
-    s->inherited_lane = was.lane;
-    s->inherited = parents;
-  }
-  // A stream that is still to be judged is so at its first use; the others look when they see a lane that is not theirs.
-  if (phase != Phase::unjudged) s->phase.store(Phase::laned);
+  s->inherit(was);
   return handle_of(s);
 }
 

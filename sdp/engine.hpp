@@ -17,6 +17,19 @@
 namespace sdp {
 class Lane;
 class Service;
+/// What a fork's child must know of one of the parent's streams, as it was at the fork: the parent may close it before the child
+/// runs.
+struct StreamSnapshot {
+  Stream parents;
+  Role role;
+  Blocking blocking;
+  std::uint8_t phase;
+  const Lane* lane;  ///< nullptr: none is up
+  bool rx_shut, tx_shut;
+  int fd;
+  std::int64_t rcv_timeout_ns, snd_timeout_ns;
+  std::uint64_t tcp_sent, tcp_received;
+};
 }  // namespace sdp
 
 namespace sdp::engine {
@@ -48,20 +61,6 @@ void configure(Compose compose, LaneListener listener) noexcept;
 /// or memory is short.
 Stream track(int fd, Role role) noexcept;
 
-/// What a fork's child must know of one of the parent's streams, as it was at the fork: the parent may close it before the child
-/// runs.
-struct StreamSnapshot {
-  Stream parents;
-  Role role;
-  Blocking blocking;
-  std::uint8_t phase;
-  const Lane* lane;  ///< nullptr: none is up
-  bool rx_shut, tx_shut;
-  int fd;
-  std::int64_t rcv_timeout_ns, snd_timeout_ns;
-  std::uint64_t tcp_sent, tcp_received;
-};
-StreamSnapshot snapshot(Stream) noexcept;  ///< before a fork
 /// In the child: its own stream in the parent's place. Nothing happens to the parent's until the child uses it. Empty: untracked
 /// from here on.
 Stream inherit(const StreamSnapshot&) noexcept;

@@ -215,8 +215,8 @@ int Stream::shutdown(int fd, int how) const noexcept {
 
 Phase StreamImpl::close(int at) noexcept {
   leave_heirs();
-  inherited = nullptr;  // a child that only inherits changes nothing
-  is_unused = false;
+  inherited.from = Stream();  // a child that only inherits changes nothing
+  inherited.is_unused = false;
   const bool laned = lane != nullptr && phase.load(std::memory_order_relaxed) == Phase::laned;
   if (laned) {
     // It may not be the end for a child: what is unread is to come by TCP, where the kernel knows whether it is.
@@ -252,6 +252,7 @@ Phase StreamImpl::close(int at) noexcept {
   return was;
 }
 
+StreamSnapshot Stream::snapshot() const noexcept { return impl()->snapshot(); }
 void Stream::leave_heirs() const noexcept { impl()->leave_heirs(); }
 
 void Stream::close(int fd) const noexcept {

@@ -25,7 +25,8 @@ enum class Role : std::uint8_t { unknown, connector, acceptor };
 /// Do calls on the program's descriptor block?
 enum class Blocking : std::uint8_t { unknown, yes, no };
 
-class StreamImpl;  // stream_impl.hpp
+class StreamImpl;       // stream_impl.hpp
+struct StreamSnapshot;  // engine.hpp
 
 class Stream {
  public:
@@ -54,8 +55,9 @@ class Stream {
 
   // --- what the shim saw the program set
   void set_nonblocking(bool on) const noexcept;
-  void leave_heirs() const noexcept;     ///< as a fork's child ends: the parent's close() is the end of the connection
-  void renumber(int fd) const noexcept;  ///< the connection goes by this descriptor now: the one that we knew is being closed
+  StreamSnapshot snapshot() const noexcept;  ///< before a fork
+  void leave_heirs() const noexcept;         ///< as a fork's child ends: the parent's close() is the end of the connection
+  void renumber(int fd) const noexcept;      ///< the connection goes by this descriptor now: the one that we knew is being closed
   void set_timeout(bool receives, std::int64_t ns) const noexcept;  ///< as socket_modes.hpp's timeout_ns()
   void set_linger(int fd) const noexcept;                           ///< the kernel has taken another SO_LINGER
   /// What the kernel said of SO_LINGER, where `len` bytes of it are the program's: its own in the place of ours.
@@ -102,6 +104,7 @@ class Stream {
   void on_wait_entry(int fd) const noexcept;
 
  private:
+  friend class StreamImpl;
   explicit constexpr Stream(std::uint64_t word) noexcept : word_(word) {}
   std::int64_t recv_nothing(int fd, int flags) const;
   StreamImpl* impl() const noexcept { return reinterpret_cast<StreamImpl*>(word_ & 0xffffffffffffULL); }

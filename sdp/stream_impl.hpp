@@ -68,6 +68,16 @@ class Counted {
   std::atomic<std::int32_t>& count_;
 };
 
+/// In a fork's child, of its stream in the place of the parent's. Before the child's first use nothing happens to the parent's; by
+/// that use its lane goes down, and the child gets none while the parent may use the connection as well.
+struct Inheritance {
+  std::atomic<Stream> from{Stream()};  ///< the parent's, or whose that stood for; empty: it is gone, or closed
+  bool is_unused = false;              ///< since the fork
+  Phase phase = Phase::final;          ///< of `from` at the fork
+  const Lane* lane = nullptr;          ///< likewise; what the parent made later lies in memory of its own
+  Stream heir_of;                      ///< whose `heirs` count it, until it closes
+};
+
 /// Whether a failed lane can be left without a loss: `none`: no, there is no way to ask the peer; `done`: it has been; `over`: it
 /// could not.
 enum class Recovery : std::uint8_t { none, possible, under_way, done, over };
@@ -144,16 +154,8 @@ class alignas(64) StreamImpl {
   std::atomic<std::uint32_t> waiters{0};  ///< threads between unlock and lock inside a wait on the lane
   std::uint64_t conn = 0;                 ///< the CM's ConnId
   Transcript transcript;
-  /// In a fork's child: the parent's stream that this one stands for, until the parent has closed it or is gone. Before the child's
-  /// first use nothing happens to it; by that use the parent's lane goes down, and it gets none.
-  std::atomic<StreamImpl*> inherited{nullptr};
-  std::uint16_t inherited_generation = 0;
-  Phase inherited_phase = Phase::final;  ///< at the fork
-  const Lane* inherited_lane = nullptr;  ///< then; what the parent made later lies in memory of its own
-  bool is_unused = false;                ///< since the fork
-  std::atomic<std::uint32_t> heirs{0};   ///< children that may go on with the connection when we close it, or were killed
-  std::uint16_t counted_generation = 0;
-  StreamImpl* counted_in = nullptr;       ///< in a child: whose heir it is, until it closes
+  Inheritance inherited;
+  std::atomic<std::uint32_t> heirs{0};    ///< children that may go on with the connection when we close it, or were killed
   std::atomic<std::uint8_t> commands{0};  ///< what the service thread is asked to do
   StreamImpl* next_command = nullptr;
   StreamImpl* next = nullptr;  ///< free list, or the service thread's list
@@ -232,8 +234,6 @@ class alignas(64) StreamImpl {
   /// The anchor ended or brought bytes: is the lane's end still on its way? Then the anchor has to wait, for a while.
   bool end_is_awaited() noexcept;
   void give_up_on_end(int fd) noexcept;  ///< if it is time to
-  /// A fork's child asks the parent's service thread, for a while. False: the lane is not over on both sides.
-  static bool ask_parent_down(StreamImpl& parent, std::uint16_t generation) noexcept;
   bool is_through() const noexcept {
     return phase.load() != Phase::laned || (tx.load() == TxState::ended && rx.load() == RxState::ended && resend.empty());
   }
@@ -248,14 +248,25 @@ class alignas(64) StreamImpl {
   void leave_gap(int fd) noexcept;
   /// Of an evacuated stream: is END_SEEN through, too? Asked again and again; the first time asks the device.
   bool last_words_arrived() noexcept;
-  /// Another program goes on with the connection. What lies here unread does not follow it: rather no connection than a gap.
-  void reset_if_bytes_stay(int fd) noexcept;
   /// Something is under way that no event is sure to tell of: the service thread has to look now and then.
   bool needs_looks() const noexcept {
     return !resend.empty() || asked_down.load(std::memory_order_relaxed) != Asked::no ||
            tx.load(std::memory_order_relaxed) == TxState::ending || is_recovering() ||
            end_due_ns.load(std::memory_order_relaxed) != 0;
   }
+
+  // --- a connection of several processes (stream_inherited.cpp); the lock is held
+  StreamSnapshot snapshot() noexcept;
+  void inherit(const StreamSnapshot&) noexcept;  ///< a new one
+  void leave_heirs() noexcept;                   ///< this process has no more to do with it
+  bool is_parents_too() noexcept;                ///< a parent may use it as well
+  /// The first use by a child.
+  void take_down_inherited(LaneReason reason) noexcept;
+  /// Bytes of the lane are unread that come before what TCP brings, which only this process can read.
+  bool has_gap_for_others(int fd) const noexcept;
+  void keep_gap_from_others(int fd) noexcept;  ///< by a reset
+  /// Another program goes on with the connection. What lies here unread does not follow it: rather no connection than a gap.
+  void reset_if_bytes_stay(int fd) noexcept;
 
   // --- after a failure (stream_recovery.cpp); the lock is held
   bool may_recover() const noexcept { return recovery.load(std::memory_order_relaxed) == Recovery::possible; }
@@ -286,12 +297,6 @@ class alignas(64) StreamImpl {
     return now == Phase::unjudged || (now == Phase::pursued && strict.load(std::memory_order_relaxed));
   }
   void take_down_locked(LaneReason reason) noexcept;
-  void take_down_inherited(LaneReason reason) noexcept;
-  void leave_heirs() noexcept;     ///< this process has no more to do with it
-  bool is_parents_too() noexcept;  ///< a parent may use it as well
-  /// Bytes of the lane are unread that come before what TCP brings, which only this process can read.
-  bool has_gap_for_others(int fd) const noexcept;
-  void keep_gap_from_others(int fd) noexcept;  ///< by a reset
   void end_tx_locked() noexcept;
   void abandon_rx() noexcept;
   /// The anchor ended before it had brought everything again: the rest is read where it lies. False: there was nothing to bring.
@@ -351,6 +356,8 @@ class alignas(64) StreamImpl {
   Blocking ask_blocking(int fd) noexcept;
   bool fin_is_out() const noexcept { return tx_shut && !fin_due; }
   bool is_sound(const Arrived& peer) const noexcept;
+  /// Asks the parent's service thread, for a while. False: the lane is not over on both sides.
+  static bool ask_parent_down(Stream parents) noexcept;
   bool give_back_to_tcp(std::uint64_t from) noexcept;
   long send_kept(int fd) noexcept;
   std::int64_t kernel_send(int fd, IovCursor& from, int flags);  ///< the caller has counted itself in
@@ -379,6 +386,8 @@ struct AnchorCounts {
   bool has_end = false;        ///< the peer's FIN or RST has come; FIN counts as a byte received
 };
 AnchorCounts anchor_counts(int fd) noexcept;
+/// The peer's FIN or RST has come. After our own SHUT_RD a receive says 0 either way.
+bool has_fin(int fd) noexcept;
 
 namespace engine {
 StreamImpl* new_stream() noexcept;

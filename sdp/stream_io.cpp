@@ -137,10 +137,7 @@ std::int64_t StreamImpl::kernel_recv(int at, IovCursor& to, int flags, MessageEx
 
 bool StreamImpl::usable_here() noexcept {
   if (owner == engine::process_id()) return true;
-  if (is_unused)
-    take_down_inherited(LaneReason::second_process);
-  else
-    take_down_locked(LaneReason::second_process);
+  take_down_locked(LaneReason::second_process);
   return false;
 }
 
@@ -196,9 +193,9 @@ void StreamImpl::read_timeouts(int at) noexcept {
 }
 
 void StreamImpl::judge(int at) noexcept {
-  if (is_unused) {
+  if (inherited.is_unused) {
     (void)lock.lock();
-    if (is_unused) take_down_inherited(LaneReason::second_process);
+    if (inherited.is_unused) take_down_inherited(LaneReason::second_process);
     lock.unlock();
   }
   sockaddr_storage local{}, remote{};

@@ -46,15 +46,12 @@ AnchorCounts anchor_counts(int fd) noexcept {
   return counts;
 }
 
-namespace {
-/// Has the peer's FIN or RST come? After our own SHUT_RD a receive says 0 either way.
 bool has_fin(int fd) noexcept {
   tcp_info info{};
   socklen_t len = sizeof info;
   if (sys::call(SYS_getsockopt, fd, IPPROTO_TCP, TCP_INFO, sys::arg(&info), sys::arg(&len)) != 0) return true;
   return has_end(info);
 }
-}  // namespace
 
 bool StreamImpl::names_us(int at) const noexcept {
   std::uint64_t now = 0;
@@ -406,7 +403,7 @@ Lane* StreamImpl::take_spent_lane() noexcept {
 
 // Rule 8: stores only, waits for nobody; also in a fork's child and before exec.
 void StreamImpl::take_down_locked(LaneReason reason) noexcept {
-  if (is_unused) return take_down_inherited(reason);
+  if (inherited.is_unused) return take_down_inherited(reason);
   taken_down = true;
   if (phase.load(std::memory_order_relaxed) != Phase::laned) {
     phase.store(Phase::final, std::memory_order_release);
@@ -424,70 +421,6 @@ void StreamImpl::take_down_locked(LaneReason reason) noexcept {
   RDMA_LOG(info, "fd %d: lane taken down: %s", fd.load(), to_string(reason));
   lane->wake_sleepers();
   engine::nudge();
-}
-
-// Who reads past us would take what TCP brings for the next bytes.
-bool StreamImpl::has_gap_for_others(int at) const noexcept {
-  std::uint64_t end = 0;
-  const RxState now = rx.load(std::memory_order_relaxed);
-  return (now == RxState::lane || now == RxState::draining) && lane->said(kEnd, &end) && lane->rx_bytes() < end && !has_fin(at);
-}
-
-void StreamImpl::keep_gap_from_others(int at) noexcept {
-  if (lane == nullptr || phase.load(std::memory_order_relaxed) != Phase::laned || lane_is_left() || !has_gap_for_others(at) ||
-      !names_us(at))
-    return;
-  RDMA_LOG(error, "fd %d: goes to others with bytes of the lane unread; the connection is reset", at);
-  break_off(at);
-}
-
-// Rule 9: a child's first use. The parent's cell is shared memory, its lock too; the parent learns of it at its next call. What it
-// has made since the fork, and a QP, can be used by it alone.
-void StreamImpl::take_down_inherited(LaneReason reason) noexcept {
-  StreamImpl* const parent = inherited.load(std::memory_order_relaxed);
-  is_unused = false;
-  (void)parent->lock.lock();
-  const bool current = parent->generation.load(std::memory_order_relaxed) == inherited_generation;
-  const Phase parents = current ? parent->phase.load(std::memory_order_relaxed) : Phase::final;
-  const bool is_its_own = parents == Phase::laned && (parent->lane != inherited_lane || parent->lane->unordered());
-  bool has_gap = false;
-  if (parents != Phase::final && !is_its_own) {
-    parent->take_down_locked(reason == LaneReason::io_uring ? LaneReason::second_process : reason);
-    has_gap = parents == Phase::laned && parent->has_gap_for_others(fd);
-  }
-  const bool has_more = parents == Phase::laned && (parent->tx.load() == TxState::ending || !parent->resend.empty());
-  parent->lock.unlock();
-  const bool was_on_tcp = inherited_phase == Phase::plain || inherited_phase == Phase::unjudged;
-  if (was_on_tcp && parents != Phase::laned && reason == LaneReason::second_process) {
-    owner = 0;
-    phase.store(inherited_phase, std::memory_order_release);
-    return;
-  }
-  inherited = nullptr;
-  phase.store(Phase::final, std::memory_order_release);
-  if (stats != nullptr) stats->set_reason(reason);
-  if (!has_gap && ((!is_its_own && !has_more) || ask_parent_down(*parent, inherited_generation))) return;
-  RDMA_LOG(error, "fd %d: %s; the connection is reset", fd.load(),
-           has_gap ? "bytes of the parent's lane are unread, and what follows them comes by TCP"
-                   : "the parent's lane could not be taken down");
-  const sockaddr nobody{.sa_family = AF_UNSPEC, .sa_data = {}};
-  sys::call(SYS_connect, fd, sys::arg(&nobody), sizeof nobody);  // the kernel says ECONNRESET here, and RST to the peer
-}
-
-void StreamImpl::leave_heirs() noexcept {
-  StreamImpl* const parent = std::exchange(counted_in, nullptr);
-  if (parent == nullptr || parent->generation.load(std::memory_order_acquire) != counted_generation) return;
-  std::uint32_t now = parent->heirs.load(std::memory_order_relaxed);
-  while (now != 0 && !parent->heirs.compare_exchange_weak(now, now - 1)) {
-  }
-}
-
-bool StreamImpl::is_parents_too() noexcept {
-  const StreamImpl* const parent = inherited.load(std::memory_order_relaxed);
-  if (parent == nullptr) return false;
-  if (parent->generation.load(std::memory_order_acquire) == inherited_generation && engine::parent_lives()) return true;
-  inherited.store(nullptr, std::memory_order_relaxed);
-  return false;
 }
 
 }  // namespace sdp

@@ -87,23 +87,6 @@ void StreamImpl::give_up_on_end(int at) noexcept {
   leave_gap(at);
 }
 
-// Bytes that the parent has taken in and not read lie in its own memory: with some of them this does not succeed.
-bool StreamImpl::ask_parent_down(StreamImpl& parent, std::uint16_t generation) noexcept {
-  constexpr int kPatienceMs = 1000, kStepMs = 2;
-  parent.asked_down.store(Asked::now, std::memory_order_release);
-  engine::nudge_parent();
-  for (int waited = 0; waited < kPatienceMs; waited += kStepMs) {
-    (void)parent.lock.lock();
-    const bool through = parent.generation.load(std::memory_order_relaxed) != generation || parent.is_through() ||
-                         (parent.taken_down && parent.asked_down.load() == Asked::no && parent.tx.load() != TxState::ending &&
-                          parent.resend.empty());  // of an ordered lane no more is needed: its peer sends what is unread anew
-    parent.lock.unlock();
-    if (through) return true;
-    sys::call(SYS_poll, 0, 0, kStepMs);
-  }
-  return false;
-}
-
 // The peer's exit looks like a failure of the device. It is none if nothing was under way: what is missing of the peer's bytes
 // advance_rx() knows.
 void StreamImpl::leave_failed_lane(int at) noexcept {
@@ -132,16 +115,6 @@ bool StreamImpl::last_words_arrived() noexcept {
   if (!std::exchange(awaits_posts, true)) lane->await_posts();
   lane->drain();
   return lane->are_posts_done();
-}
-
-void StreamImpl::reset_if_bytes_stay(int at) noexcept {
-  if (lane != nullptr && !lane->unordered() && owner == engine::process_id()) return keep_gap_from_others(at);
-  if (phase.load() != Phase::laned || lane == nullptr || !lane->unordered() || owner != engine::process_id()) return;
-  const bool all_read = rx.load() == RxState::ended || lane->end_reached();
-  if (all_read && tx.load() == TxState::ended && resend.empty()) return;
-  RDMA_LOG(error, "fd %d: a program is run with bytes of the lane %s; the connection is reset", at,
-           all_read ? "on their way" : "unread");
-  break_off(at);
 }
 
 void StreamImpl::break_off(int at) noexcept {

@@ -909,7 +909,7 @@ BOOST_AUTO_TEST_CASE(rule_9_a_child_asks_its_parent_to_take_an_unordered_lane_do
     r.up();
     BOOST_TEST(r.send(0, 100) == 100);
     if (unread) BOOST_TEST(r.send(1, 70) == 70);
-    const Stream child = engine::inherit(engine::snapshot(r.pair[0].handle()));
+    const Stream child = engine::inherit(r.pair[0].handle().snapshot());
     std::atomic<bool> over{false};
     std::thread services([&] {  // both sides' service threads, and the wire
       while (!over)
@@ -940,6 +940,19 @@ BOOST_AUTO_TEST_CASE(rule_9_a_child_asks_its_parent_to_take_an_unordered_lane_do
       BOOST_TEST(r.recv(1, 1000) == 100);
       BOOST_TEST(r.recv(1, 1000) == 50);
     }
+  }
+}
+
+BOOST_AUTO_TEST_CASE(rule_9_a_child_that_ends_leaves_its_own_children_counted) {
+  for (const bool child_ends_first : {false, true}) {
+    Rig r;
+    const StreamImpl& parent = r.stream(0);
+    const Stream child = engine::inherit(r.pair[0].handle().snapshot());
+    const Stream grandchild = engine::inherit(child.snapshot());
+    (child_ends_first ? child : grandchild).leave_heirs();
+    BOOST_TEST(parent.heirs == 1U);
+    (child_ends_first ? grandchild : child).leave_heirs();
+    if (!child_ends_first) BOOST_TEST(parent.heirs == 0U);
   }
 }
 
