@@ -90,8 +90,12 @@ void EpollSet::on_lane_changed(sdp::Stream stream) noexcept {
     EpollSet* set = sets[i].load();
     if (set == nullptr) continue;
     std::lock_guard inner(set->mutex_);
-    for (std::uint32_t m = 0; m < set->members_.size(); ++m)
-      if (set->members_[m].stream.word() == stream.word()) set->sync(set->members_[m], m);
+    for (std::uint32_t m = 0; m < set->members_.size(); ++m) {
+      if (set->members_[m].stream.word() != stream.word()) continue;
+      set->sync(set->members_[m], m);
+      // It sleeps since before the lane, and has not armed it: another thread's receive may switch the stream over.
+      if (set->members_[m].lane && set->sleepers_.load() != 0) sdp::engine::ring_bell();
+    }
   }
 }
 
@@ -117,7 +121,7 @@ void EpollSet::on_closing(int fd, sdp::Stream stream, bool last) noexcept {
 void EpollSet::orphan(Member& m) noexcept {
   epoll_event ev{m.disabled ? 0 : m.events, {.u64 = tag_base() | index_of(m)}};
   sys::call(SYS_epoll_ctl, epfd_, EPOLL_CTL_MOD, m.fd, sys::arg(&ev));
-  if (!m.tagged) tagged_.fetch_add(1);
+  count_lane(m, true);
   m.tagged = true;
   by_fd_.erase(m.fd);
   m.fd = kOrphan;
@@ -125,7 +129,7 @@ void EpollSet::orphan(Member& m) noexcept {
 }
 
 void EpollSet::release(Member& m) noexcept {
-  if (m.tagged) tagged_.fetch_sub(1);
+  count_lane(m, false);
   if (m.fd == kOrphan)
     --orphans_;
   else
@@ -149,24 +153,28 @@ void EpollSet::ensure_bell() noexcept {
   if (sys::call(SYS_epoll_ctl, epfd_, EPOLL_CTL_ADD, bell, sys::arg(&ev)) == 0) bell_ = bell;
 }
 
+void EpollSet::count_lane(Member& m, bool lane) noexcept {
+  if (lane != m.lane) lanes_.fetch_add(lane ? 1 : -1);
+  m.lane = lane;
+}
+
+epoll_event EpollSet::kernel_entry(const Member& m, std::uint32_t index, bool lane) const noexcept {
+  // Nothing stops the kernel telling of errors and hang-ups: once, then.
+  std::uint32_t mask = m.disabled ? std::uint32_t{EPOLLET} : m.events;
+  if (lane && !m.disabled) mask = m.stream.kernel_events(m.events & ~kModeBits) | (m.events & kModeBits);
+  return {mask, {.u64 = lane || (m.events & EPOLLONESHOT) != 0 ? tag_base() | index : m.data}};
+}
+
 void EpollSet::sync(Member& m, std::uint32_t index) noexcept {
   const bool lane = m.stream.has_lane();
   if (m.fd == kOrphan || (!lane && !m.tagged)) return;
-  epoll_event ev{};
-  if (lane) {
-    ensure_bell();
-    // Nothing stops the kernel telling of errors and hang-ups: once, then.
-    const std::uint32_t mask =
-        m.disabled ? std::uint32_t{EPOLLET} : m.stream.kernel_events(m.events & ~kModeBits) | (m.events & kModeBits);
-    if (m.tagged && mask == m.kernel_mask) return;
-    ev = {mask, {.u64 = tag_base() | index}};
-    m.kernel_mask = mask;
-  } else {
-    ev = {m.disabled ? 0 : m.events, {.u64 = m.data}};
-  }
+  if (lane) ensure_bell();
+  epoll_event ev = kernel_entry(m, index, lane);
+  if (m.tagged && lane == m.lane && ev.events == m.kernel_mask) return;
   if (sys::call(SYS_epoll_ctl, epfd_, EPOLL_CTL_MOD, m.fd, sys::arg(&ev)) != 0) return;
-  if (lane != m.tagged) tagged_.fetch_add(lane ? 1 : -1);
-  m.tagged = lane;
+  m.kernel_mask = ev.events;
+  m.tagged = ev.data.u64 == (tag_base() | index);
+  count_lane(m, lane);
   if (lane && nested_.load(std::memory_order_relaxed)) {  // nobody may be waiting for the set itself, who would arm it
     const sdp::Grace::Look look(sdp::engine::grace());
     m.stream.arm(look);
@@ -175,25 +183,38 @@ void EpollSet::sync(Member& m, std::uint32_t index) noexcept {
   }
 }
 
-void EpollSet::added(int fd, sdp::Stream stream, const epoll_event& event) noexcept {
-  if (event.events & EPOLLEXCLUSIVE) return stream.take_down(sdp::LaneReason::mode);
+int EpollSet::add(int fd, sdp::Stream stream, const epoll_event& event) noexcept {
+  epoll_event ev = event;
+  if (event.events & EPOLLEXCLUSIVE) {
+    const long result = sys::call(SYS_epoll_ctl, epfd_, EPOLL_CTL_ADD, fd, sys::arg(&ev));
+    if (result == 0) stream.take_down(sdp::LaneReason::mode);
+    return static_cast<int>(result);
+  }
   std::lock_guard guard(mutex_);
-  if (Member* stale = of(fd)) release(*stale);  // closed behind our back
   if (free_.empty()) {
     free_.push_back(static_cast<std::uint32_t>(members_.size()));
     members_.emplace_back();
   }
   const std::uint32_t index = free_.back();
-  free_.pop_back();
-  by_fd_[fd] = index;
   Member& m = members_[index];
   m.stream = stream;
-  m.fd = fd;
   m.events = event.events;
   m.data = event.data.u64;
+  if (event.events & EPOLLONESHOT) ev.data.u64 = tag_base() | index;  // with the first entry: it may fire at once
+  if (const long result = sys::call(SYS_epoll_ctl, epfd_, EPOLL_CTL_ADD, fd, sys::arg(&ev)); result != 0) {
+    m = Member{};
+    return static_cast<int>(result);
+  }
+  free_.pop_back();
+  if (Member* stale = of(fd)) release(*stale);  // closed behind our back
+  by_fd_[fd] = index;
+  m.fd = fd;
+  m.kernel_mask = ev.events;
+  m.tagged = (event.events & EPOLLONESHOT) != 0;
   members_in_use_.fetch_add(1);
   sync(m, index);
-  if (m.tagged && sleepers_.load() != 0) sdp::engine::ring_bell();
+  if (m.lane && sleepers_.load() != 0) sdp::engine::ring_bell();
+  return 0;
 }
 
 bool EpollSet::modify(int fd, const epoll_event& event, int* result) noexcept {
@@ -205,10 +226,11 @@ bool EpollSet::modify(int fd, const epoll_event& event, int* result) noexcept {
   m->disabled = false;
   m->look = true;
   m->seen_rx = m->seen_tx = ~0ULL;
-  if (!m->tagged && !m->stream.has_lane()) return false;
+  if (!m->tagged && !m->stream.has_lane() && (event.events & EPOLLONESHOT) == 0) return false;
+  m->tagged = true;  // in any case the kernel's entry is ours to set
   m->kernel_mask = ~0U;
   sync(*m, index_of(*m));
-  if (sleepers_.load() != 0) sdp::engine::ring_bell();
+  if (m->lane && sleepers_.load() != 0) sdp::engine::ring_bell();
   *result = 0;
   return true;
 }
@@ -227,7 +249,7 @@ int EpollSet::collect(epoll_event* events, int max) noexcept {
   for (; i < count && n < max; ++i) {
     const std::uint32_t index = (next_ + i) % count;
     Member& m = members_[index];
-    if (!m.tagged || m.disabled) continue;
+    if (!m.lane || m.disabled) continue;
     if (m.fd >= 0) m.stream.on_wait_entry(m.fd);
     if (!m.look && !may_have_changed(look, m)) continue;
     m.looked_rx = m.stream.rx_edges(look);
@@ -235,7 +257,7 @@ int EpollSet::collect(epoll_event* events, int max) noexcept {
     const std::uint32_t ready = ready_now(m);
     sync(m, index);
     m.look = ready != 0;
-    if (!m.tagged || ready == 0) continue;
+    if (!m.lane || ready == 0) continue;
     if (m.events & EPOLLET) {  // any edge tells all that is ready
       const std::uint64_t rx = m.stream.rx_edges(look), tx = m.stream.tx_edges();
       const bool arrived = (m.events & (EPOLLIN | EPOLLRDNORM)) != 0 && rx != m.seen_rx;
@@ -274,7 +296,7 @@ int EpollSet::merge(epoll_event* events, int lanes, const epoll_event* kernel, i
     if (m.disabled) continue;
     std::uint32_t wanted = kernel[i].events & (m.events | EPOLLERR | EPOLLHUP);
     if (wanted == 0) continue;
-    if (m.events & EPOLLET) wanted |= ready_now(m);
+    if (m.lane && (m.events & EPOLLET)) wanted |= ready_now(m);
     int same = 0;
     while (same < lanes && events[same].data.u64 != m.data) ++same;
     if (same < lanes) {
@@ -309,7 +331,7 @@ bool EpollSet::maybe_ready() noexcept {
   std::lock_guard guard(mutex_);
   const sdp::Grace::Look look(sdp::engine::grace());
   for (const Member& m : members_)
-    if (m.tagged && !m.disabled && may_have_changed(look, m)) return true;
+    if (m.lane && !m.disabled && may_have_changed(look, m)) return true;
   return false;
 }
 
@@ -317,17 +339,16 @@ void EpollSet::arm() noexcept {
   std::lock_guard guard(mutex_);
   const sdp::Grace::Look look(sdp::engine::grace());
   for (const Member& m : members_)
-    if (m.tagged && !m.disabled) m.stream.arm(look);
+    if (m.lane && !m.disabled) m.stream.arm(look);
 }
 
 void EpollSet::leave_armed() noexcept {
-  if (tagged_.load() == 0) return;
+  if (lanes_.load() == 0) return;
   arm();
   sdp::engine::arm_fence();
   std::unique_lock guard(mutex_);
-  const bool more = std::any_of(members_.begin(), members_.end(), [](const Member& m) {
-    return m.tagged && !m.disabled && m.stream.poll(m.events & ~kModeBits) != 0;
-  });
+  const bool more = std::any_of(members_.begin(), members_.end(),
+                                [](const Member& m) { return m.lane && !m.disabled && m.stream.poll(m.events & ~kModeBits) != 0; });
   guard.unlock();
   if (more) sdp::engine::ring_bell();
 }
@@ -361,7 +382,8 @@ class Asleep {
 
 int EpollSet::wait(epoll_event* events, int max, std::int64_t timeout_ns, const sigset_t* mask) {
   const int n = wait_once(events, max, timeout_ns, mask);
-  if (nested_.load(std::memory_order_relaxed)) [[unlikely]]
+  // Another thread may go on waiting here, and what it has armed may have rung for this one.
+  if (nested_.load(std::memory_order_relaxed) || sleepers_.load() != 0) [[unlikely]]
     leave_armed();
   return n;
 }
@@ -379,7 +401,7 @@ int EpollSet::wait_once(epoll_event* events, int max, std::int64_t timeout_ns, c
   const int want = std::min(max, kBatch);
   for (;;) {
     Asleep asleep(sleepers_);
-    const bool lanes_here = tagged_.load(std::memory_order_acquire) != 0;
+    const bool lanes_here = lanes_.load(std::memory_order_acquire) != 0;
     int n = lanes_here ? collect(events, max) : 0;
     if (n > 0) {
       // Kernel descriptors are not starved: they are asked every few calls.
@@ -430,12 +452,13 @@ int EpollSet::wait_once(epoll_event* events, int max, std::int64_t timeout_ns, c
     asleep.end();
     if (k < 0) return static_cast<int>(k);
     if (k > 0) {
-      n = tagged_.load() != 0 ? collect(events, max) : 0;
+      // What the kernel has told it may not tell again: its place is kept.
+      n = lanes_.load() != 0 ? collect(events, max - static_cast<int>(k)) : 0;
       n = merge(events, n, kernel, static_cast<int>(k), max);
       if (n > 0) return n;
       if (timeout_ns == 0) continue;  // the bell alone
     }
-    if (timeout_ns == 0 || (timeout_ns > 0 && now_ns() >= deadline)) return tagged_.load() != 0 ? collect(events, max) : 0;
+    if (timeout_ns == 0 || (timeout_ns > 0 && now_ns() >= deadline)) return lanes_.load() != 0 ? collect(events, max) : 0;
   }
 }
 

@@ -2,7 +2,8 @@
 //
 // The kernel's epoll stays the truth. A member without a lane stands in it with the program's own events and data. While a stream
 // has a lane the kernel's entry watches only what the anchor still carries (always error and hang-up) and its data is a tag of
-// ours, so that results can be told apart; readiness of the lane is added by wait(). The bell wakes a sleeper.
+// ours, so that results can be told apart; readiness of the lane is added by wait(). The bell wakes a sleeper. A one-shot member
+// has our tag from the beginning: whether it has fired must be known when a lane comes, or that would arm it again.
 //
 // Locks: one per set, held over epoll_ctl of a member and over collecting, never while sleeping. Order: set, then stream.
 #pragma once
@@ -31,16 +32,15 @@ class EpollSet {
   /// them under a number that means nothing any more.
   static void on_closing(int fd, sdp::Stream, bool last) noexcept;
 
-  /// After the kernel took an epoll_ctl for a stream of ours. `event` as the program gave it.
-  void added(int fd, sdp::Stream stream, const epoll_event& event) noexcept;
+  /// epoll_ctl for a stream of ours, `event` as the program gave it. 0, or -errno.
+  int add(int fd, sdp::Stream stream, const epoll_event& event) noexcept;
   /// True: handled (a member whose kernel entry is not the program's); `result` as of epoll_ctl.
   bool modify(int fd, const epoll_event& event, int* result) noexcept;
   void removed(int fd) noexcept;
 
   bool has_members() const noexcept { return members_in_use_.load(std::memory_order_acquire) != 0; }
-  /// Results of the kernel may be ours (tags, the bell, which stays in once it is there): only wait() may show them to the program.
-  bool must_filter() const noexcept { return has_members() || bell_.load(std::memory_order_acquire) >= 0; }
-  /// As epoll_pwait(), but -errno. `timeout_ns`: -1: for ever.
+  /// As epoll_pwait(), but -errno. Nobody may wait past it: what the kernel tells may have our tag, or be the bell.
+  /// `timeout_ns`: -1: for ever.
   int wait(epoll_event* events, int max, std::int64_t timeout_ns, const sigset_t* mask);
   /// Somebody waits for this set itself (another epoll, poll, select): its lanes stay armed between its own waits, so that the bell
   /// makes it readable.
@@ -54,6 +54,7 @@ class EpollSet {
     std::uint32_t events = 0;  ///< as the program asked
     std::uint64_t data = 0;
     std::uint32_t kernel_mask = 0;  ///< what the kernel's entry watches
+    bool lane = false;              ///< wait() has to look at the stream itself; counted by lanes_
     bool tagged = false;            ///< the kernel's entry has our tag
     bool disabled = false;          ///< EPOLLONESHOT has fired
     bool look = true;               ///< the last look found something, or nobody has looked since the member was added or changed
@@ -64,6 +65,8 @@ class EpollSet {
 
   explicit EpollSet(int epfd) noexcept : epfd_(epfd) {}
   void sync(Member& member, std::uint32_t index) noexcept;
+  epoll_event kernel_entry(const Member& member, std::uint32_t index, bool lane) const noexcept;
+  void count_lane(Member& member, bool lane) noexcept;
   void ensure_bell() noexcept;
   int collect(epoll_event* events, int max) noexcept;
   int merge(epoll_event* events, int lanes, const epoll_event* kernel, int count, int max) noexcept;
@@ -87,7 +90,7 @@ class EpollSet {
   std::unordered_map<int, std::uint32_t> by_fd_;
   std::uint32_t orphans_ = 0;
   std::atomic<std::uint32_t> members_in_use_{0};
-  std::atomic<std::uint32_t> tagged_{0};
+  std::atomic<std::uint32_t> lanes_{0};
   std::atomic<std::uint32_t> sleepers_{0};
   std::atomic<bool> nested_{false};
   std::uint32_t next_ = 0;  ///< whose turn it is when `max` is small

@@ -389,27 +389,33 @@ SDP_EXPORT int epoll_ctl(int epfd, int op, int fd, epoll_event* event) noexcept 
   int result = 0;
   if (op == EPOLL_CTL_MOD && set != nullptr && rdma::is_readable(event, sizeof *event) && set->modify(fd, *event, &result))
     return result;
-  result = libc().epoll_ctl(epfd, op, fd, event);
-  if (result != 0) return result;
-  if (op == EPOLL_CTL_DEL && set != nullptr) set->removed(fd);
-  if (op == EPOLL_CTL_ADD) {
-    if (set == nullptr) {
-      set = EpollSet::make(epfd);
-      fds().set_kind(epfd, preload::Kind::epoll_set);  // also one that came by exec or from another process
+  if (op == EPOLL_CTL_ADD && rdma::is_readable(event, sizeof *event)) {
+    if (set == nullptr) set = EpollSet::make(epfd);
+    if (set != nullptr) {
+      result = preload::to_libc<int>(set->add(fd, stream, *event));
+      if (result == 0) fds().set_kind(epfd, preload::Kind::epoll_set);  // also one that came by exec or from another process
+      return result;
     }
-    if (set != nullptr)
-      set->added(fd, stream, *event);
-    else
-      stream.take_down(sdp::LaneReason::no_resources);
   }
-  return 0;
+  result = libc().epoll_ctl(epfd, op, fd, event);
+  if (op == EPOLL_CTL_ADD && result == 0) stream.take_down(sdp::LaneReason::no_resources);  // there are no more sets
+  if (op == EPOLL_CTL_DEL && result == 0 && set != nullptr) set->removed(fd);
+  return result;
 }
 
 namespace {
+/// Also of an instance without a stream of ours: the first may be added while we wait, and what is told then has our tag.
+EpollSet* set_to_wait_for(int epfd) noexcept {
+  EpollSet* const set = EpollSet::find(epfd);
+  if (set != nullptr || fds().kind(epfd) != preload::Kind::epoll_set || sdp::engine::options().policy == sdp::Family::tcp)
+    return set;
+  return EpollSet::make(epfd);
+}
+
 template <class Plain>
 int epoll_for(int epfd, epoll_event* events, int max, std::int64_t timeout_ns, const sigset_t* mask, Plain plain) {
-  EpollSet* set = EpollSet::find(epfd);
-  if (set == nullptr || !set->must_filter() || max <= 0) return plain();
+  EpollSet* const set = max > 0 ? set_to_wait_for(epfd) : nullptr;
+  if (set == nullptr) return plain();
   epoll_event unseen;
   const bool bad = !rdma::is_readable(events, sizeof *events);
   return preload::to_libc<int>(preload::cancellable([&] {

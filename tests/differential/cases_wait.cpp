@@ -8,6 +8,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
 #include <csignal>
 #include <thread>
@@ -425,6 +426,37 @@ CASE(epoll_changed_while_it_sleeps) {
   sleeper.join();
   told("woke", n);
   say("  by %llu", static_cast<unsigned long long>(event.data.u64));
+}
+CASE(epoll_waits_since_before_the_first_member) {
+  Peer peer;
+  const int ep = epoll_create1(0);
+  epoll_event event{};
+  int n = -1;
+  std::thread sleeper([&] { n = epoll_wait(ep, &event, 1, 3000); });
+  settle(60);
+  Conn c = connection(peer);
+  add(ep, c.fd, EPOLLIN | EPOLLONESHOT, 7);
+  settle();
+  peer.call(Do::send, 0, 5);
+  sleeper.join();
+  told("woke", n);
+  say("  by %llu", static_cast<unsigned long long>(event.data.u64));
+  waited("once", ep, 50);
+}
+CASE(epoll_oneshot_fires_before_the_lane) {
+  Peer peer;
+  Conn c = cold(peer, 0);
+  const int ep = epoll_create1(0);
+  add(ep, c.fd, EPOLLIN | EPOLLONESHOT, 1);
+  peer.call(Do::send, 0, 5);
+  waited("fires", ep, 1000);
+  told("recv", c.recv(5));
+  warm(peer, c);
+  peer.call(Do::send, 0, 5);
+  waited("not again", ep, 100);
+  modify(ep, c.fd, EPOLLIN | EPOLLONESHOT, 2);
+  waited("armed anew", ep, 1000);
+  told("recv", c.recv(5));
 }
 CASE(epoll_duplicates) {
   Peer peer;
