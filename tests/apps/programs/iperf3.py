@@ -4,6 +4,8 @@ import json
 from harness import Failure, need
 from . import Case
 
+PROGRAM = ("iperf3", "iperf3")
+
 
 def iperf3(*options):
     def run(r):
@@ -28,8 +30,8 @@ def iperf3(*options):
 
 
 CASES = [
-    Case("iperf3_1", iperf3(), payload=1 << 20, unread=16 << 20),
-    Case("iperf3_4", iperf3("-P", "4"), payload=1 << 20, unread=16 << 20),
-    Case("iperf3_reverse", iperf3("-R"), payload=1 << 20, unread=16 << 20),
-    Case("iperf3_bidir", iperf3("--bidir"), payload=1 << 20, unread=16 << 20),
+    Case("iperf3_1", iperf3(), "one stream", payload=1 << 20, unread=16 << 20),
+    Case("iperf3_4", iperf3("-P", "4"), "4 streams", payload=1 << 20, unread=16 << 20),
+    Case("iperf3_reverse", iperf3("-R"), "reverse", payload=1 << 20, unread=16 << 20),
+    Case("iperf3_bidir", iperf3("--bidir"), "both ways at once", payload=1 << 20, unread=16 << 20),
 ]

@@ -2,6 +2,8 @@
 from harness import need
 from . import Case
 
+PROGRAM = ("memcached", "memcached")
+
 
 def run(r):
     port = r.port()
@@ -10,4 +12,4 @@ def run(r):
     return r.python("memcached_client.py", r.address, port, 1 if r.quick else 4).stdout
 
 
-CASES = [Case("memcached", run, share=0.6, payload=20 << 20, lanes=8)]
+CASES = [Case("memcached", run, "4 threads, 4 clients", share=0.6, payload=20 << 20, lanes=8)]

@@ -4,6 +4,8 @@ import re
 from harness import Failure, need
 from . import Case
 
+PROGRAM = ("netperf", "netperf")
+
 
 def netperf(test, *extra, file_bytes=0):
     def run(r):
@@ -23,9 +25,9 @@ def netperf(test, *extra, file_bytes=0):
 
 
 CASES = [
-    Case("netperf_tcp_stream", netperf("TCP_STREAM", "-m", "16384"), payload=1 << 20),
-    Case("netperf_tcp_maerts", netperf("TCP_MAERTS"), payload=1 << 20, unread=4 << 20),  # its reader ends first: what buffers hold
-    Case("netperf_tcp_rr", netperf("TCP_RR", "-r", "1,1"), payload=1 << 16),
-    Case("netperf_tcp_crr", netperf("TCP_CRR", "-r", "1,1"), share=None),
-    Case("netperf_tcp_sendfile", netperf("TCP_SENDFILE", file_bytes=10 << 20), payload=1 << 20),
+    Case("netperf_tcp_stream", netperf("TCP_STREAM", "-m", "16384"), "TCP_STREAM; netserver forks for each test", payload=1 << 20),
+    Case("netperf_tcp_maerts", netperf("TCP_MAERTS"), "TCP_MAERTS", payload=1 << 20, unread=4 << 20),  # its reader ends first: what buffers hold
+    Case("netperf_tcp_rr", netperf("TCP_RR", "-r", "1,1"), "TCP_RR", payload=1 << 16),
+    Case("netperf_tcp_crr", netperf("TCP_CRR", "-r", "1,1"), "TCP_CRR: over before a lane would pay", share=None),
+    Case("netperf_tcp_sendfile", netperf("TCP_SENDFILE", file_bytes=10 << 20), "TCP_SENDFILE", payload=1 << 20),
 ]

@@ -5,6 +5,8 @@ import signal
 from harness import Failure, Skip, need
 from . import Case
 
+PROGRAM = ("PostgreSQL", "postgresql-15", "postgresql-client-15")
+
 
 def binaries(r):
     folders = r.place.call("server", ["sh", "-c", "ls -d /usr/lib/postgresql/*/bin"], text=True, cwd="/").stdout.split()
@@ -44,4 +46,4 @@ def run(r):
 
 
 # The table read by psql comes in one short burst, part of it before its lane is up.
-CASES = [Case("postgres_pgbench", run, share=0.6, payload=1 << 20)]
+CASES = [Case("postgres_pgbench", run, "a backend forked for each connection; pgbench, psql", share=0.6, payload=1 << 20)]

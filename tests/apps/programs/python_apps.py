@@ -5,6 +5,8 @@ import signal
 from harness import HERE, PYTHON
 from . import Case
 
+PROGRAM = ("Python", "python3.11")
+
 
 def http_server(r):
     port = r.port()
@@ -22,7 +24,7 @@ def asyncio_echo(r):
 
 
 CASES = [
-    Case("python_http_server", http_server, share=0.6, payload=150 << 20),
+    Case("python_http_server", http_server, "http.server and urllib, 150 MB", share=0.6, payload=150 << 20),
     # Eight connections get their lanes while one busy loop moves their first megabytes by TCP: a share, not all.
-    Case("python_asyncio", asyncio_echo, share=0.3, payload=8 << 20),
+    Case("python_asyncio", asyncio_echo, "asyncio streams, 8 connections, both ways at once", share=0.3, payload=8 << 20),
 ]

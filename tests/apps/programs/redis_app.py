@@ -5,11 +5,13 @@ import re
 from harness import Failure, need, wait_for
 from . import Case
 
+PROGRAM = ("Redis", "redis-server", "redis-tools")
 
-def start(r, *options, role="server"):
+
+def start(r, *options, role="server", folder=None):
     port = r.port()
-    folder = r.path(f"redis-{port}")
-    os.mkdir(folder)
+    folder = folder or r.path(f"redis-{port}")
+    os.makedirs(folder, exist_ok=True)
     r.server([need("redis-server"), "--port", str(port), "--bind", r.address, "--save", "", "--appendonly", "no", "--dir", folder,
               "--enable-debug-command", "yes", "--daemonize", "no", "--protected-mode", "no", *options], port, role=role)
     return port
@@ -44,10 +46,27 @@ def replica(r):
     return digest
 
 
+def append_only(r):
+    """Transactions and messages while the append-only file is rewritten by a child; another server then reads that file."""
+    port = start(r, "--appendonly", "yes", "--appendfsync", "no", folder=r.path("aof"))
+    outcome = r.python("redis_more.py", r.address, port, r.amount(400 if r.quick else 1600)).stdout
+
+    def rewritten():
+        info = ask(r, port, "INFO", "persistence")
+        return "aof_rewrite_in_progress:0" in info and "aof_last_bgrewrite_status:ok" in info and "aof_rewrite_scheduled:0" in info
+    wait_for(rewritten, 20, "the rewriting of the append-only file")
+    digest = ask(r, port, "DEBUG", "DIGEST")
+    r.stop()
+    again = start(r, "--appendonly", "yes", folder=r.path("aof"))
+    wait_for(lambda: ask(r, again, "DEBUG", "DIGEST") == digest, 10, "another server to have the same data")
+    return outcome
+
+
 CASES = [
-    Case("redis_1_client", benchmark(20000, "-c", "1"), payload=1 << 20),
-    Case("redis_50_clients", benchmark(50000, "-c", "50"), payload=1 << 20),
-    Case("redis_pipeline", benchmark(200000, "-c", "10", "-P", "16"), payload=1 << 20),
-    Case("redis_512k_values", benchmark(800, "-c", "4", "-d", "524288"), payload=100 << 20),
-    Case("redis_replica", replica, payload=20 << 20),
+    Case("redis_1_client", benchmark(20000, "-c", "1"), "redis-benchmark, one client", payload=1 << 20),
+    Case("redis_50_clients", benchmark(50000, "-c", "50"), "50 clients", payload=1 << 20),
+    Case("redis_pipeline", benchmark(200000, "-c", "10", "-P", "16"), "10 clients, pipeline 16", payload=1 << 20),
+    Case("redis_512k_values", benchmark(800, "-c", "4", "-d", "524288"), "values of 512 KiB", payload=100 << 20),
+    Case("redis_replica", replica, "a replica", payload=20 << 20),
+    Case("redis_aof", append_only, "MULTI, publish and subscribe while the append-only file is rewritten", payload=4 << 20),
 ]

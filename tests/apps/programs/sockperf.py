@@ -5,6 +5,8 @@ import signal
 from harness import Failure, need
 from . import Case
 
+PROGRAM = ("sockperf", "sockperf")
+
 
 def sockperf(mode, *options):
     def run(r):
@@ -27,6 +29,6 @@ def sockperf(mode, *options):
 
 CASES = [
     # Unpaced it expects at most 600,000 messages a second, and gives up when there are more.
-    Case("sockperf_ping_pong", sockperf("ping-pong", "-m", "14", "--mps", "500000"), payload=1 << 16),
-    Case("sockperf_throughput", sockperf("throughput", "-m", "1024"), payload=1 << 20),
+    Case("sockperf_ping_pong", sockperf("ping-pong", "-m", "14", "--mps", "500000"), "ping-pong", payload=1 << 16),
+    Case("sockperf_throughput", sockperf("throughput", "-m", "1024"), "throughput", payload=1 << 20),
 ]
