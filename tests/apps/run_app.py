@@ -17,7 +17,8 @@ import traceback
 import harness
 from harness import Failure, Run, Skip
 
-MODULES = ("netperf", "iperf3", "sockperf", "redis_app", "nginx", "memcached", "postgres", "python_apps")
+MODULES = ("netperf", "iperf3", "sockperf", "redis_app", "nginx", "memcached", "postgres", "python_apps", "haproxy", "apache",
+           "openssh", "rsync", "relays", "stunnel", "vsftpd")
 
 
 def cases():
@@ -44,7 +45,7 @@ def one_run(case, kind, preloaded, args):
                 raise Failure(f"the meter saw {seen} bytes of at least {run.amount(case.payload)}")
         share = args.place.share(case)
         if kind == "sdp" and share is not None:
-            proof = harness.prove_lanes(reports, kernel, share, args.place.transport, case.unread, case.lanes)
+            proof = harness.prove_lanes(reports, kernel, share, args.place.transport, case.unread, case.lanes, case.unseen)
         elif kind == "sdp":
             proof = f"ours {harness.summarise(reports)}, {proof}"
             if not reports:

@@ -1,0 +1,60 @@
+"""Apache with each of its three ways to serve: processes (prefork), threads (worker), and threads with one that waits (event)."""
+import os
+
+import web
+from harness import need
+from . import Case
+
+PROGRAM = ("Apache httpd", "apache2-bin", "curl", "wrk")
+
+CONFIG = """
+LoadModule mpm_{mpm}_module /usr/lib/apache2/modules/mod_mpm_{mpm}.so
+LoadModule authz_core_module /usr/lib/apache2/modules/mod_authz_core.so
+ServerName test
+ServerRoot {dir}
+DefaultRuntimeDir {dir}
+PidFile {dir}/apache.pid
+ErrorLog {dir}/apache-error.log
+Listen {host}:{port}
+DocumentRoot {dir}/www
+{user}
+StartServers 2
+KeepAlive On
+MaxKeepAliveRequests 0
+KeepAliveTimeout 20
+EnableSendfile {sendfile}
+EnableMMAP Off
+<Directory {dir}/www>
+  Require all granted
+</Directory>
+"""
+
+
+def start(r, mpm, sendfile, size):
+    port = r.port()
+    os.mkdir(r.path("www"))
+    r.random_file("www/data", size)
+    with open(r.path("apache.conf"), "w", encoding="ascii") as config:
+        config.write(CONFIG.format(dir=r.dir, host=r.host, port=port, mpm=mpm, sendfile=sendfile,
+                                   user="User www-data\nGroup www-data" if r.place.is_root else ""))
+    r.server([need("apache2"), "-DFOREGROUND", "-f", r.path("apache.conf")], port)
+    return port
+
+
+def serve(mpm, sendfile="On"):
+    """A large file, and then a smaller one by many connections while all processes are exchanged for new ones."""
+    def run(r):
+        port = start(r, mpm, sendfile, r.amount(32 << 20))
+        r.random_file("www/page", 8192)
+        digest = web.fetch(r, f"http://{r.host}:{port}/data")
+        answers = web.fetch_during(r, port, "/page", r.amount(200), lambda: r.prepare(
+            [need("apache2"), "-f", r.path("apache.conf"), "-k", "graceful"]))
+        return digest, answers, web.load(r, f"http://{r.host}:{port}/page")
+    return run
+
+
+CASES = [
+    Case("apache_prefork", serve("prefork"), "prefork: 32 MB by sendfile, graceful restart under load, wrk", share=0.6, payload=48 << 20),
+    Case("apache_worker", serve("worker", "Off"), "worker: the same by write", share=0.6, payload=48 << 20),
+    Case("apache_event", serve("event"), "event: the same by sendfile", share=0.6, payload=48 << 20),
+]
