@@ -312,7 +312,7 @@ class Run:
         env.update(extra or {})
         return env
 
-    def server(self, argv, port, role="server", stop=signal.SIGTERM, user=None, env=None, ready=None):
+    def server(self, argv, port, role="server", stop=signal.SIGTERM, user=None, env=None, ready=None, timeout=20):
         """Starts a server and waits until it listens. Stopped at the end of the run, with the given signal."""
         log = open(self.path(f"{role}-{len(self._running)}.log"), "wb")
         process = self.place.start(argv, user, env=self.env(role, env), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.dir)
@@ -323,7 +323,7 @@ class Run:
             if process.poll() is not None:
                 raise Failure(f"{argv[0]} ended at once with status {process.returncode}\n{self.logs()}")
             return ready() if ready else self.place.listening(port)
-        wait_for(up, 20 * self.place.patience, f"{os.path.basename(argv[0])} to listen on {port}")
+        wait_for(up, timeout * self.place.patience, f"{os.path.basename(argv[0])} to listen on {port}")
         return process
 
     def client(self, argv, role="client", timeout=40, check=True, env=None, text=True, stdin=None):
@@ -336,6 +336,12 @@ class Run:
         if check and done.returncode != 0:
             raise Failure(f"{' '.join(map(str, argv))}: status {done.returncode}\n{done.stdout}\n{done.stderr}\n{self.logs()}")
         return done
+
+    def under(self, role):
+        """What goes before a command that another program starts, for it to have that role."""
+        own = self.env(role)
+        names = [name for name in own if name == "LD_PRELOAD" or name.startswith("SDP_")]
+        return ["env", "-u", "LD_PRELOAD", *(f"{name}={own[name]}" for name in names)]
 
     def prepare(self, argv, user=None):
         """Runs a command where the server will be, as that user and without the library."""

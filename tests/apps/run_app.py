@@ -3,7 +3,7 @@
 
   run_app.py --lib FILE CASE...    each case four times: TCP, SDP, only the client preloaded, only the server preloaded
   run_app.py --plain CASE...       TCP only: checks the test itself
-  run_app.py --list                names of the cases, one a line
+  run_app.py --list                names of the cases that are run with every test, one a line; --list-all: of those that are not, too
   run_app.py --transport ib ...    in the guest of scripts/vm, over its RDMA devices: TCP, and SDP from the first byte
       --policy both                SDP when the lane is up
 """
@@ -18,7 +18,8 @@ import harness
 from harness import Failure, Run, Skip
 
 MODULES = ("netperf", "iperf3", "sockperf", "redis_app", "nginx", "memcached", "postgres", "python_apps", "haproxy", "apache",
-           "openssh", "rsync", "relays", "stunnel", "vsftpd")
+           "openssh", "rsync", "relays", "stunnel", "vsftpd", "static", "go", "node",
+           "mariadb", "java", "rabbitmq", "openmpi")
 
 
 def cases():
@@ -76,13 +77,14 @@ def main():
     parser.add_argument("--lib", help="libsdpreload.so")
     parser.add_argument("--plain", action="store_true", help="over TCP only")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--list-all", action="store_true")
     parser.add_argument("--transport", choices=("local", "ib", "rnic"), default="local")
     parser.add_argument("--policy", choices=("sdp", "both"), default="sdp", help="over RDMA devices")
     parser.add_argument("cases", nargs="*")
     args = parser.parse_args()
     known = cases()
-    if args.list:
-        print("\n".join(known))
+    if args.list or args.list_all:
+        print("\n".join(name for name, case in known.items() if args.list_all or not case.extra))
         return 0
     if not args.plain:
         if not args.lib or not os.path.exists(args.lib):
