@@ -55,6 +55,7 @@ def serve(mpm, sendfile="On"):
 
 CASES = [
     Case("apache_prefork", serve("prefork"), "prefork: 32 MB by sendfile, graceful restart under load, wrk", share=0.6, payload=48 << 20),
-    Case("apache_worker", serve("worker", "Off"), "worker: the same by write", share=0.6, payload=48 << 20),
+    Case("apache_worker", serve("worker", "Off"), "worker: the same by write", share=0.6, payload=48 << 20,
+         extra=True),
     Case("apache_event", serve("event"), "event: the same by sendfile", share=0.6, payload=48 << 20),
 ]
