@@ -217,10 +217,13 @@ void Lane::stop() noexcept {
   // What came before stands in the Cq before what is flushed now.
   const rdma::SteadyClock clock;
   const std::int64_t begun = clock.now();
-  for (std::int64_t heard = begun; (clock.now() - heard < kQuiet || is_reading()) && clock.now() - begun < kLongest;) {
-    if (!cq_->maybe_ready()) continue;
-    reap();
-    heard = clock.now();
+  for (std::int64_t now = begun, heard = begun; now - begun < kLongest; now = clock.now()) {
+    if (cq_->maybe_ready()) {
+      reap();
+      heard = clock.now();
+    } else if (now - heard >= kQuiet && !is_reading()) {
+      break;  // a look that long after the last news has found none, however late this thread was
+    }
   }
   if (held() != 0) (void)close_gathered();  // one more that the peer does not acknowledge
   fail("stopped");
