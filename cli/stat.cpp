@@ -21,8 +21,17 @@ nlohmann::json traffic(const sdp::TrafficView& t) {
 }
 
 nlohmann::json zero_copy(const sdp::ZeroCopyView& z) {
-  return {{"adverts", z.adverts},     {"bytes_sent", z.bytes_sent}, {"bytes_received", z.bytes_received},
-          {"cancelled", z.cancelled}, {"refused", z.refused},       {"unregistered", z.unregistered}};
+  return {{"adverts", z.adverts},
+          {"bytes_sent", z.bytes_sent},
+          {"bytes_received", z.bytes_received},
+          {"cancelled", z.cancelled},
+          {"refused", z.refused},
+          {"unregistered", z.unregistered},
+          {"bytes_written", z.bytes_written},
+          {"bytes_placed", z.bytes_placed},
+          {"sinks", z.sinks},
+          {"sinks_cancelled", z.sinks_cancelled},
+          {"sinks_unused", z.sinks_unused}};
 }
 
 nlohmann::json to_json(const ProcessStats& p) {

@@ -93,6 +93,7 @@ class SourceAdverts {
     limit_ = peer_adverts < kAdvertsHeld ? peer_adverts : kAdvertsHeld;
     least_sink_ = least_sink;
   }
+  void set_least_sink(std::uint32_t bytes) noexcept { least_sink_ = bytes; }  ///< our payloads have become longer, or shorter
 
   FlowMode mode() const noexcept { return mode_; }
   bool is_open() const noexcept { return !open_.empty(); }  ///< the peer may still read memory of ours
@@ -139,6 +140,7 @@ class SourceAdverts {
   Rx on_sink_avail_cancel() noexcept;
   Rx on_mode_change(FlowMode mode) noexcept;  ///< the sink moves us from Buffered to Combined
 
+  bool owes_wr_compl() const noexcept { return write_is_over_; }
   /// Where the next bytes go by RDMA Write; they must not pass Data, so only while may_advertise's other conditions hold.
   struct Target {
     std::uint64_t address;
@@ -228,7 +230,8 @@ class SinkAdverts {
   bool is_open() const noexcept { return !open_.empty(); }  ///< an advert of the peer's that we have not finished
 
   void on_ack(std::uint32_t mseq_ack) noexcept { said_send_sm_.on_ack(mseq_ack); }
-  Rx on_payload(std::uint32_t bytes) noexcept;  ///< of a Data
+  Rx on_payload(std::uint32_t bytes) noexcept;         ///< of a Data
+  void on_queued() noexcept { ++received_payloads_; }  ///< likewise, while nothing is advertised by either side
   /// `in_line` bytes of it follow the header and are queued like Data.
   Rx on_src_avail(const wire::SrcAvail& advert, std::uint32_t in_line) noexcept;
   Rx on_src_avail_cancel() noexcept;

@@ -24,17 +24,16 @@ bool Connection::move(ConnEvent event) noexcept {
 
 /// What the state and the adverts together allow.
 void Connection::see_adverts() noexcept {
-  sending_ =
-      (state_ == ConnState::established || state_ == ConnState::disconn_rcvd) && !source_.is_open() && !source_.is_cancelling();
-  takes_data_ = state_ == ConnState::established && !sink_.is_open();
+  sending_ = (state_ == ConnState::established || state_ == ConnState::disconn_rcvd) && source_.may_send_data() && !is_writing();
+  takes_data_ = state_ == ConnState::established && !sink_.is_open() && sink_.sinks_open() == 0 && !is_writing();
 }
 
 void Connection::greeted(std::uint32_t peer_size, std::uint16_t peer_bufs, unsigned peer_adverts) noexcept {
   peer_recv_size_ = first_peer_size_ = believable(peer_size);
   first_peer_bufs_ = peer_bufs;
   credit_.start(peer_bufs, limits_.recv_buffers);
-  source_.start(peer_adverts / kAdverts, 0);
-  sink_.start(1, 0);
+  source_.start(peer_adverts / kAdverts, max_payload());
+  sink_.start(1, peer_adverts / kAdverts);
 }
 
 Rx Connection::fail(const char* why) noexcept {
@@ -98,13 +97,16 @@ Rx Connection::on_message_slow(std::span<const std::byte> shared) noexcept {
   if (!credit_.on_receive(head.mseq(), head.mseq_ack(), head.bufs(), update)) return fail("sequence or credit error");
 
   sink_.on_ack(head.mseq_ack());
+  source_.on_ack(head.mseq_ack());
+  write_.on_ack(head.mseq_ack());
+  if ((head.flags() & wire::kReqPipe) != 0 && grants_pipelined_) want_mode(FlowMode::pipelined);
+  see_adverts();
   switch (mid) {
     case Mid::data:
       if (shared.size() == wire::kBsdhBytes) return Rx::control;
-      if (sink_.is_open()) return fail("data passes an advert");
       if (state_ == ConnState::disconn_rcvd || state_ == ConnState::closed) return fail("data after DisConn");
       if (head.flags() & wire::kOobPres) return fail("urgent data on a lane: the anchor carries it");
-      return Rx::payload;
+      return on_sink(sink_.on_payload(static_cast<std::uint32_t>(shared.size() - wire::kBsdhBytes)));
     case Mid::disconn:
       if (!move(ConnEvent::rx_disconn)) return fail("second DisConn");
       return Rx::disconn;
@@ -126,6 +128,7 @@ Rx Connection::on_message_slow(std::span<const std::byte> shared) noexcept {
       resize_asked_ = false;
       if (believable(granted.value().size) < peer_recv_size_) return fail("ChRcvBufAck shrinks the buffers");
       peer_recv_size_ = believable(granted.value().size);
+      source_.set_least_sink(max_payload());
       return Rx::resized;
     }
     case Mid::src_avail:
@@ -138,12 +141,18 @@ Rx Connection::on_message_slow(std::span<const std::byte> shared) noexcept {
       return on_source(source_.on_rdma_rd_compl(rdma::load_be32(copy + wire::kBsdhBytes)));
     case Mid::send_sm:
       return on_source(source_.on_send_sm());
-    // No buffer of ours is advertised, and we stay in Combined mode.
+    case Mid::sink_avail:
+      return on_sink_avail(msg);
     case Mid::sink_avail_cancel:
+      return on_source(source_.on_sink_avail_cancel());
+    case Mid::rdma_wr_compl:
+      return on_sink(sink_.on_rdma_wr_compl(rdma::load_be32(copy + wire::kBsdhBytes)));
+    case Mid::sink_cancel_ack:
+      return on_sink(sink_.on_sink_cancel_ack());
+    case Mid::mode_change:
+      return on_mode_change(msg);
     case Mid::susp_comm:
     case Mid::susp_comm_ack:
-      return Rx::control;
-    case Mid::mode_change:
       return Rx::control;
     default:
       return fail("message that is illegal here");
@@ -163,8 +172,70 @@ Rx Connection::on_src_avail(std::span<const std::byte> msg, std::size_t bytes) n
   return Rx::advert;
 }
 
+Rx Connection::on_sink_avail(std::span<const std::byte> msg) noexcept {
+  const auto advert = wire::parse_sink_avail(msg);  // with payload it is longer than what was copied, or than its header says
+  if (!advert || msg.size() != kSinkAvailBytes) return fail("an advert that we do not take");
+  had_adverts_ = true;
+  return on_source(source_.on_sink_avail(advert.value()));
+}
+
+Rx Connection::on_mode_change(std::span<const std::byte> msg) noexcept {
+  const auto change = wire::parse_mode_change(msg);
+  if (!change) return fail("bad ModeChange");
+  had_adverts_ = true;
+  return change.value().send_half ? on_source(source_.on_mode_change(change.value().mode))
+                                  : on_sink(sink_.on_mode_change(change.value().mode));
+}
+
+Rx Connection::on_sink(SinkAdverts::Rx rx) noexcept {
+  if (rx == SinkAdverts::Rx::error) return fail("not where we advertised");
+  see_adverts();
+  switch (rx) {
+    case SinkAdverts::Rx::queue:
+      return Rx::payload;
+    case SinkAdverts::Rx::placed:
+      return Rx::placed;
+    case SinkAdverts::Rx::finished:
+      return Rx::sunk;
+    default:
+      return Rx::control;
+  }
+}
+
+void Connection::want_mode(FlowMode mode) noexcept {
+  source_.want_mode(mode);
+  had_adverts_ = true;
+}
+
+void Connection::want_pipelined() noexcept {
+  hint_ = wire::kReqPipe;
+  want_update();
+}
+
+void Connection::emit_sink_avail(std::uint32_t bytes, std::uint32_t rkey, std::uint64_t address,
+                                 std::span<std::byte, kSinkAvailBytes> out) noexcept {
+  wire::Bsdh h;
+  h.mid = Mid::sink_avail;
+  h.bufs = credit_.posted();
+  h.len = static_cast<std::uint32_t>(out.size());
+  h.mseq_ack = credit_.received();
+  h.mseq = credit_.on_send();
+  wire::emit_bsdh(h, out.first<wire::kBsdhBytes>());
+  wire::emit_extended(wire::SinkAvail{bytes, rkey, address, sink_.non_discards()}, out.last<out.size() - wire::kBsdhBytes>());
+  sink_.on_sink_avail_sent(bytes);
+  had_adverts_ = true;
+  see_adverts();
+}
+
+std::optional<std::uint32_t> Connection::take_sunk() noexcept { return sink_.take_completed(); }
+
+void Connection::on_written(std::uint32_t bytes) noexcept {
+  source_.on_written(bytes, false);
+  see_adverts();
+}
+
 Rx Connection::on_source(SourceAdverts::Rx rx) noexcept {
-  if (rx == SourceAdverts::Rx::error) return fail("more is read than was advertised");
+  if (rx == SourceAdverts::Rx::error) return fail("an advert, or a report of one, that is illegal here");
   see_adverts();
   return rx == SourceAdverts::Rx::nothing ? Rx::control : Rx::answered;
 }
@@ -199,21 +270,47 @@ void Connection::read_done(std::uint32_t started, std::uint32_t bytes) noexcept 
   see_adverts();
 }
 
-/// Of what the adverts have to say, which is what the peer waits for.
+namespace {
+Mid mid_of(DueAdvert::Kind kind) noexcept {
+  using Kind = DueAdvert::Kind;
+  switch (kind) {
+    case Kind::rd_compl:
+      return Mid::rdma_rd_compl;
+    case Kind::wr_compl:
+      return Mid::rdma_wr_compl;
+    case Kind::send_sm:
+      return Mid::send_sm;
+    case Kind::src_cancel:
+      return Mid::src_avail_cancel;
+    case Kind::sink_cancel:
+      return Mid::sink_avail_cancel;
+    case Kind::sink_cancel_ack:
+      return Mid::sink_cancel_ack;
+    default:
+      return Mid::mode_change;
+  }
+}
+}  // namespace
+
+std::size_t Connection::emit_advert_control(const DueAdvert& due, bool of_source, std::byte* out) noexcept {
+  using Kind = DueAdvert::Kind;
+  const bool is_change = due.kind == Kind::mode_change;
+  const bool has_value = is_change || due.kind == Kind::rd_compl || due.kind == Kind::wr_compl;
+  const std::size_t n = emit_control(mid_of(due.kind), due.bytes, has_value, out);
+  if (is_change)  // of a source the peer's receiving half
+    wire::emit_extended(wire::ModeChange{due.mode, !of_source}, std::span<std::byte, 4>(out + wire::kBsdhBytes, 4));
+  if (due.kind == Kind::wr_compl) write_.sent(credit_.sent());
+  of_source ? source_.sent(due, credit_.sent()) : sink_.sent(due, credit_.sent());
+  see_adverts();
+  return n;
+}
+
+/// Of what the adverts have to say, which is what the peer waits for. RdmaWrCompl goes first: right behind what it tells of.
 std::size_t Connection::next_advert_control(std::byte* out) noexcept {
-  if (const DueAdvert due = sink_.next(); due.kind != DueAdvert::Kind::none) {
-    const bool is_report = due.kind == DueAdvert::Kind::rd_compl;
-    const std::size_t n = emit_control(is_report ? Mid::rdma_rd_compl : Mid::send_sm, due.bytes, is_report, out);
-    sink_.sent(due, credit_.sent());
-    return n;
-  }
-  if (const DueAdvert due = source_.next(); due.kind != DueAdvert::Kind::none) {
-    const std::size_t n = emit_control(Mid::src_avail_cancel, 0, false, out);
-    source_.sent(due, credit_.sent());
-    see_adverts();
-    return n;
-  }
-  return 0;
+  const DueAdvert of_source = source_.next();
+  if (of_source.kind == DueAdvert::Kind::wr_compl) return emit_advert_control(of_source, true, out);
+  if (const DueAdvert due = sink_.next(); due.kind != DueAdvert::Kind::none) return emit_advert_control(due, false, out);
+  return of_source.kind != DueAdvert::Kind::none ? emit_advert_control(of_source, true, out) : 0;
 }
 
 void Connection::resize_done(std::uint32_t bytes) noexcept {
@@ -225,6 +322,7 @@ void Connection::resize_done(std::uint32_t bytes) noexcept {
 std::size_t Connection::emit_control(Mid mid, std::uint32_t value, bool has_value, std::byte* out) noexcept {
   wire::Bsdh h;
   h.mid = mid;
+  h.flags = std::exchange(hint_, 0);
   h.bufs = credit_.posted();
   h.len = static_cast<std::uint32_t>(wire::kBsdhBytes) + (has_value ? 4 : 0);
   h.mseq_ack = credit_.received();
@@ -253,6 +351,7 @@ std::size_t Connection::next_control(std::span<std::byte, kControlBytes> out) no
       resize_asked_ = true;
       asked_recv_size_ = size;
       peer_recv_size_ = std::min(peer_recv_size_, size);
+      source_.set_least_sink(max_payload());
       return emit_control(Mid::ch_rcv_buf, size, true, out.data());
     }
     if (disconn_due_ && sending_) {
@@ -262,8 +361,9 @@ std::size_t Connection::next_control(std::span<std::byte, kControlBytes> out) no
       return n;
     }
   }
-  if ((update_wanted_ || credit_.update_is_due()) && credit_.may_send_update()) {
-    update_wanted_ = false;
+  const bool may_update = credit_.may_send_update() || (ack_wanted_ && credit_.may_send_payload());
+  if ((update_wanted_ || credit_.update_is_due()) && may_update) {
+    update_wanted_ = ack_wanted_ = false;
     emit_data(0, out.data());
     return wire::kBsdhBytes;
   }

@@ -54,6 +54,10 @@ Result<Unit> Lane::open(rdma::CompletionChannel* channel) noexcept {
   may_withdraw_ = device_->attr().reads_program_memory;
   const bool reaches_programs = may_withdraw_ || (unordered_ && !may_buffer_ && !device_->attr().recv_needs_extent);
   if (limits_.zero_copy_from != 0 && reaches_programs) zero_copy_from_ = limits_.zero_copy_from;
+  if (zero_copy_from_ == limits_.zero_copy_from && !may_withdraw_) {
+    sink_from_ = std::max<std::size_t>(zero_copy_from_, limits_.conn.recv_size_max);
+    conn.grant_pipelined();
+  }
   auto words = peer.heap->allocate(sizeof(LaneBlock), 64);
   if (!words) return rdma::Err{words.error()};
   block_ = new (words->addr) LaneBlock{};
@@ -227,7 +231,7 @@ void Lane::stop() noexcept {
   }
   if (held() != 0) (void)close_gathered();  // one more that the peer does not acknowledge
   fail("stopped");
-  if (is_offering() || is_reading()) leave_programs_memory();
+  leave_programs_memory();
 }
 
 bool Lane::read_back(std::uint64_t from, std::byte* out, std::size_t bytes) const noexcept {

@@ -206,8 +206,9 @@ class Lane {
   bool is_offering() const noexcept { return zero_copy_.offer.is_open; }
   std::uint32_t offer_crossed() const noexcept { return zero_copy_.offer.crossed; }  ///< bytes, so far
   void cancel_offer() noexcept;  ///< over when the peer has answered; at once where the device can withdraw it
-  /// Cancels, and waits for the answer for 20 ms at the most. False: there was none.
-  bool settle_offer() noexcept;
+  /// Cancels an offer, and waits for the peer's answer, or for its word that it has what was written, for 20 ms at the most. False:
+  /// there was none.
+  bool settle_lent() noexcept;
   /// An offer that is not cancelled yet, though the peer has said `which`.
   bool may_cancel_for(Word which) const noexcept { return is_offering() && !zero_copy_.offer.is_cancelled && said(which); }
   struct OfferEnd {
@@ -229,6 +230,35 @@ class Lane {
   std::uint32_t take_read() noexcept;  ///< bytes
   void end_read() noexcept;            ///< the program's memory is left in any case; waits for 50 ms at the most
   void refuse_advert() noexcept;       ///< the rest is to come as messages; not while it is read
+
+  // --- the same by the peer's sender, which writes where our reader waits (lane_sink.cpp)
+  static constexpr std::uint32_t kLongestSink = 4U << 20;   ///< bytes
+  static constexpr std::uint32_t kLongestWrite = 4U << 20;  ///< bytes, in one send
+  /// Bytes that lie together and are worth to be advertised; more than any receive has: none are.
+  std::size_t sink_from() const noexcept { return sink_from_; }
+  enum class Sunk : std::uint8_t { yes, not_now, not_pipelined, unregistered };
+  /// Lets the peer write into `to`. yes: the caller waits until !has_sink() and then takes the bytes; the memory stays as it is
+  /// until then. not_pipelined: the peer would have to wish it, too.
+  Sunk advertise(std::byte* to, std::size_t room) noexcept;
+  void wish_pipelined() noexcept;
+  bool has_sink() const noexcept { return zero_copy_.sink.is_open; }
+  bool has_sink_end() const noexcept { return zero_copy_.sink.has_owner && !zero_copy_.sink.is_open; }
+  void cancel_sink() noexcept;         ///< over when the peer has answered
+  void drop_sink() noexcept;           ///< the peer writes no more, by what it has said, and if it does its lane fails
+  void end_sink() noexcept;            ///< the program's memory is left in any case; waits for 50 ms at the most
+  std::uint32_t take_sunk() noexcept;  ///< bytes; whatever else has come is unread()
+
+  bool writes_in_place() const noexcept { return conn.source().mode() == FlowMode::pipelined; }  ///< and offers nothing
+  bool has_target() const noexcept { return conn.source().write_target().has_value(); }
+  /// Writes the first of `count` bytes where the peer's reader waits. yes: the caller waits until !is_writing() and then takes the
+  /// bytes, all of which are sent; the memory stays as it is until then, and nobody sends anything behind it.
+  Offered write(const std::byte* bytes, std::uint32_t count) noexcept;
+  bool is_writing() const noexcept { return zero_copy_.write.is_open; }
+  bool is_lent() const noexcept { return is_offering() || is_writing(); }  ///< memory of the program's, to be read
+  bool has_written() const noexcept { return zero_copy_.write.has_owner && !zero_copy_.write.is_open; }
+  std::uint32_t take_written() noexcept;  ///< bytes
+  /// The sends go by offers, or by messages, until the peer's reader asks again.
+  void leave_writing() noexcept;
 
   // --- small sends that wait for others, to go in one message (lane_gather.cpp)
   /// Bytes that send() took and that wait. Any thread.
@@ -254,7 +284,7 @@ class Lane {
   void suppose(Word which, std::uint64_t value) noexcept { words_->word[which].store(value + 1, std::memory_order_release); }
   /// Messages whose arrival the peer has not acknowledged yet; the one that is held, and an offer, are among them.
   std::uint32_t unacknowledged() const noexcept {
-    return in_flight() + (held() != 0 ? 1 : 0) + (is_offering() || !zero_copy_.rest.empty() ? 1 : 0);
+    return in_flight() + (held() != 0 ? 1 : 0) + (is_offering() || is_writing() || !zero_copy_.rest.empty() ? 1 : 0);
   }
 
   // --- switch words
@@ -358,6 +388,9 @@ class Lane {
   void release_peers_buffers() noexcept;
   void queue(std::uint32_t buffer, std::uint32_t headers, std::uint32_t bytes) noexcept;
   void follow_offer() noexcept;
+  void follow_sink(bool by_message) noexcept;
+  void follow_write() noexcept;
+  bool keep_rest(const std::byte* bytes, std::uint32_t count, std::uint64_t from) noexcept;
   void continue_read() noexcept;
   void on_read_done(bool success, std::uint32_t bytes) noexcept;
   /// The offer is over now, whatever the peer does. False: the device cannot do that, or there is none.
@@ -429,7 +462,7 @@ class Lane {
   std::uint32_t max_sge_ = 1;
   std::uint32_t send_depth_ = kSendDepth;
   std::uint32_t max_inline_ = 0;  ///< bytes; a longer message is gathered in staging_
-  std::size_t zero_copy_from_ = ~std::size_t{0};
+  std::size_t zero_copy_from_ = ~std::size_t{0}, sink_from_ = ~std::size_t{0};
   bool may_withdraw_ = false;  ///< reads in place are the process's own work, done when they are posted; offers end at our word
 
   std::uint32_t rx_head_ = 0, rx_tail_ = 0;  ///< unread queue: [head, tail)

@@ -452,6 +452,8 @@ void Lane::on_completion(const Wc& wc) noexcept {
       free_staged();
     if (wc.opcode == rdma::WcOpcode::rdma_read) [[unlikely]]
       on_read_done(true, wc.byte_len);
+    if (is_writing()) [[unlikely]]
+      follow_write();
     return;
   }
   const auto index = static_cast<std::uint32_t>(wc.wr_id);
@@ -464,6 +466,8 @@ void Lane::on_completion(const Wc& wc) noexcept {
   const Rx rx = conn.on_message({b.addr, wc.byte_len});
   if (unordered_ && staging_.active()) [[unlikely]]
     free_staged();
+  if (is_writing()) [[unlikely]]
+    follow_write();
   if (rx == Rx::payload) [[likely]]
     return queue(index, wire::kBsdhBytes, wc.byte_len);
   switch (rx) {
@@ -472,6 +476,12 @@ void Lane::on_completion(const Wc& wc) noexcept {
       return queue(index, wire::payload_offset(wire::Mid::src_avail), wc.byte_len);
     case Rx::answered:
       follow_offer();
+      break;
+    case Rx::placed:
+      follow_sink(true);
+      return queue(index, wire::kBsdhBytes, wc.byte_len);
+    case Rx::sunk:
+      follow_sink(false);
       break;
     case Rx::established:
       return;  // Hello's buffer was outside the account and is not posted again
@@ -509,7 +519,7 @@ void Lane::drain() noexcept {
   }
   if (!cq_->maybe_ready()) return;
   reap();
-  if (may_not_wait()) flush_posts();
+  if (may_not_wait() || (conn.wants_update() && pending_posts_ != 0)) flush_posts();
   if (rx_tail_ - rx_head_ > buffer_count_ / 2U && buffer_count_ <= limits_.recv_buffers_max) [[unlikely]] {
     grow_count();
     if (pending_posts_ != 0) flush_posts();

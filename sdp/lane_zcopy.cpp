@@ -88,6 +88,7 @@ void Lane::follow_offer() noexcept {
 }
 
 void Lane::cancel_offer() noexcept {
+  if (!is_offering()) return;
   zero_copy_.offer.is_cancelled = true;
   conn.want_src_cancel();
   (void)withdraw_offer();
@@ -102,10 +103,10 @@ bool Lane::withdraw_offer() noexcept {
   return true;
 }
 
-bool Lane::settle_offer() noexcept {
+bool Lane::settle_lent() noexcept {
   constexpr std::int64_t kLongest = 20'000'000;
   cancel_offer();
-  return await(*this, kLongest, [this] { return !is_offering(); });
+  return await(*this, kLongest, [this] { return !is_lent(); });
 }
 
 Lane::OfferEnd Lane::take_offer() noexcept {
@@ -213,16 +214,23 @@ void Lane::refuse_advert() noexcept {
 
 // --- the end
 
-/// Nothing reaches the program's memory any more. What the peer may have read of it, or not, counts as sent: read_back() finds it.
+bool Lane::keep_rest(const std::byte* bytes, std::uint32_t count, std::uint64_t from) noexcept {
+  std::byte* const room = zero_copy_.rest.room(count);
+  if (room == nullptr) return false;
+  std::memcpy(room, bytes, count);
+  zero_copy_.rest.added(count);
+  zero_copy_.rest_from = from;
+  return true;
+}
+
+/// Nothing reaches the program's memory any more. What the peer may have read of it, or been written, or not, counts as sent:
+/// read_back() finds it. What it may have written here and not told of does not count as arrived.
 void Lane::leave_programs_memory() noexcept {
   ZeroCopy::Offer& offer = zero_copy_.offer;
   (void)withdraw_offer();
   if (offer.is_open) {
     const std::uint32_t left = offer.bytes - offer.crossed;
-    if (std::byte* const room = zero_copy_.rest.room(left)) {
-      std::memcpy(room, offer.memory + offer.crossed, left);
-      zero_copy_.rest.added(left);
-      zero_copy_.rest_from = tx_bytes_;
+    if (keep_rest(offer.memory + offer.crossed, left, tx_bytes_)) {
       tx_bytes_ += left;
       offer.kept = left;
       offer.crossed = offer.bytes;
@@ -232,6 +240,11 @@ void Lane::leave_programs_memory() noexcept {
   }
   zero_copy_.read.under_way = 0;
   zero_copy_.read.mr.reset();
+  ZeroCopy::Write& write = zero_copy_.write;
+  if (write.is_open && conn.is_writing()) (void)keep_rest(write.memory, write.bytes, write.from);
+  write.is_open = false;
+  write.mr.reset();
+  drop_sink();
 }
 
 }  // namespace sdp

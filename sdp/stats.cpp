@@ -218,7 +218,9 @@ void begin(ConnStats* s, int fd) noexcept {
   for (Traffic* t : {&s->lane, &s->tcp})
     for (Counter* c : {&t->bytes_sent, &t->messages_sent, &t->bytes_received, &t->messages_received}) c->reset();
   ZeroCopyTraffic& z = s->zero_copy;
-  for (Counter* c : {&z.adverts, &z.bytes_sent, &z.bytes_received, &z.cancelled, &z.refused, &z.unregistered}) c->reset();
+  for (Counter* c : {&z.adverts, &z.bytes_sent, &z.bytes_received, &z.cancelled, &z.refused, &z.unregistered, &z.bytes_written,
+                     &z.bytes_placed, &z.sinks, &z.sinks_cancelled, &z.sinks_unused})
+    c->reset();
   s->switches_up.reset();
   s->switches_down.reset();
   s->lanes_failed.reset();
@@ -364,8 +366,9 @@ ConnView view_of(const ConnStats& s) noexcept {
   v.lane = traffic(s.lane);
   v.tcp = traffic(s.tcp);
   const ZeroCopyTraffic& z = s.zero_copy;
-  v.zero_copy = {z.adverts.get(),   z.bytes_sent.get(), z.bytes_received.get(),
-                 z.cancelled.get(), z.refused.get(),    z.unregistered.get()};
+  v.zero_copy = {z.adverts.get(), z.bytes_sent.get(),      z.bytes_received.get(), z.cancelled.get(),
+                 z.refused.get(), z.unregistered.get(),    z.bytes_written.get(),  z.bytes_placed.get(),
+                 z.sinks.get(),   z.sinks_cancelled.get(), z.sinks_unused.get()};
   v.switches_up = s.switches_up.get();
   v.switches_down = s.switches_down.get();
   v.lanes_failed = s.lanes_failed.get();
@@ -395,7 +398,7 @@ void ProcessTotals::copy(const ProcessTotals& from) noexcept {
   };
   one(sockets, from.sockets);
   for (int i = 0; i < 4; ++i) one(lane[i], from.lane[i]), one(tcp[i], from.tcp[i]);
-  for (int i = 0; i < 6; ++i) one(zero_copy[i], from.zero_copy[i]);
+  for (int i = 0; i < kZeroCopyCounts; ++i) one(zero_copy[i], from.zero_copy[i]);
   one(up, from.up);
   one(down, from.down);
   one(failed, from.failed);
@@ -423,6 +426,11 @@ void ProcessTotals::add(const ConnStats& s) noexcept {
   bump(zero_copy[3], z.cancelled.get());
   bump(zero_copy[4], z.refused.get());
   bump(zero_copy[5], z.unregistered.get());
+  bump(zero_copy[6], z.bytes_written.get());
+  bump(zero_copy[7], z.bytes_placed.get());
+  bump(zero_copy[8], z.sinks.get());
+  bump(zero_copy[9], z.sinks_cancelled.get());
+  bump(zero_copy[10], z.sinks_unused.get());
   bump(up, s.switches_up.get());
   bump(down, s.switches_down.get());
   bump(failed, s.lanes_failed.get());

@@ -75,12 +75,17 @@ struct Traffic {
 
 /// What crossed without a copy, and why adverts came to nothing. All are of sends but `bytes_received`.
 struct ZeroCopyTraffic {
-  Counter adverts;         ///< SrcAvails sent
-  Counter bytes_sent;      ///< read by the peer by RDMA, out of the program's memory
-  Counter bytes_received;  ///< read by RDMA into the program's memory
-  Counter cancelled;       ///< taken back: the reader did not come in time, or the call had to end
-  Counter refused;         ///< the peer wanted the bytes as messages
-  Counter unregistered;    ///< sends whose memory the device did not take
+  Counter adverts;          ///< SrcAvails sent
+  Counter bytes_sent;       ///< by RDMA, out of the program's memory
+  Counter bytes_received;   ///< by RDMA, into the program's memory
+  Counter cancelled;        ///< taken back: the reader did not come in time, or the call had to end
+  Counter refused;          ///< the peer wanted the bytes as messages
+  Counter unregistered;     ///< calls whose memory the device did not take
+  Counter bytes_written;    ///< of those sent: into the memory of the peer's waiting reader; the peer has read the others
+  Counter bytes_placed;     ///< of those received: by the peer; this side has read the others
+  Counter sinks;            ///< SinkAvails sent
+  Counter sinks_cancelled;  ///< taken back: nothing came in time, or the call had to end
+  Counter sinks_unused;     ///< what came was a message
 };
 
 /// An address and port as three words, so that it can be read without a lock. family 0: unknown.
@@ -92,8 +97,8 @@ struct EndpointWords {
 using EndpointText = Text<64>;
 EndpointText format_endpoint(std::uint64_t family_port, const std::uint64_t address[2]) noexcept;
 
-/// One connection: a slot of the table. Four cache lines: who it is, what every message changes, what rarely changes, what long
-/// sends change.
+/// One connection: a slot of the table. Five cache lines: who it is, what every message changes, what rarely changes, what long
+/// sends and receives change.
 struct alignas(64) ConnStats {
   std::atomic<std::uint32_t> change{0};  ///< odd while the first line is being written
   std::atomic<std::int32_t> fd{-1};
@@ -133,7 +138,7 @@ struct alignas(64) ConnStats {
     will_look.store(looks_on, std::memory_order_relaxed);
   }
 };
-static_assert(sizeof(ConnStats) == 256 && offsetof(ConnStats, lane) == 64 && offsetof(ConnStats, switches_up) == 128);
+static_assert(sizeof(ConnStats) == 320 && offsetof(ConnStats, lane) == 64 && offsetof(ConnStats, switches_up) == 128);
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free, "shared between processes");
 using ConnSlot = ConnStats;
 
@@ -141,7 +146,7 @@ using ConnSlot = ConnStats;
 
 inline constexpr char kStatsName[] = "sdpreload-stats";              ///< of the memfd
 inline constexpr std::uint64_t kStatsMagic = 0x5354415453504453ULL;  // "SDPSTATS" in memory
-inline constexpr std::uint32_t kStatsVersion = 4;  ///< raise it with any change of StatsHeader, ConnStats or LaneReason's order
+inline constexpr std::uint32_t kStatsVersion = 5;  ///< raise it with any change of StatsHeader, ConnStats or LaneReason's order
 inline constexpr std::uint32_t kStatsSlots = 1024;
 
 struct StatsHeader {

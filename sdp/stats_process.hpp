@@ -16,7 +16,9 @@ struct TrafficView {
 /// In the order of ZeroCopyTraffic.
 struct ZeroCopyView {
   std::uint64_t adverts = 0, bytes_sent = 0, bytes_received = 0, cancelled = 0, refused = 0, unregistered = 0;
+  std::uint64_t bytes_written = 0, bytes_placed = 0, sinks = 0, sinks_cancelled = 0, sinks_unused = 0;
 };
+inline constexpr int kZeroCopyCounts = 11;
 
 /// A connection's state at one moment.
 struct ConnView {
@@ -40,7 +42,7 @@ struct ProcessTotals {
   std::atomic<std::uint64_t> sockets{0};  ///< all that were ever tracked
   std::atomic<std::uint64_t> lane[4]{};   ///< in the order of TrafficView
   std::atomic<std::uint64_t> tcp[4]{};
-  std::atomic<std::uint64_t> zero_copy[6]{};  ///< in the order of ZeroCopyView
+  std::atomic<std::uint64_t> zero_copy[kZeroCopyCounts]{};  ///< in the order of ZeroCopyView
   std::atomic<std::uint64_t> up{0}, down{0};
   std::atomic<std::uint64_t> failed{0}, returned{0};
   std::atomic<std::uint64_t> lanes[kTransports]{};  ///< connections that had a lane on it

@@ -119,6 +119,8 @@ void emit_zero_copy(Json& out, const ZeroCopyView& z) noexcept {
   out.object("zero_copy");
   out.number("adverts", z.adverts).number("bytes_sent", z.bytes_sent).number("bytes_received", z.bytes_received);
   out.number("cancelled", z.cancelled).number("refused", z.refused).number("unregistered", z.unregistered);
+  out.number("bytes_written", z.bytes_written).number("bytes_placed", z.bytes_placed);
+  out.number("sinks", z.sinks).number("sinks_cancelled", z.sinks_cancelled).number("sinks_unused", z.sinks_unused);
   out.end_object();
 }
 
@@ -176,7 +178,8 @@ void emit_totals(Json& out, const ProcessTotals& t) noexcept {
   emit_pair(out, "tcp", get(t.tcp[1]), get(t.tcp[3]));
   out.end_object();
   const auto& z = t.zero_copy;
-  emit_zero_copy(out, {get(z[0]), get(z[1]), get(z[2]), get(z[3]), get(z[4]), get(z[5])});
+  emit_zero_copy(out, {get(z[0]), get(z[1]), get(z[2]), get(z[3]), get(z[4]), get(z[5]), get(z[6]), get(z[7]), get(z[8]), get(z[9]),
+                       get(z[10])});
   out.object("switches").number("up", get(t.up)).number("down", get(t.down)).end_object();
   out.object("failures").number("lanes", get(t.failed)).number("returned", get(t.returned)).end_object();
   out.object("reasons");

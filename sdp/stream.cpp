@@ -225,6 +225,7 @@ Phase StreamImpl::close(int at) noexcept {
     if (abandoned()) handle_abandon(at);
     if (!has_said_end()) end_sending(*this);
     lane->end_read();
+    lane->end_sink();
     lane->drain();
     if (lane->unordered()) acknowledge_end();
     // Rule 7: closing with bytes unread resets the connection; the peer reads what it has and then gets ECONNRESET. Where its bytes
@@ -403,7 +404,7 @@ int Stream::sleep_for_bytes(std::int64_t timeout_ns) const {
     // Always with a limit: a sleep without one would go on after a handler with SA_RESTART, and a wait for events does not.
     constexpr std::int64_t kLongNs = 3'600'000'000'000;
     const std::int64_t limit = timeout_ns >= 0 ? std::min(timeout_ns, kLongNs) : kLongNs;
-    result = s->wait(false, rdma::SteadyClock{}.now() + limit, true, StreamImpl::Patience::sleep);
+    result = s->wait(StreamImpl::For::bytes, rdma::SteadyClock{}.now() + limit, true, StreamImpl::Patience::sleep);
   }
   s->lock.unlock();
   return result;

@@ -214,11 +214,19 @@ class alignas(64) StreamImpl {
   };
   /// Offers what lies together at `from` to the peer's reader, and waits until that is over; `from` advances.
   InPlace send_in_place(int fd, IovCursor& from, std::uint16_t gen, std::int64_t& deadline) noexcept;
-  int await_offer(int fd, std::uint16_t gen, std::int64_t deadline, std::int64_t now_ns) noexcept;  ///< InPlace::result
+  /// Until nobody reads memory of the program's any more. InPlace::result.
+  int await_lent(int fd, std::uint16_t gen, std::int64_t deadline, std::int64_t now_ns) noexcept;
   /// Reads what the peer offers into `to`, which advances, and waits for it. Returns the bytes. 0: it has been refused.
   std::int64_t read_in_place(int fd, IovCursor& to, bool may_read, std::uint16_t gen) noexcept;
   /// Before END: nobody reads the program's memory any more. False: the peer has not answered, and the lane is being recovered.
-  bool settle_offer() noexcept;
+  bool settle_lent() noexcept;
+  // --- the same where the peer's reader, or ours, waits first (stream_sink.cpp)
+  InPlace write_in_place(int fd, IovCursor& from, std::uint16_t gen, std::int64_t deadline) noexcept;
+  int await_target(std::uint16_t gen, std::int64_t deadline) noexcept;  ///< InPlace::result
+  /// Lets the peer's sender write into `to`, which advances, and waits for that. `was_offered` false: it cannot be, now.
+  InPlace receive_in_place(int fd, IovCursor& to, std::uint16_t gen, std::int64_t deadline) noexcept;
+  int await_sunk(std::uint16_t gen, std::int64_t deadline, bool& came_in_time) noexcept;
+  void settle_sink(int fd, std::uint16_t gen) noexcept;  ///< nobody writes to memory of the program's any more
   /// The peer's service thread should look at its lane: what we have said waits there for a call of its program.
   std::atomic<bool> wants_peers_look{false};
 
@@ -330,8 +338,9 @@ class alignas(64) StreamImpl {
   bool lane_is_over() const noexcept { return lane_is_left() || lane_is_dead(); }
   /// No further word will come. An unordered lane that failed brings none either.
   bool no_word_comes() const noexcept { return lane_is_left() || (lane->unordered() && lane_is_dead() && !lane->violated()); }
-  /// Something that a thread waiting to send (or to receive) can act on. With the lock.
-  bool changed(bool for_send) const noexcept;
+  /// Something that a thread waiting for that can act on. With the lock.
+  enum class For : std::uint8_t { bytes, room, target };  ///< target: memory of the peer's reader to write to
+  bool changed(For what) const noexcept;
 
   static constexpr int kNothingYet = 1;
   static constexpr std::int64_t kEndsHere = -1, kLookAgain = -2;
@@ -342,9 +351,9 @@ class alignas(64) StreamImpl {
   int wait_for_room(bool nowait, std::int64_t& deadline);  ///< as wait()
   /// spin_and_sleep and sleep: a cancellation point; spin_and_sleep_uncancelled: none.
   enum class Patience : std::uint8_t { spin, sleep, spin_and_sleep, spin_and_sleep_uncancelled };
-  /// Waits for changed(for_send); the lock is held on entry and exit. 0, -EINTR, or -EAGAIN when `deadline_ns` (0: none) has
+  /// Waits for changed(what); the lock is held on entry and exit. 0, -EINTR, or -EAGAIN when `deadline_ns` (0: none) has
   /// passed.
-  int wait(bool for_send, std::int64_t deadline_ns, bool has_timeout, Patience patience = Patience::spin_and_sleep);
+  int wait(For what, std::int64_t deadline_ns, bool has_timeout, Patience patience = Patience::spin_and_sleep);
   /// O_NONBLOCK of the program's descriptor. The kernel is asked once, by the first call that must know.
   bool is_nonblocking(int at) noexcept {
     const Blocking known = blocking.load(std::memory_order_relaxed);

@@ -300,7 +300,7 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
         lock.unlock();
         return -EAGAIN;
       }
-      if (const int r = wait(true, 0, false); r != 0) {
+      if (const int r = wait(For::room, 0, false); r != 0) {
         lock.unlock();
         return r;
       }
@@ -337,6 +337,12 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
     }
     if (lane->said(kAbandon)) {
       handle_abandon(at);
+      if (has_said_end()) continue;
+      lane->drain();  // another thread's send in place ends first
+      if (const int r = wait_for_room(nowait, deadline); r != 0) {
+        if (total == 0) total = r;
+        break;
+      }
       continue;
     }
     if (lane_is_over()) {
@@ -361,7 +367,7 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
     // A socket that was full stays so for small sends too, until it has room again.
     const bool full = was_full && tx_blocked && lane->buffered() >= kBufferAhead;
     const std::size_t most = full || (nowait && left > kSmallSend) ? kBufferAhead : SendBuffer::kCapacity;
-    if (!nowait && left > kSmallSend && lane->buffered() == 0 && wait(true, 0, false, Patience::spin) != kNothingYet) continue;
+    if (!nowait && left > kSmallSend && lane->buffered() == 0 && wait(For::room, 0, false, Patience::spin) != kNothingYet) continue;
     if (phase.load(std::memory_order_relaxed) == Phase::laned && tx.load(std::memory_order_relaxed) == TxState::lane &&
         generation.load(std::memory_order_relaxed) == gen && !lane_is_over() && !lane->said(kAbandon))
       total += static_cast<std::int64_t>(keep_unsent(from, most));
@@ -421,7 +427,7 @@ int StreamImpl::wait_for_room(bool nowait, std::int64_t& deadline) {
   if (lane->has_advert()) [[unlikely]]
     lane->refuse_advert();
   if (deadline == 0 && snd_timeout_ns != 0) deadline = now_ns() + snd_timeout_ns;
-  return wait(true, deadline, snd_timeout_ns != 0);
+  return wait(For::room, deadline, snd_timeout_ns != 0);
 }
 
 std::int64_t StreamImpl::recv(int at, IovCursor& to, int flags, std::uint16_t gen, MessageExtras* extras) {
@@ -568,6 +574,7 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
   const bool nowait = (flags & MSG_DONTWAIT) != 0 || is_nonblocking(at);
   Receiving r{.at = at, .to = to, .start = to, .flags = flags, .nowait = nowait, .extras = extras};
   std::int64_t deadline = 0;
+  bool in_place = (flags & (MSG_PEEK | MSG_TRUNC)) == 0;  ///< the peer may write into `to`
   if (!lock.enter()) return -EAGAIN;
   while (!to.done()) {
     if (generation.load(std::memory_order_relaxed) != gen) {
@@ -639,7 +646,17 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
       break;
     }
     if (deadline == 0 && rcv_timeout_ns != 0) deadline = now_ns() + rcv_timeout_ns;
-    r.result = wait(false, deadline, rcv_timeout_ns != 0);
+    if (in_place && to.chunk() >= lane->sink_from()) [[unlikely]] {
+      const InPlace got = receive_in_place(at, to, gen, deadline);
+      if (got.was_offered) {
+        r.total += got.bytes;
+        r.result = got.result;
+        if (r.result != 0 || (got.bytes != 0 && !r.all)) break;
+        in_place = got.bytes != 0;  // it has waited long enough, or something else has come
+        continue;
+      }
+    }
+    r.result = wait(For::bytes, deadline, rcv_timeout_ns != 0);
     if (r.result != 0) break;
     if (r.total == 0 && !r.peek && !r.all && (flags & MSG_TRUNC) == 0 && to.chunk() == to.remaining()) {
       r.total = take_at_once(to.data(), to.chunk(), gen);
@@ -655,19 +672,22 @@ std::int64_t StreamImpl::lane_recv(int at, IovCursor& to, int flags, std::uint16
   return r.total > 0 ? r.total : r.result;
 }
 
-bool StreamImpl::changed(bool for_send) const noexcept {
+bool StreamImpl::changed(For what) const noexcept {
   if (lane->maybe_ready()) return true;
-  if (tx.load(std::memory_order_relaxed) == TxState::lane && lane->said(kAbandon) && !lane->is_offering()) return true;
+  if (tx.load(std::memory_order_relaxed) == TxState::lane && lane->said(kAbandon) && !lane->is_lent()) return true;
   // Another thread may have taken the message in: what it brought counts, not only what is still in the CQ.
-  if (for_send) {
+  if (what == For::target)
+    return tx.load(std::memory_order_relaxed) != TxState::lane || failed_unseen() || lane_is_over() || lane->has_target() ||
+           !lane->writes_in_place();
+  if (what == For::room) {
     const TxState now = tx.load(std::memory_order_relaxed);
     if (now == TxState::prepared) return lane->said(kReady) || lane_is_over();
     if (now == TxState::ending) return lane->said(kEndSeen) || lane_is_over();
     const std::uint64_t buffered = lane->buffered();
-    return failed_unseen() || lane_is_over() || lane->may_send() || lane->has_offer_end() || lane->may_cancel_for(kAbandon) ||
-           (buffered != 0 && buffered < full_at / 2);
+    return failed_unseen() || lane_is_over() || lane->may_send() || lane->has_offer_end() || lane->has_written() ||
+           lane->may_cancel_for(kAbandon) || (buffered != 0 && buffered < full_at / 2);
   }
-  if (anchor_event.load(std::memory_order_acquire)) return true;
+  if (anchor_event.load(std::memory_order_acquire) || lane->has_sink_end()) return true;
   switch (rx.load(std::memory_order_relaxed)) {
     case RxState::tcp:
       return strict.load(std::memory_order_relaxed) && (lane->said(kPrepare) || lane_is_over());
@@ -714,14 +734,14 @@ class StreamImpl::Waiting {
   bool over_ = false;
 };
 
-int StreamImpl::wait(bool for_send, std::int64_t deadline, bool has_timeout, Patience patience) {
+int StreamImpl::wait(For what, std::int64_t deadline, bool has_timeout, Patience patience) {
   const std::uint64_t edges = state_edges.load(std::memory_order_relaxed);
   const std::uint16_t gen = generation.load(std::memory_order_relaxed);
   Lane* const l = lane;
   const auto woken = [&](bool if_busy) noexcept {
     if (state_edges.load(std::memory_order_acquire) != edges || generation.load(std::memory_order_acquire) != gen) return true;
     if (!lock.try_lock()) return if_busy;
-    const bool found = changed(for_send);
+    const bool found = changed(what);
     lock.unlock();
     return found;
   };
@@ -732,7 +752,7 @@ int StreamImpl::wait(bool for_send, std::int64_t deadline, bool has_timeout, Pat
     return patience == Patience::spin ? kNothingYet : 0;
   }
   l->settle();
-  if (!for_send) l->burst_is_over();
+  if (what == For::bytes) l->burst_is_over();
   Waiting waiting(*this);
   int result = 0;
   // Nearly always it is a message that ends the wait, and each look at all the rest is time in which one may have come, with the

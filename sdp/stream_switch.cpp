@@ -199,7 +199,7 @@ void StreamImpl::reset_here(int at) noexcept {
 }
 
 void StreamImpl::end_tx_locked() noexcept {
-  if (lane->is_offering() && !settle_offer()) return;
+  if (lane->is_lent() && !settle_lent()) return;
   const bool switched = tx.load(std::memory_order_relaxed) == TxState::lane;
   if (switched && stats != nullptr) stats->switches_down.add(1);
   if (switched) let_held_go();
@@ -243,7 +243,7 @@ void StreamImpl::refuse_late(int at) noexcept {
   const RxState now = rx.load(std::memory_order_relaxed);
   if (now == RxState::tcp) return abandon_rx();
   if ((now != RxState::draining && now != RxState::lane) || lane->said(kEnd) || lane_is_left() || is_recovering() ||
-      lane->is_reading() || lane->has_read() || anchor_counts(at).may_send)
+      lane->is_reading() || lane->has_read() || lane->has_sink() || lane->has_sink_end() || anchor_counts(at).may_send)
     return;
   lane->refuse_advert();
   lane->drain();
@@ -289,7 +289,7 @@ bool StreamImpl::resume_after_resend() noexcept {
 void StreamImpl::handle_abandon(int at) noexcept {
   std::uint64_t from = 0;
   if (has_said_end() || !lane->said(kAbandon, &from)) return;
-  if (lane->is_offering()) return lane->cancel_offer();  // who waits for its end comes back here
+  if (lane->is_lent()) return lane->cancel_offer();  // who waits for its end comes back here
   if (stats != nullptr && stats->reason.load(std::memory_order_relaxed) == LaneReason::none) stats->set_reason(LaneReason::refused);
   // RESEND has no acknowledgement, and most devices cannot read anything back: the peer reads on by the lane, to END.
   if (tx.load(std::memory_order_relaxed) != TxState::lane || lane->unordered()) return end_tx_locked();

@@ -6,81 +6,43 @@
 #include <cerrno>
 #include <utility>
 
-#include "rdma_core/base/clock.hpp"
 #include "rdma_core/base/program_call.hpp"
 #include "rdma_core/base/user_memory.hpp"
 #include "sdp/engine.hpp"
+#include "sdp/lent_watch.hpp"
 #include "sdp/stream_impl.hpp"
 
 namespace sdp {
 
 namespace sys = rdma::sys;
 
-namespace {
-
-constexpr std::int64_t kMillisecond = 1'000'000;
-constexpr std::int64_t kReaderPatienceNs = 10 * kMillisecond;  ///< without a byte read: then the rest goes by messages
-constexpr std::int64_t kAnswerNs =
-    5 * kMillisecond;  ///< to a cancel: then the peer's program makes no call, and its thread is asked
-
-std::int64_t now_ns() noexcept { return rdma::SteadyClock{}.now(); }
-
-/// One offer, as its owner follows it: for how long nothing has happened.
-class Watch {
- public:
-  explicit Watch(std::int64_t now) noexcept : moved_at_(now) {}
-  void look(std::int64_t now, std::uint32_t crossed) noexcept {
-    if (std::exchange(crossed_, crossed) != crossed) moved_at_ = now;
-  }
-  void begin_anew(std::int64_t now) noexcept { moved_at_ = now; }
-  void cancelled(std::int64_t now) noexcept {
-    moved_at_ = now;
-    next_ask_ = now + kAnswerNs;
-  }
-  bool is_cancelled() const noexcept { return next_ask_ != 0; }
-  std::int64_t still_for(std::int64_t now) const noexcept { return now - moved_at_; }
-  /// Later each time.
-  bool is_time_to_ask(std::int64_t now) noexcept {
-    if (!is_cancelled() || now < next_ask_) return false;
-    next_ask_ = now + std::max(2 * (now - moved_at_), kAnswerNs);
-    return true;
-  }
-  std::int64_t next_look(std::int64_t now) const noexcept { return is_cancelled() ? next_ask_ : now + kReaderPatienceNs; }
-
- private:
-  std::uint32_t crossed_ = 0;
-  std::int64_t moved_at_;
-  std::int64_t next_ask_ = 0;
-};
-
-}  // namespace
-
 StreamImpl::InPlace StreamImpl::send_in_place(int at, IovCursor& from, std::uint16_t gen, std::int64_t& deadline) noexcept {
   lane->drain();
-  const std::int64_t now = now_ns();
+  const std::int64_t now = LentWatch::now_ns();
   // An unordered lane that could not be recovered would be lost with what is under way on it, and nobody could say how much that
   // is.
-  if ((lane->unordered() && !may_recover()) || lane->dead() || lane->zero_copy().is_paused(now)) return {};
+  if ((lane->unordered() && !may_recover()) || lane->dead() || lane->zero_copy().sends.is_on(now)) return {};
+  if (deadline == 0 && snd_timeout_ns != 0) deadline = now + snd_timeout_ns;
+  if (lane->writes_in_place()) return write_in_place(at, from, gen, deadline);
   const auto bytes = static_cast<std::uint32_t>(std::min<std::size_t>(from.chunk(), Lane::kLongestOffer));
   const Lane::Offered offered = lane->offer(from.data(), bytes);
   if (offered != Lane::Offered::yes) {
     if (offered == Lane::Offered::unregistered) {
-      lane->zero_copy().pause(now);
+      lane->zero_copy().sends.begin(now);
       if (stats != nullptr) stats->zero_copy.unregistered.add(1);
     }
     return {};
   }
   InPlace sent{.was_offered = true};
-  if (deadline == 0 && snd_timeout_ns != 0) deadline = now + snd_timeout_ns;
-  sent.result = await_offer(at, gen, deadline, now);
+  sent.result = await_lent(at, gen, deadline, now);
   if (generation.load(std::memory_order_relaxed) != gen) return sent;  // closed: the lane may be gone already
   const Lane::OfferEnd end = lane->take_offer();
   from.skip(end.sent);
   sent.bytes = end.sent;
   if (end.whole)
-    lane->zero_copy().went_well();
+    lane->zero_copy().sends.went_well();
   else if (sent.result == 0)  // nothing of the caller's has ended it
-    lane->zero_copy().pause(now_ns());
+    lane->zero_copy().sends.begin(LentWatch::now_ns());
   // Another thread may have unmapped what the peer could not read. Those who copy have to know that.
   if (!end.whole && sent.result == 0 && !rdma::is_readable(from.data(), std::min<std::size_t>(from.chunk(), bytes - end.sent)))
     sent.result = -EFAULT;
@@ -95,20 +57,23 @@ StreamImpl::InPlace StreamImpl::send_in_place(int at, IovCursor& from, std::uint
 }
 
 // A peer that is stopped answers nothing, and its lane waits, as with TCP, until the caller has to return: then without the lane.
-int StreamImpl::await_offer(int at, std::uint16_t gen, std::int64_t deadline, std::int64_t now) noexcept {
-  const std::int64_t patience = std::int64_t{engine::options().lane_timeout_s} * 1000 * kMillisecond;
-  Watch watch(now);
+int StreamImpl::await_lent(int at, std::uint16_t gen, std::int64_t deadline, std::int64_t now) noexcept {
+  const std::int64_t patience = std::int64_t{engine::options().lane_timeout_s} * 1000 * LentWatch::kMillisecond;
+  LentWatch watch(now);
   int result = 0;
-  while (lane->is_offering()) {
+  while (lane->is_lent()) {
     if (lane->dead() || lane_is_over()) {
       leave_dead_lane(at);
-      if (lane->is_offering()) lane->unordered() ? lane->stop() : lane->cancel_offer();
+      if (lane->is_lent()) lane->unordered() ? lane->stop() : lane->cancel_offer();
       break;
     }
     watch.look(now, lane->offer_crossed());
-    if (!watch.is_cancelled() && (result != 0 || watch.still_for(now) >= kReaderPatienceNs || lane->said(kAbandon))) {
+    if (!watch.awaits_answer() && lane->is_writing()) {
+      watch.await_answer(now, LentWatch::kWriteNs);
+    } else if (!watch.awaits_answer() &&
+               (result != 0 || watch.still_for(now) >= LentWatch::kReaderPatienceNs || lane->said(kAbandon))) {
       lane->cancel_offer();
-      watch.cancelled(now);
+      watch.await_answer(now);
     } else if (result != 0 && watch.still_for(now) >= patience) {
       if (!begin_recovery()) lane->stop();
       break;
@@ -118,10 +83,10 @@ int StreamImpl::await_offer(int at, std::uint16_t gen, std::int64_t deadline, st
     }
     const bool has_deadline = deadline != 0 && result == 0;
     const std::int64_t until = has_deadline ? std::min(watch.next_look(now), deadline) : watch.next_look(now);
-    const int woken = wait(true, until, true, Patience::spin_and_sleep_uncancelled);
+    const int woken = wait(For::room, until, true, Patience::spin_and_sleep_uncancelled);
     if (generation.load(std::memory_order_relaxed) != gen) break;
     lane->drain();
-    now = now_ns();
+    now = LentWatch::now_ns();
     const bool is_ended = woken == -EINTR && sys::is_ended(deadline != 0 ? sys::EndedBy::any : sys::EndedBy::no_restart);
     if (woken == -EINTR) sys::forget_handlers();  // or the next wait would not sleep
     if (result != 0) continue;
@@ -131,12 +96,12 @@ int StreamImpl::await_offer(int at, std::uint16_t gen, std::int64_t deadline, st
   return result;
 }
 
-bool StreamImpl::settle_offer() noexcept {
+bool StreamImpl::settle_lent() noexcept {
   if (!lane->unordered()) {
     lane->cancel_offer();
     return true;
   }
-  if (!lane->dead() && lane->settle_offer()) return true;
+  if (!lane->dead() && lane->settle_lent()) return true;
   if (begin_recovery()) return false;
   lane->stop();
   return true;
@@ -147,17 +112,17 @@ std::int64_t StreamImpl::read_in_place(int at, IovCursor& to, bool may_read, std
     lane->refuse_advert();
     return 0;
   }
-  const std::int64_t patience = std::int64_t{engine::options().lane_timeout_s} * 1000 * kMillisecond;
-  Watch watch(now_ns());
+  const std::int64_t patience = std::int64_t{engine::options().lane_timeout_s} * 1000 * LentWatch::kMillisecond;
+  LentWatch watch(LentWatch::now_ns());
   while (lane->is_reading()) {
-    const std::int64_t now = now_ns();
+    const std::int64_t now = LentWatch::now_ns();
     watch.look(now, lane->read_done());
     if (lane->dead() || lane_is_over() || watch.still_for(now) >= patience) {
       leave_dead_lane(at);
       if (lane->is_reading() && !begin_recovery()) lane->stop();
       break;
     }
-    (void)wait(false, watch.next_look(now), true, Patience::spin_and_sleep_uncancelled);  // the device is writing to `to`
+    (void)wait(For::bytes, watch.next_look(now), true, Patience::spin_and_sleep_uncancelled);  // the device is writing to `to`
     if (generation.load(std::memory_order_relaxed) != gen) return 0;
     lane->drain();
   }

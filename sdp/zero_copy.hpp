@@ -1,8 +1,10 @@
-// ZeroCopy: what a lane does with the program's own memory: one offer of ours at a time, which the peer reads by RDMA, and one read
-// of an offer of the peer's. lane_zcopy.cpp moves the bytes, stream_zcopy.cpp decides when and waits.
+// ZeroCopy: what a lane does with the program's own memory, by SrcAvail (lane_zcopy.cpp): one offer of ours at a time, which the
+// peer reads by RDMA, and one read of an offer of the peer's; and by SinkAvail (lane_sink.cpp): one buffer of a reader of ours,
+// into which the peer writes by RDMA, and one write into such a buffer of the peer's. stream_zcopy.cpp and stream_sink.cpp decide
+// when and wait.
 //
-// Both belong to a thread of the program that waits inside its call, for the memory is its own again when the call returns. Whoever
-// takes in the peer's messages may find that they are over; their owner fetches how they ended. Memory of the program's is
+// Each belongs to a thread of the program that waits inside its call, for the memory is its own again when the call returns.
+// Whoever takes in the peer's messages may find that they are over; their owner fetches how they ended. Memory of the program's is
 // registered for that time only. Threads: the stream's lock.
 #pragma once
 
@@ -16,10 +18,23 @@
 
 namespace sdp {
 
+/// After an attempt that came to nothing there is none for a time, which grows.
+class Pause {
+ public:
+  static constexpr std::int64_t kFirstNs = 20'000'000, kLongestNs = 10'000'000'000;
+  bool is_on(std::int64_t now_ns) const noexcept { return now_ns < until_ns_; }
+  void begin(std::int64_t now_ns) noexcept {
+    length_ns_ = std::clamp(2 * length_ns_, kFirstNs, kLongestNs);
+    until_ns_ = now_ns + length_ns_;
+  }
+  void went_well() noexcept { length_ns_ = 0; }
+
+ private:
+  std::int64_t length_ns_ = 0, until_ns_ = 0;
+};
+
 class ZeroCopy {
  public:
-  static constexpr std::int64_t kFirstPauseNs = 20'000'000, kLongestPauseNs = 10'000'000'000;
-
   struct Offer {
     std::unique_ptr<rdma::Mr> mr;
     rdma::Rkey rkey{};
@@ -40,30 +55,45 @@ class ZeroCopy {
     std::uint32_t under_way = 0;  ///< RDMA Reads; pieces of the same size, but for the last
     bool has_owner = false;
   };
+  struct Sink {
+    std::unique_ptr<rdma::Mr> mr;
+    std::byte* memory = nullptr;
+    std::uint32_t done = 0;  ///< bytes, by the peer's word
+    bool is_open = false;    ///< the peer may still write
+    bool has_owner = false;
+    bool is_cancelled = false;
+  };
+  struct Write {
+    std::unique_ptr<rdma::Mr> mr;
+    const std::byte* memory = nullptr;
+    std::uint32_t bytes = 0;
+    std::uint64_t from = 0;     ///< the lane's position of the first
+    std::uint64_t request = 0;  ///< which of the send queue's
+    bool is_open = false;       ///< the device has not done it, or the peer has not said that it has RdmaWrCompl
+    bool has_owner = false;
+  };
   Offer offer;
   Read read;
+  Sink sink;
+  Write write;
+  Pause sends;     ///< offers, and waits for a buffer of the peer's: its reader did not come, or wanted it otherwise
+  Pause receives;  ///< buffers: what came was not written there
+  Pause wishes;    ///< for Pipelined mode: the peer has been asked
 
-  /// What was offered and not known to have crossed when the lane was stopped, in memory of this process's own: from the lane's
-  /// position `rest_from` on.
+  /// What was offered or written and not known to have crossed when the lane was stopped, in memory of this process's own: from the
+  /// lane's position `rest_from` on.
   KeptBytes rest;
   std::uint64_t rest_from = 0;
-
-  /// After an offer that came to nothing, for the reader did not come or wanted it otherwise, sends go by messages for a time,
-  /// which grows.
-  bool is_paused(std::int64_t now_ns) const noexcept { return now_ns < paused_until_ns_; }
-  void pause(std::int64_t now_ns) noexcept {
-    pause_ns_ = std::clamp(2 * pause_ns_, kFirstPauseNs, kLongestPauseNs);
-    paused_until_ns_ = now_ns + pause_ns_;
-  }
-  void went_well() noexcept { pause_ns_ = 0; }
 
   /// The QP is gone.
   void clear() noexcept {
     offer = {};
     read = {};
+    sink = {};
+    write = {};
     rest.clear();
   }
-  /// For a lane in `from`'s place, whose device is gone: how its offer and its read ended, for their owners.
+  /// For a lane in `from`'s place, whose device is gone: how what it had begun ended, for the owners.
   void inherit(const ZeroCopy& from) noexcept {
     offer.bytes = from.offer.bytes;
     offer.in_line = from.offer.in_line;
@@ -73,10 +103,12 @@ class ZeroCopy {
     offer.is_cancelled = from.offer.is_cancelled;
     read.done = from.read.done;
     read.has_owner = from.read.has_owner;
+    sink.done = from.sink.done;
+    sink.has_owner = from.sink.has_owner;
+    sink.is_cancelled = from.sink.is_cancelled;
+    write.bytes = from.write.bytes;
+    write.has_owner = from.write.has_owner;
   }
-
- private:
-  std::int64_t pause_ns_ = 0, paused_until_ns_ = 0;
 };
 
 }  // namespace sdp

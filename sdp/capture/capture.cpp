@@ -189,16 +189,27 @@ void Capture::message(std::uint32_t conn, bool outgoing, std::span<const std::by
   is_data ? maybe_flush_locked() : flush_locked();
 }
 
-void Capture::read_response(std::uint32_t conn, bool outgoing, std::span<const std::byte> bytes) noexcept {
+template <class HeaderOf>
+void Capture::write_packets(std::uint32_t conn, bool outgoing, std::uint8_t opcode, std::span<const std::byte> bytes,
+                            HeaderOf header_of) noexcept {
   if (foreign_process()) return;
   const std::lock_guard lock(mutex_);
   Connection* const c = find_locked(conn);
   while (c != nullptr && !bytes.empty()) {
     const std::span<const std::byte> now = bytes.first(std::min(bytes.size(), kSegmentBytes));
-    write_packet_locked(*c, outgoing, capture::kReadResponseOnly, capture::kAeth, now);
+    write_packet_locked(*c, outgoing, opcode, header_of(now.size()), now);
     bytes = bytes.subspan(now.size());
   }
   maybe_flush_locked();
+}
+
+void Capture::read_response(std::uint32_t conn, bool outgoing, std::span<const std::byte> bytes) noexcept {
+  write_packets(conn, outgoing, capture::kReadResponseOnly, bytes, [](std::size_t) { return capture::kAeth; });
+}
+
+void Capture::write(std::uint32_t conn, bool outgoing, std::span<const std::byte> bytes) noexcept {
+  write_packets(conn, outgoing, capture::kWriteOnly, bytes,
+                [](std::size_t n) { return capture::reth(static_cast<std::uint32_t>(n)); });
 }
 
 Capture::Connection* Capture::find_locked(std::uint32_t conn) noexcept {

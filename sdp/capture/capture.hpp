@@ -10,6 +10,9 @@
 // Bytes that the reader fetches from the sender's buffer are RDMA READ Responses (opcode 16): the reader's side shows them as they
 // are read, the sender's as they are put there.
 //
+// Bytes that are written into a waiting reader's memory are RDMA WRITE Only (opcode 10), at address 0: the writer's side shows them
+// when they are posted, the reader's behind the RdmaWrCompl by which it learns of them.
+//
 // Two things look malformed to Wireshark and are not: the REQ, in whose few private bytes it looks for a Hello, and Data without
 // payload, behind whose header it wants a byte. All fields of such Data are shown.
 //
@@ -74,6 +77,9 @@ class Capture {
   /// Bytes that need no message: fetched from the peer's memory, or put (`outgoing`) where the peer will fetch them.
   void read_response(std::uint32_t conn, bool outgoing, std::span<const std::byte> bytes) noexcept;
 
+  /// Bytes written into memory that the reader has advertised.
+  void write(std::uint32_t conn, bool outgoing, std::span<const std::byte> bytes) noexcept;
+
   /// What is buffered goes to the file now.
   void flush() noexcept;
   /// Flushes and ends the capture, as the destructor does. Later calls do nothing.
@@ -99,6 +105,9 @@ class Capture {
   bool foreign_process() const noexcept;
   Connection* find_locked(std::uint32_t conn) noexcept;
   void maybe_flush_locked() noexcept;
+  template <class HeaderOf>
+  void write_packets(std::uint32_t conn, bool outgoing, std::uint8_t opcode, std::span<const std::byte> bytes,
+                     HeaderOf header_of) noexcept;
   void write_cm_locked(const Connection&, bool active) noexcept;
   void write_packet_locked(Connection&, bool outgoing, std::uint8_t opcode, std::span<const std::byte> header,
                            std::span<const std::byte> payload) noexcept;

@@ -14,6 +14,13 @@ namespace sdp::capture {
 inline constexpr std::uint8_t kSendFirst = 0x00, kSendMiddle = 0x01, kSendLast = 0x02, kSendOnly = 0x04;
 inline constexpr std::uint8_t kReadResponseOnly = 0x10;            ///< its payload begins with an AETH
 inline constexpr std::array<std::byte, 4> kAeth{std::byte{0x1F}};  ///< ACK without end-to-end credits
+inline constexpr std::uint8_t kWriteOnly = 0x0A;                   ///< its payload begins with a RETH
+/// Of so many bytes, at address 0 by key 0.
+constexpr std::array<std::byte, 16> reth(std::uint32_t bytes) noexcept {
+  std::array<std::byte, 16> header{};
+  for (unsigned i = 0; i < 4; ++i) header[12 + i] = static_cast<std::byte>(bytes >> (24 - 8 * i));
+  return header;
+}
 inline constexpr std::size_t kMadBytes = 256;
 inline constexpr std::size_t kMaxOverhead = 14 + 40 + 8 + 12 + 8 + 3 + 4;
 inline constexpr std::size_t kIcrcBytes = 4;

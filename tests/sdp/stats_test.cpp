@@ -90,7 +90,7 @@ BOOST_AUTO_TEST_CASE(every_reason_has_a_name_of_its_own_and_a_text) {
 }
 
 BOOST_AUTO_TEST_CASE(the_hot_parts_stay_small) {
-  BOOST_TEST(sizeof(ConnStats) == 256U);
+  BOOST_TEST(sizeof(ConnStats) == 320U);
   BOOST_TEST(alignof(ConnStats) == 64U);
   BOOST_TEST(sizeof(Traffic) == 32U);
 }
@@ -141,6 +141,11 @@ BOOST_AUTO_TEST_CASE(open_and_closed_connections_are_counted_once) {
     a->zero_copy.cancelled.add(1);
     a->zero_copy.refused.add(3);
     a->zero_copy.unregistered.add(5);
+    a->zero_copy.bytes_written.add(21);
+    a->zero_copy.bytes_placed.add(22);
+    a->zero_copy.sinks.add(23);
+    a->zero_copy.sinks_cancelled.add(24);
+    a->zero_copy.sinks_unused.add(25);
     a->switches_up.add(2);
     a->lanes_failed.add(3);
     a->lanes_returned.add(1);
@@ -161,7 +166,12 @@ BOOST_AUTO_TEST_CASE(open_and_closed_connections_are_counted_once) {
                                    {"bytes_received", 8},
                                    {"cancelled", 1},
                                    {"refused", 3},
-                                   {"unregistered", 5}}));
+                                   {"unregistered", 5},
+                                   {"bytes_written", 21},
+                                   {"bytes_placed", 22},
+                                   {"sinks", 23},
+                                   {"sinks_cancelled", 24},
+                                   {"sinks_unused", 25}}));
     EXPECT(j["connections"][0]["zero_copy"] == j["zero_copy"]);
     EXPECT(j["switches"] == json({{"up", 2}, {"down", 0}}));
     EXPECT(j["failures"] == json({{"lanes", 3}, {"returned", 1}}));

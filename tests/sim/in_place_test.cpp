@@ -31,6 +31,8 @@ struct Case {
   std::uint64_t bytes = 0;
   unsigned small_reads = 0, polled_reads = 0, odd_reads = 0;  ///< per cent
   bool signals = false, restarts = false, takes_down = false, fails = false, has_timeout = false, lazy = false;
+  bool signals_readers = false, has_read_timeout = false;
+  unsigned all_reads = 0;  ///< per cent that wait for all
 };
 
 Case case_of(std::uint64_t seed) {
@@ -50,11 +52,15 @@ Case case_of(std::uint64_t seed) {
   c.has_timeout = chance.percent(20);
   c.lazy = chance.percent(20);
   c.restarts = chance.percent(50);
+  c.signals_readers = chance.percent(30);
+  c.has_read_timeout = chance.percent(20);
+  c.all_reads = static_cast<unsigned>(chance.percent(50) ? 0 : chance.pick(0, 100));
   return c;
 }
 
 struct Totals {
   std::uint64_t sent_in_place = 0, received_in_place = 0, adverts = 0, cancelled = 0, refused = 0, by_tcp = 0;
+  std::uint64_t written = 0, placed = 0, sinks = 0, sinks_cancelled = 0, sinks_unused = 0;
 };
 
 /// Both ends and their programs: a sender and a reader on each side, as far as there is something for them.
@@ -66,6 +72,8 @@ class Programs {
       s.blocking = Blocking::yes;
       fcntl(ends_.end(i).fd, F_SETFL, 0);
       if (c.has_timeout) s.snd_timeout_ns = 3'000'000;
+      if (c.has_read_timeout) s.rcv_timeout_ns = 3'000'000;
+      room_[i] = std::move(*hosts.host[i].context->pd->map_extent(kLargest));
       memory_[i] = std::move(*hosts.host[i].context->pd->map_extent(kLargest));
       ends_.attach(i);
     }
@@ -74,11 +82,12 @@ class Programs {
     const unsigned ways = case_.both_ways ? 2 : 1;
     std::atomic<unsigned> busy{2 * ways};
     std::vector<std::thread> threads;
-    std::vector<pthread_t> senders;
+    std::vector<pthread_t> senders, readers;
     for (unsigned i = 0; i < ways; ++i) {
       threads.emplace_back([&, i] { guarded(busy, [&] { send_all(i); }); });
       senders.push_back(threads.back().native_handle());
       threads.emplace_back([&, i] { guarded(busy, [&] { read_all(1 - i); }); });
+      readers.push_back(threads.back().native_handle());
     }
     Chance chance(seed_ ^ 0xD15);
     const std::int64_t begun = now();
@@ -88,6 +97,8 @@ class Programs {
       if (now() - begun > 30'000'000'000) stuck();
       if (case_.signals && chance.percent(20))
         pthread_kill(senders[chance.pick(0, senders.size() - 1)], case_.restarts ? SIGUSR2 : SIGUSR1);
+      if (case_.signals_readers && chance.percent(20))
+        pthread_kill(readers[chance.pick(0, readers.size() - 1)], case_.restarts ? SIGUSR2 : SIGUSR1);
       for (unsigned i : {0U, 1U}) ends_.serve(i);
       if (!struck && now() >= strikes_at && (case_.takes_down || case_.fails)) {
         struck = true;
@@ -160,7 +171,7 @@ class Programs {
   void read_all(unsigned i) {
     Chance chance(seed_ * 7 + i);
     StreamEnd& e = ends_.end(i);
-    std::vector<std::byte> memory(kLargest);
+    std::byte* const memory = room_[i]->addr;
     for (std::uint64_t got = 0;;) {
       const std::size_t room = chance.percent(case_.small_reads) ? chance.pick(1, 9000) : chance.pick(1, kLargest);
       if (case_.lazy && chance.percent(10)) {
@@ -174,9 +185,15 @@ class Programs {
       } else if (chance.percent(case_.odd_reads)) {
         flags = chance.percent(50) ? MSG_PEEK : chance.percent(50) ? MSG_TRUNC : 0;
         if (flags == 0) (void)e.handle().inq(e.fd);
+      } else if (chance.percent(case_.all_reads)) {
+        flags = MSG_WAITALL;
       }
-      const std::int64_t n = e.handle().recv(e.fd, memory.data(), room, flags);
-      if (n == -EAGAIN && flags == MSG_DONTWAIT) {
+      std::memset(memory, 0x5A, kLargest);
+      rdma::sys::forget_handlers();
+      const std::int64_t n = e.handle().recv(e.fd, memory, room, flags);
+      if ((n == -EAGAIN && (flags == MSG_DONTWAIT || case_.has_read_timeout)) || (n == -EINTR && case_.signals_readers)) {
+        if (std::any_of(memory, memory + kLargest, [](std::byte b) { return b != std::byte{0x5A}; }))
+          broken("recv said ", n, " and has written at ", got);
         sched_yield();
         continue;
       }
@@ -185,7 +202,7 @@ class Programs {
         return;
       }
       if (n < 0) broken("recv at ", got, " of ", case_.bytes, ": ", n);
-      if (flags != MSG_TRUNC) verify(memory.data(), static_cast<std::size_t>(n), stream(1 - i), got, "recv");
+      if (flags != MSG_TRUNC) verify(memory, static_cast<std::size_t>(n), stream(1 - i), got, "recv");
       if (flags != MSG_PEEK) got += static_cast<std::uint64_t>(n);
       got_[i] = got;
     }
@@ -199,6 +216,11 @@ class Programs {
     totals.cancelled += s.zero_copy.cancelled.get();
     totals.refused += s.zero_copy.refused.get();
     totals.by_tcp += s.tcp.bytes_received.get();
+    totals.written += s.zero_copy.bytes_written.get();
+    totals.placed += s.zero_copy.bytes_placed.get();
+    totals.sinks += s.zero_copy.sinks.get();
+    totals.sinks_cancelled += s.zero_copy.sinks_cancelled.get();
+    totals.sinks_unused += s.zero_copy.sinks_unused.get();
   }
   std::uint64_t stream(unsigned i) const { return seed_ * 2 + i; }
 
@@ -206,7 +228,7 @@ class Programs {
   Case case_;
   Hosts& hosts_;
   ServedPair ends_;
-  std::array<std::unique_ptr<rdma::Mr>, 2> memory_;
+  std::array<std::unique_ptr<rdma::Mr>, 2> memory_, room_;
   std::array<std::atomic<std::uint64_t>, 2> sent_{}, got_{};
   std::mutex mutex_;
   std::string problem_;
@@ -228,7 +250,9 @@ Totals run_all(const char* name) {
   });
   BOOST_TEST_MESSAGE(totals.adverts << " offers, " << totals.cancelled << " cancelled, " << totals.refused << " refused; "
                                     << totals.sent_in_place << " bytes in place (" << totals.received_in_place
-                                    << " as the readers say), " << totals.by_tcp << " by TCP");
+                                    << " as the readers say), " << totals.by_tcp << " by TCP; " << totals.sinks << " sinks, "
+                                    << totals.sinks_cancelled << " cancelled, " << totals.sinks_unused << " unused; "
+                                    << totals.placed << " bytes of " << totals.written << " written");
   return totals;
 }
 
@@ -240,6 +264,9 @@ BOOST_AUTO_TEST_CASE(threads_send_and_receive_in_place_through_everything) {
   BOOST_TEST(totals.sent_in_place > 50'000'000U);
   BOOST_TEST(totals.cancelled > 50U);
   BOOST_TEST(totals.refused > 50U);
+  BOOST_TEST(totals.placed > 50'000'000U);
+  BOOST_TEST(totals.sinks_cancelled > 50U);
+  BOOST_TEST(totals.sinks_unused > 50U);
 }
 
 BOOST_AUTO_TEST_CASE(threads_read_program_memory_of_the_software_device_through_everything) {

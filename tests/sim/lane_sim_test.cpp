@@ -22,6 +22,7 @@ struct Case {
   Fault fault = Fault::none;
   std::uint32_t far_size_max = 0;  ///< bytes: side 1's recv_size_max; 0: that of `limits`
   unsigned in_place = 0;           ///< per cent of sends and receives that go without a copy
+  unsigned sinks = 0;              ///< of these, per cent by what the reader advertises
 };
 
 /// A program's call that sends or receives in place, and the memory that it has given.
@@ -34,12 +35,19 @@ struct InPlaceCall {
 /// Sums over the seeds: a test in which nothing crosses in place is none.
 struct InPlaceTotals {
   std::uint64_t offers = 0, whole = 0, cancelled = 0, refused = 0, bytes = 0, crossings = 0, in_the_middle = 0;
+  std::uint64_t sinks = 0, sinks_cancelled = 0, sinks_unused = 0, written = 0, placed = 0;
 };
 
 class Rig {
  public:
   Rig(std::uint64_t seed, const Case& c)
-      : seed_(seed), fault_(c.fault), in_place_(c.in_place), chance_(seed ^ 0x5EED), fabric_(c.fabric), limits_(c.limits) {
+      : seed_(seed),
+        fault_(c.fault),
+        in_place_(c.in_place),
+        sinks_(c.sinks),
+        chance_(seed ^ 0x5EED),
+        fabric_(c.fabric),
+        limits_(c.limits) {
     for (unsigned i : {0U, 1U}) {
       host_[i].open(fabric_.device(side(i)), fabric_.path(side(i)));
       LaneLimits limits = c.limits;
@@ -131,13 +139,34 @@ class Rig {
   /// What recv() in place does, likewise.
   bool read_in_place(unsigned i, std::size_t bytes) {
     InPlaceCall& call = read_[i];
-    if (call.is_under_way || !fabric_.alive(side(i))) return false;
-    if (std::any_of(call.memory.begin(), call.memory.end(), [](std::byte b) { return b != kLeft; }))
-      broken("side ", i, "'s device wrote to memory that was the program's again");
-    call.memory.assign(bytes, kLeft);
+    if (call.is_under_way || sink_[i].is_under_way || !fabric_.alive(side(i))) return false;
+    lend_to_device(call, bytes, i);
     if (!lane_[i]->begin_read(call.memory.data(), bytes)) return false;
     call.is_under_way = true;
     return true;
+  }
+  /// What recv() does before it waits where the peer may write.
+  bool advertise(unsigned i, std::size_t bytes) {
+    InPlaceCall& call = sink_[i];
+    if (call.is_under_way || read_[i].is_under_way || !fabric_.alive(side(i))) return false;
+    lend_to_device(call, bytes, i);
+    const Lane::Sunk sunk = lane_[i]->advertise(call.memory.data(), bytes);
+    if (sunk == Lane::Sunk::not_pipelined) lane_[i]->wish_pipelined();
+    if (sunk != Lane::Sunk::yes) return false;
+    call.is_under_way = true;
+    ++totals_.sinks;
+    return true;
+  }
+  /// What send() does that finds a reader's memory.
+  bool write(unsigned i, std::size_t bytes) {
+    InPlaceCall& call = write_[i];
+    Lane& lane = *lane_[i];
+    if (call.is_under_way || offer_[i].is_under_way || bytes == 0 || !fabric_.alive(side(i)) || !lane.has_target()) return false;
+    call.memory.resize(bytes);
+    call.from = sent_[i];
+    fill(call.memory.data(), bytes, stream(i), sent_[i]);
+    call.is_under_way = lane.write(call.memory.data(), static_cast<std::uint32_t>(bytes)) == Lane::Offered::yes;
+    return call.is_under_way;
   }
   /// The calls return that can; their programs write to the memory at once.
   void see_ends() {
@@ -159,6 +188,24 @@ class Rig {
         std::fill(read_[i].memory.begin(), read_[i].memory.end(), kLeft);
         read_[i].is_under_way = false;
       }
+      if (write_[i].is_under_way && lane_[i]->has_written()) {
+        const std::uint32_t n = lane_[i]->take_written();
+        sent_[i] = write_[i].from + n;
+        totals_.written += n;
+        std::fill(write_[i].memory.begin(), write_[i].memory.end(), kLeft);
+        write_[i].is_under_way = false;
+      }
+      if (sink_[i].is_under_way && lane_[i]->has_sink_end()) {
+        const bool cancelled = lane_[i]->zero_copy().sink.is_cancelled;
+        const std::uint32_t n = lane_[i]->take_sunk();
+        verify(sink_[i].memory.data(), n, stream(1 - i), received_[1 - i], "written in place");
+        received_[1 - i] += n;
+        totals_.placed += n;
+        totals_.sinks_cancelled += cancelled;
+        totals_.sinks_unused += n == 0 && !cancelled;
+        std::fill(sink_[i].memory.begin(), sink_[i].memory.end(), kLeft);
+        sink_[i].is_under_way = false;
+      }
     }
   }
 
@@ -171,7 +218,7 @@ class Rig {
     const bool dead = lane_[i]->dead();
     if (!lane_[i]->send_at_once(out_.data(), static_cast<std::uint32_t>(bytes))) return false;
     if (dead) broken("a dead lane took bytes");
-    if (offer_[i].is_under_way) broken("bytes passed an offer");
+    if (is_lent(i)) broken("bytes passed an offer");
     sent_[i] += bytes;
     return true;
   }
@@ -189,11 +236,16 @@ class Rig {
     if (dead && n != 0) broken("a dead lane took bytes");
     if (n > bytes || (n < bytes && lane.may_send() && !lane.dead())) broken("send stopped before it had to");
     sent_[i] += n;
-    if (n != 0 && offer_[i].is_under_way) broken("bytes passed an offer");
+    if (n != 0 && is_lent(i)) broken("bytes passed an offer");
     return n;
   }
   std::size_t receive(unsigned i, std::size_t bytes, bool peek = false) {
     Lane& lane = *lane_[i];
+    if (sink_[i].is_under_way) {  // the program's thread waits there
+      lane.drain();
+      see_ends();
+      if (sink_[i].is_under_way) return 0;
+    }
     in_.resize(bytes);
     std::array<iovec, 5> iov;
     const std::size_t pieces = cut(iov, in_);
@@ -210,6 +262,7 @@ class Rig {
       more = false;
       for (unsigned i : {0U, 1U}) {
         while (receive(i, 1 << 16) != 0) more = true;
+        if (lane_[i]->unread() == 0) lane_[i]->cancel_sink();
         if (lane_[i]->has_advert() && !(chance_.percent(50) && read_in_place(i, chance_.size(200'000)))) lane_[i]->refuse_advert();
       }
       if (fabric_.step()) more = true;
@@ -218,7 +271,7 @@ class Rig {
     }
     settle();
     for (unsigned i : {0U, 1U})
-      if (offer_[i].is_under_way || read_[i].is_under_way) broken("side ", i, " waits though both sides read");
+      if (is_lent(i) || read_[i].is_under_way || sink_[i].is_under_way) broken("side ", i, " waits though both sides read");
   }
   /// Nobody sends payload or reads: the lanes must fall silent.
   void settle() {
@@ -246,7 +299,15 @@ class Rig {
     return pieces;
   }
 
-  void discard(unsigned i, std::size_t bytes) { received_[1 - i] += lane_[i]->discard(bytes); }
+  void discard(unsigned i, std::size_t bytes) {
+    if (!sink_[i].is_under_way) received_[1 - i] += lane_[i]->discard(bytes);
+  }
+  bool is_lent(unsigned i) const { return offer_[i].is_under_way || write_[i].is_under_way; }
+  static void lend_to_device(InPlaceCall& call, std::size_t bytes, unsigned i) {
+    if (std::any_of(call.memory.begin(), call.memory.end(), [](std::byte b) { return b != kLeft; }))
+      broken("side ", i, "'s memory was written to when it was the program's again");
+    call.memory.assign(bytes, kLeft);
+  }
 
   void act(unsigned reading) {
     const auto i = static_cast<unsigned>(chance_.pick(0, 1));
@@ -278,6 +339,7 @@ class Rig {
   }
 
   void act_in_place(unsigned i) {
+    if (chance_.percent(sinks_)) return act_by_sinks(i);
     const std::uint64_t what = chance_.pick(0, 29);
     if (what == 0 && lane_[i]->is_offering())
       lane_[i]->cancel_offer();
@@ -289,12 +351,26 @@ class Rig {
       (void)offer(i, chance_.size(300'000));
   }
 
+  void act_by_sinks(unsigned i) {
+    const std::uint64_t what = chance_.pick(0, 39);
+    if (what == 0)
+      lane_[i]->leave_writing();
+    else if (what == 1)
+      lane_[i]->cancel_sink();
+    else if (lane_[i]->has_target())
+      (void)write(i, chance_.size(300'000));
+    else if (lane_[i]->unread() != 0)
+      receive(i, chance_.size(300'000));
+    else
+      (void)advertise(i, limits_.conn.recv_size_max + chance_.size(300'000));
+  }
+
   /// Both have stopped their lanes and tell each other how far they are: what one does not have the other does.
   void recover() {
     for (unsigned i : {0U, 1U}) lane_[i]->stop();
     for (unsigned i : {0U, 1U}) {
       see_ends();
-      if (offer_[i].is_under_way || read_[i].is_under_way) broken("side ", i, " waits on a lane that is stopped");
+      if (is_lent(i) || read_[i].is_under_way || sink_[i].is_under_way) broken("side ", i, " waits on a lane that is stopped");
     }
     for (unsigned i : {0U, 1U}) {
       receive_rest(1 - i);
@@ -329,7 +405,7 @@ class Rig {
     if (lane_[0] == nullptr) return;  // the test was faster
     const auto i = static_cast<unsigned>(chance_.pick(0, 1));
     struck_ = true;
-    totals_.in_the_middle += offer_[0].is_under_way || offer_[1].is_under_way;
+    totals_.in_the_middle += is_lent(0) || is_lent(1) || sink_[0].is_under_way || sink_[1].is_under_way;
     if (fault_ == Fault::broken_link)
       fabric_.break_qp(lane_[i]->qp());
     else if (fault_ == Fault::removed_device)
@@ -350,7 +426,7 @@ class Rig {
     }
     if (in_place_ != 0 && fault_ != Fault::dead_peer) return recover();
     for (unsigned i : {0U, 1U}) {
-      if (lane_[i]->is_offering()) lane_[i]->stop();
+      if (lane_[i]->is_lent() || lane_[i]->has_sink()) lane_[i]->stop();
       see_ends();
       if (received_[i] > sent_[i]) broken("more arrived than was sent");
     }
@@ -389,14 +465,14 @@ class Rig {
 
   std::uint64_t seed_;
   Fault fault_;
-  unsigned in_place_;
+  unsigned in_place_, sinks_;
   Chance chance_;
   SimFabric fabric_;
   LaneLimits limits_;
   std::array<LaneHost, 2> host_;
   std::array<Lane*, 2> lane_{};
   std::array<std::uint64_t, 2> sent_{}, received_{};  ///< by sending side
-  std::array<InPlaceCall, 2> offer_, read_;
+  std::array<InPlaceCall, 2> offer_, read_, sink_, write_;
   InPlaceTotals totals_;
   std::vector<std::byte> out_, in_;
   std::uint64_t actions_ = 0;
@@ -451,10 +527,12 @@ Case in_place_case(std::uint64_t seed, Fault fault) {
   return c;
 }
 
-InPlaceTotals run_in_place(const char* name, Fault fault, std::uint64_t count) {
+InPlaceTotals run_in_place(const char* name, Fault fault, std::uint64_t count, bool sinks = false) {
   InPlaceTotals all;
   for_each_seed(name, count, [&](std::uint64_t seed) {
-    Rig rig(seed, in_place_case(seed, fault));
+    Case c = in_place_case(seed, fault);
+    if (sinks) c.sinks = static_cast<unsigned>(30 + seed % 71);
+    Rig rig(seed, c);
     rig.run();
     const InPlaceTotals& t = rig.totals();
     all.offers += t.offers;
@@ -464,10 +542,17 @@ InPlaceTotals run_in_place(const char* name, Fault fault, std::uint64_t count) {
     all.bytes += t.bytes;
     all.crossings += t.crossings;
     all.in_the_middle += t.in_the_middle;
+    all.sinks += t.sinks;
+    all.sinks_cancelled += t.sinks_cancelled;
+    all.sinks_unused += t.sinks_unused;
+    all.written += t.written;
+    all.placed += t.placed;
   });
   BOOST_TEST_MESSAGE(name << ": " << all.offers << " offers, " << all.whole << " whole, " << all.cancelled << " cancelled, "
                           << all.refused << " refused, " << all.crossings << " crossing, " << all.bytes << " bytes in place, "
-                          << all.in_the_middle << " faults in the middle");
+                          << all.in_the_middle << " faults in the middle, " << all.sinks << " sinks, " << all.sinks_cancelled
+                          << " cancelled, " << all.sinks_unused << " unused, " << all.placed << " bytes of " << all.written
+                          << " written");
   return all;
 }
 
@@ -481,6 +566,29 @@ BOOST_AUTO_TEST_CASE(what_crosses_in_place_is_whole_and_the_memory_is_left_alone
   BOOST_TEST(all.refused > 400U);
   BOOST_TEST(all.crossings > 200U);
   BOOST_TEST(all.bytes > 10'000'000U);
+}
+
+BOOST_AUTO_TEST_CASE(what_is_written_where_a_reader_waits_is_whole_and_the_memory_is_left_alone_afterwards) {
+  const InPlaceTotals all = run_in_place("sinks", Fault::none, 3000, true);
+  if (Seeds(3000).count < 1000) return;  // a replay
+  BOOST_TEST(all.written == all.placed);
+  BOOST_TEST(all.placed > 2'000'000U);
+  BOOST_TEST(all.sinks_cancelled > 400U);
+  BOOST_TEST(all.sinks_unused > 400U);
+  BOOST_TEST(all.bytes > 1'000'000U, "what is offered crosses beside it");
+}
+
+BOOST_AUTO_TEST_CASE(a_lane_that_fails_in_the_middle_of_a_write_loses_nothing) {
+  for (const Fault fault : {Fault::refused_posts, Fault::broken_link, Fault::removed_device}) {
+    const InPlaceTotals all = run_in_place("sinks_fault", fault, 1500, true);
+    if (Seeds(1500).count < 1000) continue;
+    BOOST_TEST(all.placed > 300'000U);
+    if (fault != Fault::refused_posts) BOOST_TEST(all.in_the_middle > 20U);
+  }
+}
+
+BOOST_AUTO_TEST_CASE(a_peer_that_dies_in_the_middle_of_a_write_leaves_nobody_waiting) {
+  BOOST_TEST(run_in_place("sinks_death", Fault::dead_peer, 1000, true).sinks > 0U);
 }
 
 BOOST_AUTO_TEST_CASE(a_lane_that_fails_in_the_middle_of_an_offer_loses_nothing) {

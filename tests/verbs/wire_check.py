@@ -24,7 +24,7 @@ SEGMENT_FIELDS = ["iwarp_mpa.ulpdulength", "iwarp_rdma.opcode", "iwarp_ddp.last_
 ROCE_FIELDS = TCP_FIELDS + PACKET_FIELDS + SDP_FIELDS + HELLO_FIELDS
 IWARP_FIELDS = TCP_FIELDS + SEGMENT_FIELDS + SDP_FIELDS + HELLO_FIELDS
 
-HELLO, HELLO_ACK, DISCONN, CH_RCV_BUF, CH_RCV_BUF_ACK, SRC_AVAIL, DATA = 0x00, 0x01, 0x02, 0x0B, 0x0C, 0xFE, 0xFF
+HELLO, HELLO_ACK, DISCONN, WR_COMPL, CH_RCV_BUF, CH_RCV_BUF_ACK, SRC_AVAIL, DATA = 0x00, 0x01, 0x02, 0x05, 0x0B, 0x0C, 0xFE, 0xFF
 BASE_HEADER, HELLO_LENGTH, HELLO_ACK_LENGTH = 16, 68, 24
 RESERVED_CREDITS = 2
 DIALLER, ANSWERER = 0, 1  # sides of a lane
@@ -239,6 +239,7 @@ def check_lane(lane):
     fixed = number(hello.hello["localrcvsz"])  # of the dialler's buffers, until it says that they grew
     ended = [False, False]
     asked = [0, 0]                          # by sender of a ChRcvBuf: the MSeq of its answer. Until it has that it may use up buffers
+    written = [0, 0]                        # by sender: MSeq of its last RdmaWrCompl, whose acknowledgement it waits for
     for m in messages[2:]:
         me, other = m.side, 1 - m.side
         credits, grant = limit[me] - sent[me], m.mseqack + m.bufs
@@ -256,7 +257,8 @@ def check_lane(lane):
             demand(not ended[me], m.frame, "payload after DisConn")
         elif m.mid == DATA:
             sweep = m.mseqack < asked[me] and credits > RESERVED_CREDITS
-            demand(credits >= 1 and more or sweep, m.frame, f"an update that grants nothing, or with {credits} credits")
+            answer = acked[me] < written[other] <= m.mseqack and credits > RESERVED_CREDITS
+            demand(credits >= 1 and more or sweep or answer, m.frame, f"an update that grants nothing, or with {credits} credits")
         else:
             demand(credits >= 2 or credits == 1 and more, m.frame, f"control with {credits} credits")
         if m.mid == DISCONN:
@@ -268,6 +270,8 @@ def check_lane(lane):
             asked[me] = math.inf
         elif m.mid == CH_RCV_BUF_ACK:
             asked[other] = m.mseq
+        if m.mid == WR_COMPL:
+            written[me] = m.mseq
         sent[me], acked[me], limit[other] = m.mseq, m.mseqack, grant
         summary.mids[me][m.mid] += 1
         summary.payload[me] += m.payload()

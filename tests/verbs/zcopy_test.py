@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Long blocking sends over an RDMA device are read in place, by the counters of both ends, and arrive whole: also while signals end
-calls in the middle, both ways at once, and when either end is killed. Data is checked by its digest; the sender overwrites its
+"""Long blocking sends over an RDMA device are read in place, or written where the reader waits, by the counters of both ends, and
+arrive whole: also while signals end calls in the middle, both ways at once, and when either end is killed. Data is checked by its digest; the sender overwrites its
 memory the moment a send returns.
 
     zcopy_test.py --lib LIBRARY --transport ib|rnic
@@ -10,6 +10,7 @@ Policy sdp: all of it goes by the lane.
 import argparse
 import hashlib
 import random
+import select
 import signal
 import socket
 import subprocess
@@ -38,13 +39,15 @@ def read_exactly(peer, memory):
         done += count
 
 
-def serve(near):
-    """Answers each connection's blocks with their digest."""
+def serve(near, polls=False):
+    """Answers each connection's blocks with their digest. One that polls never waits in a receive, and so lends no memory."""
     listener = socket.create_server((near, PORT))
     peer = listener.accept()[0]
     total, memory = hashlib.sha256(), memoryview(bytearray(MIB))
     try:
         while True:
+            if polls:
+                select.select([peer], [], [])
             count = peer.recv_into(memory)
             if count == 0:
                 break
@@ -78,6 +81,42 @@ def send(near, far, signals):
     client.shutdown(socket.SHUT_WR)
     assert client.recv(32, socket.MSG_WAITALL) == total.digest(), "another stream arrived"
     assert not signals or interrupted > 10, f"{interrupted} signals"
+
+
+def answer_requests(near):
+    """A reader that waits: asks for each block, in memory that the sender is to write to."""
+    peer = socket.create_server((near, PORT)).accept()[0]
+    memory, expected = memoryview(bytearray(MIB)), bytearray(MIB)
+    for number in range(BLOCKS):
+        memory[:] = bytes(MIB)
+        peer.sendall(b"?")
+        assert peer.recv_into(memory, MIB, socket.MSG_WAITALL) == MIB
+        fill(expected, number)
+        assert memory == expected, f"block {number} is another"
+
+
+def send_requested(near, far):
+    client = socket.socket()
+    client.bind((far, 0))
+    client.connect((near, PORT))
+    memory = bytearray(MIB)
+    for number in range(BLOCKS):
+        assert client.recv(1) == b"?"
+        fill(memory, number)
+        client.sendall(memory)
+        memory[:] = bytes(MIB)
+    assert client.recv(1) == b""
+
+
+def requested(lib, transport, settings):
+    """What a waiting reader lets be written into its memory."""
+    with two_roles(lib, PORT, transport, roles=("answer_requests", "send_requested"), settings=settings) as run:
+        codes = [each.wait(120) for each in (run.client, run.server)]
+        assert codes == [0, 0], codes
+        source, sink = zero_copy(run.report_of(run.client)), zero_copy(run.report_of(run.server))
+        print(transport, "requested: source", source, "sink", sink, flush=True)
+        assert source["bytes_written"] == sink["bytes_placed"], "the ends differ"
+        return sink
 
 
 def exchange(peer):
@@ -126,13 +165,14 @@ def zero_copy(report):
     return report["zero_copy"]
 
 
-def transfer(lib, transport, role, settings, least):
-    with two_roles(lib, PORT, transport, roles=("serve", role), settings=settings) as run:
+def transfer(lib, transport, role, settings, least, server="serve"):
+    with two_roles(lib, PORT, transport, roles=(server, role), settings=settings) as run:
         codes = [each.wait(120) for each in (run.client, run.server)]
         assert codes == [0, 0], codes
         source, sink = zero_copy(run.report_of(run.client)), zero_copy(run.report_of(run.server))
         print(transport, role, "source", source, "sink", sink, flush=True)
         assert source["bytes_sent"] == sink["bytes_received"], "the ends differ"
+        assert source["bytes_written"] == sink["bytes_placed"], "the ends differ"
         assert source["bytes_sent"] >= least, f"only {source['bytes_sent']} of {BLOCKS * MIB} bytes crossed in place"
         return source
 
@@ -143,7 +183,7 @@ def both_ways(lib, transport, settings):
         assert codes == [0, 0], codes
         ends = [zero_copy(run.report_of(each)) for each in (run.client, run.server)]
         print(transport, "both ways", *ends, flush=True)
-        assert sum(end["adverts"] for end in ends) > 0, "nothing was offered"
+        assert sum(end["adverts"] + end["sinks"] for end in ends) > 0, "nothing was offered"
 
 
 def killed(lib, transport, victim):
@@ -165,11 +205,16 @@ def main():
     parser.add_argument("--lib")
     parser.add_argument("--transport", choices=NETWORKS, required=True)
     parser.add_argument("--role", choices=(
-        "serve", "send", "send_with_signals", "send_for_ever", "accept_exchange", "connect_exchange"))
+        "serve", "serve_polled", "send", "send_with_signals", "send_for_ever", "accept_exchange", "connect_exchange", "answer_requests",
+        "send_requested"))
     args = parser.parse_args()
     near, far = NETWORKS[args.transport]
-    if args.role == "serve":
-        return serve(near)
+    if args.role in ("serve", "serve_polled"):
+        return serve(near, polls=args.role == "serve_polled")
+    if args.role == "answer_requests":
+        return answer_requests(near)
+    if args.role == "send_requested":
+        return send_requested(near, far)
     if args.role == "send_for_ever":
         return send_for_ever(near, far)
     if args.role == "accept_exchange":
@@ -180,8 +225,13 @@ def main():
         return send(near, far, signals=args.role == "send_with_signals")
     on = {"SDP_ZCOPY_THRESHOLD": "64K"}
     transfer(args.lib, args.transport, "send", on, BLOCKS * MIB // 2)
+    source = transfer(args.lib, args.transport, "send", on, BLOCKS * MIB // 2, server="serve_polled")
+    assert source["bytes_written"] == 0 and source["adverts"] > 0, "a reader that polls lends no memory"
     transfer(args.lib, args.transport, "send", {"SDP_ZCOPY_THRESHOLD": "off"}, 0)
     transfer(args.lib, args.transport, "send_with_signals", on, MIB)
+    sink = requested(args.lib, args.transport, on)
+    assert sink["bytes_placed"] >= BLOCKS * MIB // 4 and sink["sinks"] > 0, "the waiting reader's memory was not written to"
+    assert requested(args.lib, args.transport, {"SDP_ZCOPY_THRESHOLD": "off"})["sinks"] == 0
     both_ways(args.lib, args.transport, on)
     for victim in ("reader", "sender"):
         killed(args.lib, args.transport, victim)
