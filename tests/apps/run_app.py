@@ -9,6 +9,7 @@
 """
 import argparse
 import importlib
+import json
 import os
 import sys
 import time
@@ -22,15 +23,23 @@ MODULES = ("netperf", "iperf3", "sockperf", "redis_app", "nginx", "memcached", "
            "mariadb", "java", "rabbitmq", "openmpi")
 
 
+def module(name):
+    return importlib.import_module("programs." + name)
+
+
 def cases():
-    found = {}
-    for module in MODULES:
-        for case in importlib.import_module("programs." + module).CASES:
-            found[case.name] = case
-    return found
+    return {case.name: case for name in MODULES for case in module(name).CASES}
+
+
+def report(path, name, result, share=None):
+    """One line for table.py."""
+    program, case = next((module(each).PROGRAM, case) for each in MODULES for case in module(each).CASES if case.name == name)
+    with open(path, "a", encoding="utf-8") as out:
+        out.write(json.dumps({"program": program, "what": case.what, "share": share, "result": result}) + "\n")
 
 
 def one_run(case, kind, preloaded, args):
+    """The outcome, and the part of all bytes that went by lanes."""
     run = Run(case.name, args.lib, preloaded, args.place.is_quick(kind), args.place)
     meter = args.place.meter()
     start = time.monotonic()
@@ -54,7 +63,8 @@ def one_run(case, kind, preloaded, args):
         elif preloaded:
             proof = harness.prove_no_lanes(reports)
         print(f"{case.name}: {kind}: {time.monotonic() - start:.1f} s: {outcome}; {proof}", flush=True)
-        return outcome
+        total = harness.summarise(reports)
+        return outcome, total["lane_sent"] / max(total["lane_sent"] + total["tcp_sent"], 1)
     except Failure as failure:
         raise Failure(f"{kind}: {failure}\n{run.logs()}") from None
     finally:
@@ -65,11 +75,14 @@ def one_run(case, kind, preloaded, args):
 
 
 def run_case(case, args):
-    plain = one_run(case, "tcp", set(), args)
+    """The part of the bytes that went by lanes, where all could; None: over TCP only."""
+    plain, _ = one_run(case, "tcp", set(), args)
+    shares = {}
     for kind, preloaded in args.place.runs.items() if not args.plain else ():
-        outcome = one_run(case, kind, preloaded, args)
+        outcome, shares[kind] = one_run(case, kind, preloaded, args)
         if outcome != plain:
             raise Failure(f"{kind}: the outcome is {outcome}, over TCP it was {plain}")
+    return shares.get("sdp")
 
 
 def main():
@@ -79,6 +92,7 @@ def main():
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--list-all", action="store_true")
     parser.add_argument("--transport", choices=("local", "ib", "rnic"), default="local")
+    parser.add_argument("--report", metavar="FILE", help="appends each case's result, for table.py")
     parser.add_argument("--policy", choices=("sdp", "both"), default="sdp", help="over RDMA devices")
     parser.add_argument("cases", nargs="*")
     args = parser.parse_args()
@@ -101,19 +115,26 @@ def main():
     for name in args.cases or known:
         if name not in known:
             parser.error(f"no case {name}; see --list")
+        share = None
         try:
-            run_case(known[name], args)
+            share = run_case(known[name], args)
+            result = "as on TCP"
             print(f"{name}: passed", flush=True)
         except Skip as skip:
+            result = "not run"
             print(f"{name}: skipped: {skip}", flush=True)
             skipped += 1
         except Failure as failure:
+            result = "FAILED"
             print(f"{name}: FAILED: {failure}", flush=True)
             status = 1
         except Exception:  # a mistake of the test itself: show where, and go on with the next case
+            result = "FAILED"
             traceback.print_exc()
             print(f"{name}: FAILED", flush=True)
             status = 1
+        if args.report:
+            report(args.report, name, result, share)
     return status or (harness.SKIPPED if skipped == len(args.cases or known) else 0)
 
 
