@@ -225,7 +225,7 @@ bool EpollSet::modify(int fd, const epoll_event& event, int* result) noexcept {
   m->data = event.data.u64;
   m->disabled = false;
   m->look = true;
-  m->seen_rx = m->seen_tx = ~0ULL;
+  m->seen_rx = m->seen_tx = m->looked_rx = m->looked_tx = ~0ULL;
   if (!m->tagged && !m->stream.has_lane() && (event.events & EPOLLONESHOT) == 0) return false;
   m->tagged = true;  // in any case the kernel's entry is ours to set
   m->kernel_mask = ~0U;
@@ -327,11 +327,12 @@ bool EpollSet::may_have_changed(const sdp::Grace::Look& look, const Member& m) n
          ((m.events & EPOLLOUT) != 0 && m.stream.tx_edges() != m.looked_tx);
 }
 
+// A level that was found goes on. An edge does not, and is one that nobody has looked at yet.
 bool EpollSet::maybe_ready() noexcept {
   std::lock_guard guard(mutex_);
   const sdp::Grace::Look look(sdp::engine::grace());
   for (const Member& m : members_)
-    if (m.lane && !m.disabled && may_have_changed(look, m)) return true;
+    if (m.lane && !m.disabled && ((m.look && (m.events & EPOLLET) == 0) || may_have_changed(look, m))) return true;
   return false;
 }
 
@@ -346,11 +347,7 @@ void EpollSet::leave_armed() noexcept {
   if (lanes_.load() == 0) return;
   arm();
   sdp::engine::arm_fence();
-  std::unique_lock guard(mutex_);
-  const bool more = std::any_of(members_.begin(), members_.end(),
-                                [](const Member& m) { return m.lane && !m.disabled && m.stream.poll(m.events & ~kModeBits) != 0; });
-  guard.unlock();
-  if (more) sdp::engine::ring_bell();
+  if (maybe_ready()) sdp::engine::ring_bell();
 }
 
 void EpollSet::nest() noexcept {

@@ -59,7 +59,7 @@ class EpollSet {
     bool disabled = false;          ///< EPOLLONESHOT has fired
     bool look = true;               ///< the last look found something, or nobody has looked since the member was added or changed
     /// The edges at that look: other calls of the program may have taken messages in since, or found that it can write.
-    std::uint64_t looked_rx = 0, looked_tx = 0;
+    std::uint64_t looked_rx = ~0ULL, looked_tx = ~0ULL;
     std::uint64_t seen_rx = ~0ULL, seen_tx = ~0ULL;  ///< edges reported
   };
 
