@@ -279,15 +279,16 @@ int EpollSet::collect(epoll_event* events, int max) noexcept {
   return n;
 }
 
-// Adds what the kernel reports behind the `lanes` entries that are there. Members are recognised by their tags; one entry per
+// Behind the `lanes` entries that are there stand `count` of the kernel's. Members are recognised by their tags; one entry per
 // member.
-int EpollSet::merge(epoll_event* events, int lanes, const epoll_event* kernel, int count, int max) noexcept {
+int EpollSet::merge(epoll_event* events, int lanes, int count) noexcept {
   std::lock_guard guard(mutex_);
-  int n = lanes;
+  const epoll_event* const kernel = events + lanes;
+  int n = lanes;  // never past the one that is read
   for (int i = 0; i < count; ++i) {
     const std::uint64_t data = kernel[i].data.u64;
     if ((data & ~0xffffffULL) != tag_base()) {
-      if (n < max) events[n++] = kernel[i];
+      events[n++] = kernel[i];
       continue;
     }
     const auto index = static_cast<std::uint32_t>(data & 0xffffff);
@@ -301,7 +302,7 @@ int EpollSet::merge(epoll_event* events, int lanes, const epoll_event* kernel, i
     while (same < lanes && events[same].data.u64 != m.data) ++same;
     if (same < lanes) {
       events[same].events |= wanted;
-    } else if (n < max) {
+    } else {
       events[n].events = wanted;
       events[n++].data.u64 = m.data;
       if (m.events & EPOLLONESHOT) m.disabled = true;
@@ -392,10 +393,7 @@ long EpollSet::ask_kernel(epoll_event* events, int max, const sigset_t* mask) co
 }
 
 int EpollSet::wait_once(epoll_event* events, int max, std::int64_t timeout_ns, const sigset_t* mask) {
-  constexpr int kBatch = 64;
-  epoll_event kernel[kBatch];
   const std::int64_t deadline = timeout_ns > 0 ? now_ns() + timeout_ns : 0;
-  const int want = std::min(max, kBatch);
   for (;;) {
     Asleep asleep(sleepers_);
     const bool lanes_here = lanes_.load(std::memory_order_acquire) != 0;
@@ -404,8 +402,8 @@ int EpollSet::wait_once(epoll_event* events, int max, std::int64_t timeout_ns, c
       // Kernel descriptors are not starved: they are asked every few calls.
       if (n < max && ++since_kernel_ >= 8) {
         since_kernel_ = 0;
-        const long k = ask_kernel(kernel, std::min(want, max - n), mask);
-        if (k > 0) n = merge(events, n, kernel, static_cast<int>(k), max);
+        const long k = ask_kernel(events + n, max - n, mask);
+        if (k > 0) n = merge(events, n, static_cast<int>(k));
       } else if (n == max && sleepers_.load() != 0) {
         sdp::engine::ring_bell();
       }
@@ -413,9 +411,9 @@ int EpollSet::wait_once(epoll_event* events, int max, std::int64_t timeout_ns, c
     }
     if (lanes_here) {
       since_kernel_ = 0;
-      long k = ask_kernel(kernel, want, mask);
+      long k = ask_kernel(events, max, mask);
       if (k < 0) return static_cast<int>(k);
-      if (k > 0 && (n = merge(events, 0, kernel, static_cast<int>(k), max)) > 0) return n;
+      if (k > 0 && (n = merge(events, 0, static_cast<int>(k))) > 0) return n;
       if (k > 0) continue;  // the bell alone: it may have taken the place of others
       if (timeout_ns == 0) return 0;
       // Spin: the lanes all the time, the kernel every few microseconds.
@@ -425,8 +423,8 @@ int EpollSet::wait_once(epoll_event* events, int max, std::int64_t timeout_ns, c
         if (maybe_ready()) return true;
         if (++looks % 64 != 0 || now_ns() < kernel_due) return false;
         kernel_due = now_ns() + kKernelEveryNs;
-        k = ask_kernel(kernel, want, mask);
-        if (k > 0) n = merge(events, 0, kernel, static_cast<int>(k), max);
+        k = ask_kernel(events, max, mask);
+        if (k > 0) n = merge(events, 0, static_cast<int>(k));
         return n > 0;
       });
       if (n > 0) return n;
@@ -445,13 +443,11 @@ int EpollSet::wait_once(epoll_event* events, int max, std::int64_t timeout_ns, c
     }
     asleep.begin();
     const long k = sys::blocking_call(timeout_ns != 0 ? sys::EndedBy::any : sys::EndedBy::nothing, SYS_epoll_pwait, epfd_,
-                                      sys::arg(kernel), want, timeout_ms, sys::arg(mask), 8);
+                                      sys::arg(events), max, timeout_ms, sys::arg(mask), 8);
     asleep.end();
     if (k < 0) return static_cast<int>(k);
     if (k > 0) {
-      // What the kernel has told it may not tell again: its place is kept.
-      n = lanes_.load() != 0 ? collect(events, max - static_cast<int>(k)) : 0;
-      n = merge(events, n, kernel, static_cast<int>(k), max);
+      n = merge(events, 0, static_cast<int>(k));  // what the lanes have comes with the next call
       if (n > 0) return n;
       if (timeout_ns == 0) continue;  // the bell alone
     }

@@ -69,7 +69,7 @@ class EpollSet {
   void count_lane(Member& member, bool lane) noexcept;
   void ensure_bell() noexcept;
   int collect(epoll_event* events, int max) noexcept;
-  int merge(epoll_event* events, int lanes, const epoll_event* kernel, int count, int max) noexcept;
+  int merge(epoll_event* events, int lanes, int count) noexcept;
   static std::uint32_t ready_now(const Member& member) noexcept;
   static bool may_have_changed(const sdp::Grace::Look& look, const Member& member) noexcept;
   bool maybe_ready() noexcept;

@@ -311,11 +311,10 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
         lane->drain();
         if ((flags & MSG_OOB) == 0) total += static_cast<std::int64_t>(keep_behind_end(from));
         if (from.done()) break;
-        if (const int r = wait_for_room(nowait, deadline); r != 0) {
-          if (total == 0) total = r;
-          break;
-        }
-        continue;
+        const int r = wait_for_room(nowait, deadline);
+        if (r == 0) continue;
+        if (total == 0) total = r;
+        break;
       }
       if ((fin_due || !resend.empty()) && !flush_resend(at)) {
         const bool shut = fin_due;
@@ -337,13 +336,11 @@ std::int64_t StreamImpl::lane_send(int at, IovCursor& from, int flags, std::uint
     }
     if (lane->said(kAbandon)) {
       handle_abandon(at);
-      if (has_said_end()) continue;
       lane->drain();  // another thread's send in place ends first
-      if (const int r = wait_for_room(nowait, deadline); r != 0) {
-        if (total == 0) total = r;
-        break;
-      }
-      continue;
+      const int r = has_said_end() ? 0 : wait_for_room(nowait, deadline);
+      if (r == 0) continue;
+      if (total == 0) total = r;
+      break;
     }
     if (lane_is_over()) {
       tx.store(TxState::ended, std::memory_order_release);  // the kernel says how a write to a closed connection ends
