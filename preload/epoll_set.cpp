@@ -328,7 +328,7 @@ bool EpollSet::may_have_changed(const sdp::Grace::Look& look, const Member& m) n
          ((m.events & EPOLLOUT) != 0 && m.stream.tx_edges() != m.looked_tx);
 }
 
-// A level that was found goes on. An edge does not, and is one that nobody has looked at yet.
+// A level that the last look found is still one; an edge has been told.
 bool EpollSet::maybe_ready() noexcept {
   std::lock_guard guard(mutex_);
   const sdp::Grace::Look look(sdp::engine::grace());
