@@ -79,9 +79,36 @@ void EpollSet::duplicate(int from, int to) noexcept {
   highest_set.store(std::max(highest_set.load(), to));
 }
 
-void EpollSet::forget_all() noexcept {
-  new (&sets_mutex) std::mutex;
-  for (int i = 0; i <= highest_set.load(); ++i) sets[i].store(nullptr);
+namespace {
+/// Each set once, by whichever of its descriptors it goes.
+template <class Each>
+void for_each_set(Each&& each) noexcept {
+  for (int i = 0; i <= highest_set.load(); ++i)
+    if (EpollSet* const set = sets[i].load(); set != nullptr && set->names(i)) each(*set);
+}
+}  // namespace
+
+void EpollSet::before_fork() noexcept {
+  sets_mutex.lock();
+  for_each_set([](EpollSet& set) { set.mutex_.lock(); });
+}
+
+void EpollSet::after_fork_parent() noexcept {
+  for_each_set([](EpollSet& set) { set.mutex_.unlock(); });
+  sets_mutex.unlock();
+}
+
+// The bell in them is the parent's: it wakes nobody here for nothing more than one look.
+void EpollSet::inherit() noexcept {
+  for_each_set([](EpollSet& set) {
+    set.sleepers_ = 0;
+    set.bell_ = -1;
+    for (Member& m : set.members_) {
+      if (m.fd >= 0) m.stream = fds().find(m.fd);
+      m.look = true;
+    }
+  });
+  after_fork_parent();
 }
 
 void EpollSet::on_lane_changed(sdp::Stream stream) noexcept {
@@ -106,10 +133,12 @@ void EpollSet::on_closing(int fd, sdp::Stream stream, bool last) noexcept {
     if (set == nullptr || !set->has_members()) continue;
     std::lock_guard inner(set->mutex_);
     if (Member* m = set->of(fd); m != nullptr && m->stream.word() == stream.word()) {
-      if (last)
-        set->release(*m);
-      else
+      if (!last) {
         set->orphan(*m);
+      } else {
+        if (stream.has_heirs()) set->give_back(*m);
+        set->release(*m);
+      }
     }
     if (!last || set->orphans_ == 0) continue;
     for (Member& m : set->members_)
@@ -126,6 +155,12 @@ void EpollSet::orphan(Member& m) noexcept {
   by_fd_.erase(m.fd);
   m.fd = kOrphan;
   ++orphans_;
+}
+
+void EpollSet::give_back(Member& m) noexcept {
+  if (!m.tagged) return;
+  epoll_event ev{m.disabled ? std::uint32_t{EPOLLET} : m.events, {.u64 = m.data}};
+  sys::call(SYS_epoll_ctl, epfd_, EPOLL_CTL_MOD, m.fd, sys::arg(&ev));
 }
 
 void EpollSet::release(Member& m) noexcept {

@@ -5,6 +5,9 @@
 // ours, so that results can be told apart; readiness of the lane is added by wait(). The bell wakes a sleeper. A one-shot member
 // has our tag from the beginning: whether it has fired must be known when a lane comes, or that would arm it again.
 //
+// The kernel's instance is one for a fork's parent and child, and so is what their tags mean, as long as both know the member: who
+// closes a connection that another process may go on with gives the entry back to the program's own data before.
+//
 // Locks: one per set, held over epoll_ctl of a member and over collecting, never while sleeping. Order: set, then stream.
 #pragma once
 
@@ -26,7 +29,10 @@ class EpollSet {
   static EpollSet* make(int epfd) noexcept;
   static void drop(int epfd) noexcept;
   static void duplicate(int from, int to) noexcept;
-  static void forget_all() noexcept;                  ///< in a fork's child: the sets are the parent's
+  /// Round a fork, with those of fd_table.hpp between: the child goes on with the sets, which hold its own streams then.
+  static void before_fork() noexcept;
+  static void after_fork_parent() noexcept;
+  static void inherit() noexcept;
   static void on_lane_changed(sdp::Stream) noexcept;  ///< sdp::engine::LaneListener
   /// Before `fd` is closed. `last`: nothing else names the connection, and the kernel drops it from every set; else it stays in
   /// them under a number that means nothing any more.
@@ -38,6 +44,7 @@ class EpollSet {
   bool modify(int fd, const epoll_event& event, int* result) noexcept;
   void removed(int fd) noexcept;
 
+  bool names(int epfd) const noexcept { return epfd_.load(std::memory_order_relaxed) == epfd; }
   bool has_members() const noexcept { return members_in_use_.load(std::memory_order_acquire) != 0; }
   /// As epoll_pwait(), but -errno. Nobody may wait past it: what the kernel tells may have our tag, or be the bell.
   /// `timeout_ns`: -1: for ever.
@@ -75,6 +82,7 @@ class EpollSet {
   bool maybe_ready() noexcept;
   Member* of(int fd) noexcept;
   void orphan(Member& member) noexcept;
+  void give_back(Member& member) noexcept;
   void release(Member& member) noexcept;
   std::uint32_t index_of(const Member& member) const noexcept;
   long ask_kernel(epoll_event* events, int max, const sigset_t* mask) const;

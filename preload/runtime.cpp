@@ -64,14 +64,18 @@ class Composed final : public sdp::engine::Composition {
 };
 
 void before_fork() noexcept {
+  EpollSet::before_fork();  // their locks come before a stream's, and that before the engine's
   fds().before_fork();
   sdp::engine::before_fork();
 }
-void after_fork_parent() noexcept { sdp::engine::after_fork_parent(); }
+void after_fork_parent() noexcept {
+  sdp::engine::after_fork_parent();
+  EpollSet::after_fork_parent();
+}
 void after_fork_child() noexcept {
   sdp::engine::after_fork_child();
-  EpollSet::forget_all();
   fds().inherit();
+  EpollSet::inherit();
 }
 
 pthread_once_t started = PTHREAD_ONCE_INIT;

@@ -254,6 +254,7 @@ Phase StreamImpl::close(int at) noexcept {
 }
 
 StreamSnapshot Stream::snapshot() const noexcept { return impl()->snapshot(); }
+bool Stream::has_heirs() const noexcept { return impl()->heirs.load(std::memory_order_relaxed) != 0; }
 void Stream::leave_heirs() const noexcept { impl()->leave_heirs(); }
 
 void Stream::close(int fd) const noexcept {

@@ -56,6 +56,7 @@ class Stream {
   // --- what the shim saw the program set
   void set_nonblocking(bool on) const noexcept;
   StreamSnapshot snapshot() const noexcept;  ///< before a fork
+  bool has_heirs() const noexcept;           ///< a fork's child may go on with the connection when this process closes it
   void leave_heirs() const noexcept;         ///< as a fork's child ends: the parent's close() is the end of the connection
   void renumber(int fd) const noexcept;      ///< the connection goes by this descriptor now: the one that we knew is being closed
   void set_timeout(bool receives, std::int64_t ns) const noexcept;  ///< as socket_modes.hpp's timeout_ns()

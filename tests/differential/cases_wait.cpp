@@ -6,6 +6,7 @@
 #include <sys/epoll.h>
 #include <sys/select.h>
 #include <sys/socket.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -457,6 +458,93 @@ CASE(epoll_oneshot_fires_before_the_lane) {
   modify(ep, c.fd, EPOLLIN | EPOLLONESHOT, 2);
   waited("armed anew", ep, 1000);
   told("recv", c.recv(5));
+}
+namespace {
+/// A child's part, which goes into the trace; the parent waits for its end.
+template <class Part>
+void in_child(Part part) {
+  const pid_t pid = fork();
+  if (pid == 0) {
+    part();
+    _exit(0);
+  }
+  int status = -1;
+  if (waitpid(pid, &status, 0) != pid) fail("waitpid");
+  told("child", status);
+}
+}  // namespace
+CASE(epoll_child_goes_on_with_the_set) {
+  Peer peer;
+  Conn c = connection(peer);
+  const int ep = epoll_create1(0);
+  add(ep, c.fd, EPOLLIN, 7);
+  waited("nothing yet", ep, 0);
+  in_child([&] {
+    peer.call(Do::send, 0, 5);
+    waited("readable", ep, 3000);
+    told("recv", c.recv(10));
+    waited("nothing left", ep, 50);
+    modify(ep, c.fd, EPOLLOUT, 8);
+    waited("writable", ep, 1000);
+    told("send", c.send(3));
+  });
+  c.rx += 5;
+  c.tx += 3;
+  told("peer", peer.call(Do::recv, 0, 3));
+  modify(ep, c.fd, EPOLLIN, 9);
+  peer.call(Do::send, 0, 5);
+  waited("readable", ep, 3000);
+  told("recv", c.recv(10));
+}
+CASE(epoll_child_goes_on_with_one_shots) {
+  Peer peer;
+  Conn c = connection(peer);
+  Conn other = cold(peer, 1);
+  const int ep = epoll_create1(0);
+  add(ep, c.fd, EPOLLIN | EPOLLONESHOT, 7);
+  add(ep, other.fd, EPOLLIN | EPOLLONESHOT, 8);
+  in_child([&] {
+    peer.call(Do::send, 0, 5);
+    waited("by the lane", ep, 3000);
+    waited("once", ep, 50);
+    told("recv", c.recv(10));
+    peer.call(Do::send, 1, 5);
+    waited("by TCP", ep, 3000);
+    waited("once", ep, 50);
+    modify(ep, other.fd, EPOLLIN | EPOLLONESHOT, 9);
+    waited("armed anew", ep, 1000);
+    told("recv", other.recv(10));
+    modify(ep, c.fd, EPOLLIN | EPOLLONESHOT, 10);
+    peer.call(Do::send, 0, 5);
+    waited("the first one, too", ep, 3000);
+    told("recv", c.recv(10));
+  });
+}
+CASE(epoll_parent_closes_and_the_child_goes_on_with_the_set) {
+  Peer peer;
+  Conn c = connection(peer);
+  const int ep = epoll_create1(0);
+  add(ep, c.fd, EPOLLIN, 7);
+  int gate[2];
+  told("pipe", pipe(gate));
+  const pid_t pid = fork();
+  if (pid == 0) {
+    char byte = 0;
+    if (read(gate[0], &byte, 1) != 1) _exit(1);
+    peer.call(Do::send, 0, 5);
+    if (read(gate[0], &byte, 1) != 1) _exit(1);
+    waited("and in the child", ep, 3000);
+    told("recv", c.recv(10));
+    _exit(0);
+  }
+  told("close", close(c.fd));
+  told("write", write(gate[1], "x", 1));
+  waited("told here, for it is one set", ep, 3000);
+  told("write", write(gate[1], "x", 1));
+  int status = -1;
+  told("wait", waitpid(pid, &status, 0) == pid);
+  told("child", status);
+  waited("gone with the last of its copies", ep, 50);
 }
 CASE(epoll_duplicates) {
   Peer peer;
