@@ -233,6 +233,11 @@ def connections(port):
     return sockets(port, "01")
 
 
+def children(pid):
+    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as numbers:
+        return set(numbers.read().split())
+
+
 def file_digest(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,8 +1,9 @@
 """Apache with each of its three ways to serve: processes (prefork), threads (worker), and threads with one that waits (event)."""
 import os
+import signal
 
 import web
-from harness import need
+from harness import children, need, wait_for
 from . import Case
 
 PROGRAM = ("Apache httpd", "apache2-bin", "curl", "wrk")
@@ -37,18 +38,21 @@ def start(r, mpm, sendfile, size):
     with open(r.path("apache.conf"), "w", encoding="ascii") as config:
         config.write(CONFIG.format(dir=r.dir, host=r.host, port=port, mpm=mpm, sendfile=sendfile,
                                    user="User www-data\nGroup www-data" if r.place.is_root else ""))
-    r.server([need("apache2"), "-DFOREGROUND", "-f", r.path("apache.conf")], port)
-    return port
+    # Not by SIGTERM: its threads' sockets are then closed by the first thread, which may take one in hand that has just been freed.
+    return r.server([need("apache2"), "-DFOREGROUND", "-f", r.path("apache.conf")], port, stop=signal.SIGWINCH), port
 
 
 def serve(mpm, sendfile="On"):
     """A large file, and then a smaller one by many connections while all processes are exchanged for new ones."""
     def run(r):
-        port = start(r, mpm, sendfile, r.amount(32 << 20))
+        apache, port = start(r, mpm, sendfile, r.amount(32 << 20))
+        old = children(apache.pid)
         r.random_file("www/page", 8192)
         digest = web.fetch(r, f"http://{r.host}:{port}/data")
         answers = web.fetch_during(r, port, "/page", r.amount(200), lambda: r.prepare(
             [need("apache2"), "-f", r.path("apache.conf"), "-k", "graceful"]))
+        # One of them may still accept, and close its connection once it hears that it is to go: wrk would call that an error.
+        wait_for(lambda: not old & children(apache.pid), 20, "the old processes to end")
         return digest, answers, web.load(r, f"http://{r.host}:{port}/page")
     return run
 

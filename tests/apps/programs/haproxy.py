@@ -6,7 +6,7 @@ import signal
 import socket
 
 import web
-from harness import need, wait_for
+from harness import children, need, wait_for
 from . import Case, nginx
 
 PROGRAM = ("HAProxy", "haproxy", "nginx", "curl", "wrk")
@@ -58,10 +58,6 @@ def reload(r):
     """New workers take the listeners over by SCM_RIGHTS (expose-fd), and the old ones finish: each request has its answer."""
     master, port, _ = start(r, "http", "", 4096)
 
-    def workers():
-        with open(f"/proc/{master.pid}/task/{master.pid}/children", encoding="ascii") as children:
-            return set(children.read().split())
-
     def order():
         """By the master's socket: of SIGUSR2 it takes no notice while it starts."""
         try:
@@ -73,11 +69,11 @@ def reload(r):
         return True
 
     def again():
-        old = workers()
+        old = children(master.pid)
         wait_for(order, 10, "the master's socket")
-        wait_for(lambda: workers() - old, 10, "a new worker")
+        wait_for(lambda: children(master.pid) - old, 10, "a new worker")
     answers = [web.fetch_during(r, port, "/data", r.amount(400), again) for _ in range(2)]
-    wait_for(lambda: len(workers()) == 1, 20, "the old workers to end")
+    wait_for(lambda: len(children(master.pid)) == 1, 20, "the old workers to end")
     return answers
 
 
