@@ -14,36 +14,8 @@
 
 namespace sdp {
 
-using rdma::RecvWr;
 using rdma::Result;
 using rdma::Unit;
-
-std::size_t Lane::block_bytes(std::uint32_t size) const noexcept {
-  return (size + device_->attr().recv_prefix_bytes + 63) & ~std::size_t{63};
-}
-
-/// Those beyond the first ones, on a device that pins what is registered, in memory that can be given back.
-bool Lane::allocate_buffer(Buffer& buffer, std::uint32_t size, bool is_first) noexcept {
-  const std::uint32_t prefix = device_->attr().recv_prefix_bytes;
-  const std::size_t bytes = block_bytes(size);
-  if (unordered_ && !is_first) {
-    const RecvExtents::Piece piece = recv_extents_.take(*(*peer_)->pd, bytes);
-    if (piece.addr == nullptr) return false;
-    buffer = Buffer{piece.addr, piece.addr + prefix, size, piece.lkey, false};
-  } else {
-    auto block = (*peer_)->heap->allocate(bytes, 64);
-    if (!block) return false;
-    buffer = Buffer{block->addr, block->addr + prefix, size, block->mr->lkey, true};
-  }
-  buffer_bytes_ += bytes;
-  return true;
-}
-
-void Lane::free_buffer(Buffer& buffer) noexcept {
-  if (!recv_extents_.give_back(buffer.block)) (*peer_)->heap->deallocate(buffer.block);
-  buffer_bytes_ -= block_bytes(buffer.size);
-  buffer = {};
-}
 
 Result<Unit> Lane::open(rdma::CompletionChannel* channel) noexcept {
   PeerContext& peer = **peer_;
@@ -69,7 +41,8 @@ Result<Unit> Lane::open(rdma::CompletionChannel* channel) noexcept {
 
   rdma::QpInit init;
   init.send_depth = send_depth_ = unordered_ ? kWireDepth : kSendDepth;
-  init.recv_depth = unordered_ ? std::bit_ceil(std::min<std::uint32_t>(limits_.recv_buffers_max + 1U, kMaxBuffers)) : kRing;
+  init.recv_depth =
+      unordered_ ? std::bit_ceil(std::min<std::uint32_t>(limits_.recv_buffers_max + 1U, RecvQueue::kMaxBuffers)) : RecvQueue::kRing;
   init.max_inline = std::min({device_->attr().max_inline, limits_.conn.recv_size_max, unordered_ ? kWireInline : ~0U});
   auto cq = device_->create_cq(init.send_depth + init.recv_depth, channel);
   if (!cq) return rdma::Err{cq.error()};
@@ -82,14 +55,7 @@ Result<Unit> Lane::open(rdma::CompletionChannel* channel) noexcept {
   max_inline_ = qp_->max_inline();
   if (max_inline_ < kLeastInline) return rdma::fail(ENOTSUP, "lane: the device takes too few bytes inline");
 
-  for (std::uint16_t i = 0; i < limits_.conn.recv_buffers + 1; ++i) {
-    if (!allocate_buffer(buffers_[i], limits_.conn.recv_size, true))
-      return rdma::fail(ENOMEM, "lane: no memory for receive buffers");
-    ++buffer_count_;
-    const RecvWr wr{i, buffers_[i].addr, buffers_[i].size, buffers_[i].lkey};
-    if (qp_->post_recv({&wr, 1}) != rdma::Post::ok) return rdma::fail(EIO, "lane: cannot post receive buffers");
-  }
-  return Unit{};
+  return recv_.open({peer.heap.get(), peer.pd.get(), qp_, device_->attr().recv_prefix_bytes, unordered_});
 }
 
 void Lane::close() noexcept {
@@ -105,8 +71,7 @@ void Lane::close() noexcept {
   words_ = nullptr;
   send_buffer_.release_all(*(*peer_)->heap);
   staging_.close(*(*peer_)->heap);
-  for (Buffer& b : buffers_)
-    if (b.block != nullptr) free_buffer(b);
+  recv_.close();
   delete peer_;
   peer_ = nullptr;
 }
@@ -173,11 +138,11 @@ void Lane::rest_if_idle(std::int64_t now_ns) noexcept {
   if (!unordered_ || dead() || conn.state() != ConnState::established || now_ns - idle_since_ < kIdleNs) return;
   drain();
   if (dead()) return;
-  was_refused_ = false;
+  recv_.may_try_again();
   // The peer may have a message that our device would still send once more: its completion counts, too.
   const bool device_is_done = !staging_.active() || staged_up_to_[reaped_ % kSendDepth] == staging_.position();
   const bool owes_ack = arrived_in_all() != told_arrived_;
-  if (owes_ack && pending_posts_ != 0) flush_posts();
+  if (owes_ack) recv_.post();
   if (owes_ack && conn.credit().may_send_update()) {
     conn.want_update();
     send_control();
@@ -197,7 +162,7 @@ void Lane::release_peers_buffers() noexcept {
   if (held() != 0 || is_offering() || dead()) return;
   if (!asked_to_shrink_ && conn.peer_has_grown() && !conn.resize_pending()) {
     asked_to_shrink_ = true;
-    sweeps_left_ = 2 * kMaxBuffers;
+    sweeps_left_ = 2 * RecvQueue::kMaxBuffers;
     cuts_ = wished_size_ = 0;
     conn.want_peer_to_shrink();
     send_control();

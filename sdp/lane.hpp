@@ -23,7 +23,7 @@
 #include "sdp/copy_trial.hpp"
 #include "sdp/iov_cursor.hpp"
 #include "sdp/kept_bytes.hpp"
-#include "sdp/recv_extents.hpp"
+#include "sdp/recv_queue.hpp"
 #include "sdp/send_buffer.hpp"
 #include "sdp/staging.hpp"
 #include "sdp/zero_copy.hpp"
@@ -96,7 +96,6 @@ struct LaneLimits {
 
 class Lane {
  public:
-  static constexpr std::uint16_t kMaxBuffers = 129;   ///< one more than the largest grant: Hello is outside the account
   static constexpr std::uint32_t kMaxInFlight = 256;  ///< messages that the peer has not acknowledged
   static constexpr std::uint32_t kSendDepth = 256;    ///< entries of the send queue
   /// Where the queue takes memory of the kernel's, for each lane: devices keep one entry back and round up to a power of two, with
@@ -118,6 +117,7 @@ class Lane {
   Lane(std::shared_ptr<PeerContext>* peer, const LaneLimits& limits) noexcept
       : conn(limits.conn),
         limits_(limits),
+        recv_(conn, limits.conn, limits.recv_buffers_max),
         copy_(copy_paces, limits.bulk_copy, std::int64_t{limits.recv_buffers_max} * limits.conn.recv_size_max),
         send_buffer_(copy_),
         staging_(limits.staging),
@@ -175,7 +175,7 @@ class Lane {
     return may_post() && buffered() == 0 && (!staging_.active() || staging_.may_grow() || staging_.has_room(staging_.longest()));
   }
   /// Bytes that recv() finds.
-  std::uint64_t unread() const noexcept { return rx_bytes_queued_ + peer_buffer_.held(arrived_.load(std::memory_order_relaxed)); }
+  std::uint64_t unread() const noexcept { return recv_.bytes() + peer_buffer_.held(arrived_.load(std::memory_order_relaxed)); }
 
   /// Position of the sending direction: payload taken since the lane came up, buffered or sent.
   std::uint64_t tx_bytes() const noexcept { return tx_bytes_; }
@@ -324,9 +324,9 @@ class Lane {
   void wake_sleepers() noexcept { cq_->wake_sleepers(); }
 
   std::uint16_t recv_credits() const noexcept { return conn.credit().posted(); }
-  std::size_t memory_bytes() const noexcept { return buffer_bytes_; }
-  std::size_t grown_bytes() const noexcept { return recv_extents_.bytes(); }  ///< registered for buffers beyond the first ones
-  std::size_t staging_bytes() const noexcept { return staging_.bytes(); }     ///< registered to gather messages in
+  std::size_t memory_bytes() const noexcept { return recv_.memory_bytes(); }
+  std::size_t grown_bytes() const noexcept { return recv_.grown_bytes(); }  ///< registered for buffers beyond the first ones
+  std::size_t staging_bytes() const noexcept { return staging_.bytes(); }   ///< registered to gather messages in
   /// Called now and then: when nothing has gone by an unordered lane for kIdleNs, gives back what it gathers messages in, once the
   /// peer has acknowledged all of them, and lets the peer give back what receive buffers have grown by. What the peer waits for to
   /// do the same is said.
@@ -335,20 +335,6 @@ class Lane {
   Connection conn;
 
  private:
-  struct Buffer {
-    std::byte* block = nullptr;  ///< as allocated
-    std::byte* addr = nullptr;
-    std::uint32_t size = 0;
-    rdma::Lkey lkey{};
-    bool is_first = false;  ///< of the heap's memory, as those that a lane begins with
-  };
-  struct Unread {
-    std::uint32_t buffer;
-    std::uint32_t offset;
-    std::uint32_t length;
-  };
-  static constexpr std::uint32_t kRing = 256;  ///< power of two, above kMaxBuffers
-
   std::uint32_t in_flight() const noexcept { return conn.credit().sent() - conn.credit().acked(); }
   bool may_post() const noexcept {
     return conn.may_send_payload() && in_flight() < kMaxInFlight && requests_ - reaped_ < send_depth_ - kSpareSends && !dead();
@@ -367,9 +353,6 @@ class Lane {
   void return_buffers() noexcept;
   bool awaits_ack() const noexcept { return unordered_ && rx_arrivals_ - told_arrivals_ >= kAckAtWait; }
   std::uint32_t shown_qpn() const noexcept;
-  std::size_t block_bytes(std::uint32_t size) const noexcept;
-  bool allocate_buffer(Buffer& buffer, std::uint32_t size, bool is_first) noexcept;
-  void free_buffer(Buffer& buffer) noexcept;
   bool post_message(const rdma::Sge* sges, std::uint8_t count, std::uint8_t flags = rdma::kInline) noexcept;
   bool post_copy(const rdma::SendWr& wr) noexcept;
   bool post_staged(const rdma::Sge& whole) noexcept;
@@ -379,12 +362,6 @@ class Lane {
   bool make_room(std::size_t bytes) noexcept;
   bool post_data(rdma::Sge* sges, std::uint8_t count, std::uint32_t payload) noexcept;
   void send_control() noexcept;
-  void home(std::uint32_t buffer) noexcept;
-  std::uint32_t target_size() const noexcept { return conn.wanted_recv_size() != 0 ? conn.wanted_recv_size() : conn.recv_size(); }
-  void begin_resize(Rx which) noexcept;
-  bool fits(const Buffer& buffer) const noexcept;
-  bool exchange(std::uint32_t buffer) noexcept;
-  void see_resize() noexcept;
   void release_peers_buffers() noexcept;
   void queue(std::uint32_t buffer, std::uint32_t headers, std::uint32_t bytes) noexcept;
   void follow_offer() noexcept;
@@ -397,10 +374,8 @@ class Lane {
   bool withdraw_offer() noexcept;
   void leave_programs_memory() noexcept;
   bool may_not_wait() const noexcept;
-  void flush_posts() noexcept;
   void show(bool outgoing, std::span<const std::byte> header, std::span<const std::byte> payload) noexcept;
   void show_read(bool outgoing, IovCursor at, std::size_t bytes) noexcept;
-  void grow_count() noexcept;
   /// Entries of the send queue come back only when a completion behind them is polled.
   void number_request(rdma::SendWr& wr) noexcept {
     wr.wr_id = ++requests_;
@@ -443,6 +418,7 @@ class Lane {
   inline static CopyPaces copy_paces;
 
   LaneLimits limits_;
+  RecvQueue recv_;
   CopyTrial copy_;  ///< of messages into the peer's buffers, and into ours
   std::atomic<bool> dead_{false};
   bool violated_ = false;
@@ -451,12 +427,6 @@ class Lane {
   bool unordered_ = false;  ///< then sent payload is kept until the peer has acknowledged it
   bool stopped_ = false;
   const char* failure_ = nullptr;
-  std::uint16_t buffer_count_ = 0;
-  std::uint16_t misfits_ = 0;  ///< buffers that are to be exchanged when they come home
-  std::uint16_t surplus_ = 0;  ///< buffers that are to go when they come home
-  bool shrinks_ = false;       ///< to first buffers
-  bool was_refused_ = false;   ///< there was no memory for more or larger ones; until the lane has been idle
-  std::uint16_t pending_posts_ = 0;
   std::uint32_t cuts_ = 0;         ///< ends of messages within a send, for the size of the peer's buffers; see weigh_cuts()
   std::uint32_t wished_size_ = 0;  ///< bytes: the last ChRcvBuf
   std::uint32_t max_sge_ = 1;
@@ -465,8 +435,7 @@ class Lane {
   std::size_t zero_copy_from_ = ~std::size_t{0}, sink_from_ = ~std::size_t{0};
   bool may_withdraw_ = false;  ///< reads in place are the process's own work, done when they are posted; offers end at our word
 
-  std::uint32_t rx_head_ = 0, rx_tail_ = 0;  ///< unread queue: [head, tail)
-  std::uint64_t rx_bytes_queued_ = 0, rx_bytes_ = 0, rx_arrivals_ = 0;
+  std::uint64_t rx_bytes_ = 0, rx_arrivals_ = 0;
   std::uint64_t tx_bytes_ = 0, tx_messages_ = 0;
   std::uint32_t burst_ = 0;                   ///< small sends in a row, without a receive or a wait
   std::atomic<std::uint64_t> arrived_{0};     ///< position up to which messages have come and buffered bytes been read
@@ -508,14 +477,9 @@ class Lane {
   std::uint64_t peer_words_addr_ = 0;
   rdma::Rkey peer_words_rkey_{};
   std::array<std::atomic<std::uint64_t>*, kRings> peer_end_{};  ///< each ring's end in the peer's cursors, once it is in use
-  std::size_t buffer_bytes_ = 0;
-  RecvExtents recv_extents_;
   KeptBytes kept_;               ///< without a device: the block, what is unread, what the peer may not have
   std::uint64_t kept_from_ = 0;  ///< position of the first byte of the latter
 
-  std::array<Buffer, kMaxBuffers> buffers_{};
-  std::array<Unread, kRing> unread_{};
-  std::array<std::uint32_t, 32> post_list_{};
   struct Sent {
     std::uint64_t start;    ///< lane position of the first payload byte
     std::uint64_t number;   ///< which Send of the QP

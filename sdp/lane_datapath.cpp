@@ -13,7 +13,6 @@
 namespace sdp {
 
 using rdma::Post;
-using rdma::RecvWr;
 using rdma::SendWr;
 using rdma::Sge;
 using rdma::Wc;
@@ -323,64 +322,14 @@ void Lane::send_control() noexcept {
   }
 }
 
-void Lane::home(std::uint32_t index) noexcept {
-  if ((misfits_ | surplus_) != 0 && !exchange(index)) [[unlikely]]
-    return;
-  post_list_[pending_posts_++] = index;
-  if (pending_posts_ == post_list_.size()) flush_posts();
-}
-
-void Lane::begin_resize(Rx which) noexcept {
-  // Where nothing is pinned, memory goes back to the heap of the peer's lanes at the most: not worth to grow again.
-  if (which == Rx::shrink ? !unordered_ : was_refused_) return conn.resize_done(conn.recv_size());
-  shrinks_ = which == Rx::shrink;
-  if (shrinks_) surplus_ = buffer_count_ - std::min<std::uint16_t>(limits_.conn.recv_buffers + 1, buffer_count_);
-  see_resize();
-}
-
-bool Lane::fits(const Buffer& b) const noexcept {
-  return b.block == nullptr || (b.size == target_size() && (b.is_first || !shrinks_));
-}
-
-/// How far the buffers have come to the size and number that are wanted. Buffer 0 took Hello and is out of the account.
-void Lane::see_resize() noexcept {
-  misfits_ =
-      static_cast<std::uint16_t>(std::count_if(buffers_.begin() + 1, buffers_.end(), [this](const Buffer& b) { return !fits(b); }));
-  if (misfits_ != 0 || surplus_ != 0) return;
-  shrinks_ = false;
-  if (conn.wanted_recv_size() != 0) conn.resize_done(conn.wanted_recv_size());
-}
-
-/// Buffers are changing their size or number, and this one has come home. False: it is none any more.
-bool Lane::exchange(std::uint32_t index) noexcept {
-  Buffer& b = buffers_[index];
-  if (surplus_ != 0) {
-    --surplus_;
-    --buffer_count_;
-    free_buffer(b);
-  } else if (const std::uint32_t size = target_size(); !fits(b)) {
-    Buffer other;
-    if (allocate_buffer(other, size, size == limits_.conn.recv_size)) {
-      free_buffer(b);
-      b = other;
-    } else if (size > b.size) {  // a larger one than is wanted does as well, until it comes home again
-      RDMA_LOG(info, "lane: no memory for receive buffers of %u bytes", size);
-      was_refused_ = unordered_;
-      conn.resize_done(conn.recv_size());
-    }
-  }
-  see_resize();
-  return b.block != nullptr;
-}
-
 // Posting and credits are not what a message waits for: a receive leaves them to the wait that follows it, while the peer has more
 // than half of its credits.
 bool Lane::may_not_wait() const noexcept {
-  return pending_posts_ > buffer_count_ / 4U || ack_is_due() || conn.credit().told_left() <= buffer_count_ / 2;
+  return recv_.pending() > recv_.count() / 4U || ack_is_due() || conn.credit().told_left() <= recv_.count() / 2;
 }
 
 void Lane::settle() noexcept {
-  if (pending_posts_ != 0) flush_posts();
+  recv_.post();
   if (held() != 0) [[unlikely]]
     (void)flush();
   if (awaits_ack()) [[unlikely]]
@@ -389,7 +338,7 @@ void Lane::settle() noexcept {
 }
 
 void Lane::return_buffers() noexcept {
-  if (pending_posts_ != 0) flush_posts();
+  recv_.post();
   if (ack_is_due()) [[unlikely]]
     conn.want_update();
   else if (!conn.credit().update_is_due())
@@ -397,46 +346,9 @@ void Lane::return_buffers() noexcept {
   send_control();
 }
 
-void Lane::flush_posts() noexcept {
-  constexpr std::uint16_t kBatch = 4;  // an array of them is cleared before it is filled: no larger than most calls need
-  for (std::uint16_t first = 0; first < pending_posts_; first += kBatch) {
-    RecvWr wrs[kBatch];
-    const auto n = std::min<std::uint16_t>(kBatch, pending_posts_ - first);
-    for (std::uint16_t i = 0; i < n; ++i) {
-      const std::uint32_t index = post_list_[first + i];
-      const Buffer& b = buffers_[index];
-      wrs[i] = RecvWr{index, b.addr, b.size, b.lkey};
-    }
-    if (qp_->post_recv({wrs, n}) == Post::ok) conn.on_posted(n);
-  }
-  pending_posts_ = 0;
-}
-
-void Lane::grow_count() noexcept {
-  if (was_refused_) return;
-  if (surplus_ != 0 || shrinks_) {
-    surplus_ = 0;
-    shrinks_ = false;
-    see_resize();
-  }
-  const std::uint16_t most = std::min<std::uint16_t>(limits_.recv_buffers_max + 1, kMaxBuffers);
-  const auto target = std::min<std::uint16_t>(2 * buffer_count_, most);
-  for (std::uint32_t index = 1; index < kMaxBuffers && buffer_count_ < target; ++index) {
-    if (buffers_[index].block != nullptr) continue;
-    if (!allocate_buffer(buffers_[index], target_size(), false)) {
-      was_refused_ = unordered_;
-      return;
-    }
-    ++buffer_count_;
-    post_list_[pending_posts_++] = index;
-    if (pending_posts_ == post_list_.size()) flush_posts();
-  }
-}
-
 /// Payload waits in the buffer in which it came.
 inline void Lane::queue(std::uint32_t index, std::uint32_t headers, std::uint32_t bytes) noexcept {
-  unread_[rx_tail_++ % kRing] = Unread{index, headers, bytes - headers};
-  rx_bytes_queued_ += bytes - headers;
+  recv_.queue(index, headers, bytes - headers);
   arrived_.store(arrived_.load(std::memory_order_relaxed) + bytes - headers, std::memory_order_relaxed);
   ++rx_arrivals_;
 }
@@ -457,13 +369,13 @@ void Lane::on_completion(const Wc& wc) noexcept {
     return;
   }
   const auto index = static_cast<std::uint32_t>(wc.wr_id);
-  const Buffer& b = buffers_[index];
+  const std::byte* const message = recv_.buffer(index);
   if (capture_ != nullptr) [[unlikely]] {
-    const std::span<const std::byte> msg(b.addr, wc.byte_len);
+    const std::span<const std::byte> msg(message, wc.byte_len);
     const std::size_t head = std::min(msg.size(), wire::kBsdhBytes);
     show(false, msg.first(head), msg.subspan(head));
   }
-  const Rx rx = conn.on_message({b.addr, wc.byte_len});
+  const Rx rx = conn.on_message({message, wc.byte_len});
   if (unordered_ && staging_.active()) [[unlikely]]
     free_staged();
   if (is_writing()) [[unlikely]]
@@ -490,7 +402,7 @@ void Lane::on_completion(const Wc& wc) noexcept {
       break;
     case Rx::resize:
     case Rx::shrink:
-      begin_resize(rx);
+      recv_.begin_resize(rx);
       break;
     case Rx::abort:
       RDMA_LOG(warn, "lane ended: %s", conn.error());
@@ -500,7 +412,7 @@ void Lane::on_completion(const Wc& wc) noexcept {
     default:
       break;
   }
-  home(index);
+  recv_.home(index);
 }
 
 void Lane::reap() noexcept {
@@ -509,7 +421,7 @@ void Lane::reap() noexcept {
   do {
     n = cq_->poll(wcs);
     for (unsigned i = 0; i < n; ++i) on_completion(wcs[i]);
-  } while (n == std::size(wcs) && rx_tail_ - rx_head_ < kRing - 2 * std::size(wcs));
+  } while (n == std::size(wcs) && recv_.has_room(2 * std::size(wcs) + 1));
 }
 
 void Lane::drain() noexcept {
@@ -519,11 +431,8 @@ void Lane::drain() noexcept {
   }
   if (!cq_->maybe_ready()) return;
   reap();
-  if (may_not_wait() || (conn.wants_update() && pending_posts_ != 0)) flush_posts();
-  if (rx_tail_ - rx_head_ > buffer_count_ / 2U && buffer_count_ <= limits_.recv_buffers_max) [[unlikely]] {
-    grow_count();
-    if (pending_posts_ != 0) flush_posts();
-  }
+  if (may_not_wait() || conn.wants_update()) recv_.post();
+  recv_.grow_if_short();
   if (held() != 0 && in_flight() < kGatherFrom) [[unlikely]]
     (void)flush();
   send_control();
@@ -531,26 +440,21 @@ void Lane::drain() noexcept {
 
 std::size_t Lane::recv_at_once(std::byte* to, std::size_t room) noexcept {
   if (capture_ != nullptr || held() != 0) return 0;
-  const bool is_drained = rx_head_ == rx_tail_;
+  const bool is_drained = recv_.empty();
   if (is_drained) drain();
-  if (rx_head_ == rx_tail_) return 0;
-  Unread& u = unread_[rx_head_ % kRing];
-  const std::size_t n = std::min<std::size_t>(u.length, room);
+  if (recv_.empty()) return 0;
+  const RecvQueue::Piece piece = recv_.piece(0);
+  const std::size_t n = std::min<std::size_t>(piece.bytes, room);
   // A read that is shorter than it could be says that there is no more.
-  if (n < room && (rx_tail_ - rx_head_ != 1 || (!is_drained && cq_->maybe_ready()) || has_advert() ||
-                   peer_buffer_.holds_more_than(rx_bytes_ + n)))
+  if (n < room &&
+      (recv_.size() != 1 || (!is_drained && cq_->maybe_ready()) || has_advert() || peer_buffer_.holds_more_than(rx_bytes_ + n)))
     return 0;
   if (!rdma::can_overwrite(to, n)) return 0;
-  rdma::copy_bytes(to, buffers_[u.buffer].addr + u.offset, n);
-  u.offset += static_cast<std::uint32_t>(n);
-  u.length -= static_cast<std::uint32_t>(n);
-  if (u.length == 0) {
-    ++rx_head_;
-    home(u.buffer);
-  }
+  rdma::copy_bytes(to, piece.addr, n);
+  recv_.take(static_cast<std::uint32_t>(n));
   burst_ = 0;
   caught_up_at_ = 0;
-  took(n, 0);
+  rx_bytes_ += n;
   if (may_not_wait()) return_buffers();
   return n;
 }
@@ -561,14 +465,13 @@ std::int64_t Lane::recv(IovCursor& to, bool consume) noexcept {
     (void)flush();
   const IovCursor start = to;
   std::size_t total = 0, pulled = 0;
-  std::uint32_t at = rx_head_;
-  std::uint32_t offset_in_front = 0;
+  std::uint32_t at = 0, offset = 0;  // of what is left in the queue
   bool last = false, bad_address = false;
   while (!to.done() && !last) {
-    if (at == rx_tail_) {
+    if (at == recv_.size()) {
       if (caught_up_at_ != 0 && total == 0) let_gather();
       drain();
-      if (at == rx_tail_) {
+      if (at == recv_.size()) {
         const std::span<const std::byte> piece = peer_bytes(rx_bytes_ + total, &last);
         if (piece.empty()) break;
         const std::size_t n = std::min(piece.size(), to.chunk());
@@ -581,27 +484,17 @@ std::int64_t Lane::recv(IovCursor& to, bool consume) noexcept {
         continue;
       }
     }
-    Unread& u = unread_[at % kRing];
-    const std::uint32_t skip = consume ? 0 : offset_in_front;
-    const std::size_t n = std::min<std::size_t>(u.length - skip, to.chunk());
+    const RecvQueue::Piece piece = recv_.piece(at);
+    const std::size_t n = std::min<std::size_t>(piece.bytes - offset, to.chunk());
     if (bad_address = !rdma::can_overwrite(to.data(), n); bad_address) break;
-    rdma::copy_bytes(to.data(), buffers_[u.buffer].addr + u.offset + skip, n);
+    rdma::copy_bytes(to.data(), piece.addr + offset, n);
     to.advance(n);
     total += n;
     if (consume) {
-      u.offset += static_cast<std::uint32_t>(n);
-      u.length -= static_cast<std::uint32_t>(n);
-      if (u.length == 0) {
-        const std::uint32_t buffer = u.buffer;
-        rx_head_ = ++at;
-        home(buffer);
-      }
-    } else {
-      offset_in_front += static_cast<std::uint32_t>(n);
-      if (offset_in_front == u.length) {
-        ++at;
-        offset_in_front = 0;
-      }
+      recv_.take(static_cast<std::uint32_t>(n));
+    } else if (offset += static_cast<std::uint32_t>(n); offset == piece.bytes) {
+      ++at;
+      offset = 0;
     }
   }
   if (consume) {
@@ -619,7 +512,6 @@ std::int64_t Lane::recv(IovCursor& to, bool consume) noexcept {
 
 /// The program has read `total` bytes, the last `pulled` of them from the peer's buffer.
 void Lane::took(std::size_t total, std::size_t pulled) noexcept {
-  rx_bytes_queued_ -= total - pulled;
   rx_bytes_ += total;
   if (pulled == 0) return;
   arrived_.store(rx_bytes_, std::memory_order_relaxed);
@@ -629,9 +521,9 @@ void Lane::took(std::size_t total, std::size_t pulled) noexcept {
 std::size_t Lane::discard(std::size_t bytes) noexcept {
   std::size_t total = 0, pulled = 0;
   while (total < bytes) {
-    if (rx_head_ == rx_tail_) {
+    if (recv_.empty()) {
       drain();
-      if (rx_head_ == rx_tail_) {
+      if (recv_.empty()) {
         bool last = false;
         const std::span<const std::byte> piece = peer_bytes(rx_bytes_ + total, &last);
         const std::size_t n = std::min(piece.size(), bytes - total);
@@ -642,16 +534,9 @@ std::size_t Lane::discard(std::size_t bytes) noexcept {
         continue;
       }
     }
-    Unread& u = unread_[rx_head_ % kRing];
-    const std::size_t n = std::min<std::size_t>(u.length, bytes - total);
-    u.offset += static_cast<std::uint32_t>(n);
-    u.length -= static_cast<std::uint32_t>(n);
+    const std::size_t n = std::min<std::size_t>(recv_.piece(0).bytes, bytes - total);
+    recv_.take(static_cast<std::uint32_t>(n));
     total += n;
-    if (u.length == 0) {
-      const std::uint32_t buffer = u.buffer;
-      ++rx_head_;
-      home(buffer);
-    }
   }
   took(total, pulled);
   return_buffers();

@@ -53,7 +53,7 @@ Lane* Lane::outlive_device(void* cell) const noexcept {
   for (std::uint32_t mseq = credit.sent(); mseq != credit.acked(); --mseq)
     if (const Sent& s = sent_[mseq % kMaxInFlight]; s.payload != 0) first = s.start;
   if (!zero_copy_.rest.empty()) first = std::min(first, zero_copy_.rest_from);
-  const std::size_t unread = rx_bytes_queued_, sent = tx_bytes_ - first;
+  const std::size_t unread = recv_.bytes(), sent = tx_bytes_ - first;
   KeptBytes kept;
   std::byte* const memory = kept.room(sizeof(LaneBlock) + unread + sent);
   if (memory == nullptr || !read_back(first, memory + sizeof(LaneBlock) + unread, sent)) {
@@ -61,10 +61,10 @@ Lane* Lane::outlive_device(void* cell) const noexcept {
     return nullptr;
   }
   std::byte* to = memory + sizeof(LaneBlock);
-  for (std::uint32_t at = rx_head_; at != rx_tail_; ++at) {
-    const Unread& u = unread_[at % kRing];
-    std::memcpy(to, buffers_[u.buffer].addr + u.offset, u.length);
-    to += u.length;
+  for (std::uint32_t at = 0; at != recv_.size(); ++at) {
+    const RecvQueue::Piece piece = recv_.piece(at);
+    std::memcpy(to, piece.addr, piece.bytes);
+    to += piece.bytes;
   }
 
   Lane* const left = new (cell) Lane(nullptr, limits_);
@@ -85,11 +85,7 @@ Lane* Lane::outlive_device(void* cell) const noexcept {
   left->violated_ = violated_;
   left->peer_disconn_ = peer_disconn_;
   left->failure_ = failure();
-  left->buffers_[0].addr = memory + sizeof(LaneBlock);
-  left->buffer_count_ = 1;
-  left->unread_[0] = Unread{0, 0, static_cast<std::uint32_t>(unread)};
-  left->rx_tail_ = unread != 0 ? 1 : 0;
-  left->rx_bytes_queued_ = unread;
+  left->recv_.hold(memory + sizeof(LaneBlock), static_cast<std::uint32_t>(unread), no_qp);
   left->rx_bytes_ = rx_bytes_;
   left->rx_arrivals_ = rx_arrivals_;
   left->arrived_ = rx_arrived();

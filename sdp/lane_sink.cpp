@@ -46,7 +46,7 @@ Lane::Sunk Lane::advertise(std::byte* to, std::size_t room) noexcept {
 
 void Lane::wish_pipelined() noexcept {
   conn.want_pipelined();
-  if (pending_posts_ != 0) flush_posts();
+  recv_.post();
   send_control();
 }
 
