@@ -39,7 +39,7 @@ struct Lingering {
   KeptBytes bytes;
   Lingering* next;
   const Lane* behind;  ///< its END is not acknowledged yet
-  ::linger option;     ///< the program's
+  ::linger option;     ///< how it is closed
   bool lost = false;   ///< bytes before these are
   bool may_go() const noexcept { return behind == nullptr || behind->said(kEndSeen) || behind->said(kGone); }
 };
@@ -293,7 +293,7 @@ void nudge() noexcept {
   nudge_parent();
 }
 
-void linger(int fd, KeptBytes bytes, const Lane* behind) noexcept {
+void linger(int fd, KeptBytes bytes, const Lane* behind, Farewell farewell) noexcept {
   ::linger option{};
   socklen_t option_len = sizeof option;
   sys::call(SYS_getsockopt, fd, SOL_SOCKET, SO_LINGER, sys::arg(&option), sys::arg(&option_len));
@@ -310,12 +310,14 @@ void linger(int fd, KeptBytes bytes, const Lane* behind) noexcept {
       forget_helper_fd(own);
       sys::call(SYS_close, own);
     }
+    if (farewell == Farewell::reset) return KeptBytes::set_linger(fd, {1, 0});
     RDMA_LOG(error, "fd %d: closed with %zu bytes unsent: no memory or descriptor to keep them", fd, bytes.size());
     bytes.clear();
     return;
   }
+  if (farewell == Farewell::reset) option = {1, 0};
   auto* entry = new (reinterpret_cast<void*>(page)) Lingering{own, bytes.take(), nullptr, behind, option};
-  KeptBytes::reset_if_killed(own, entry->option);
+  KeptBytes::set_linger(own, {1, 0});  // also if we are killed meanwhile
   (void)e.lock.lock();
   entry->next = e.lingering;
   e.lingering = entry;

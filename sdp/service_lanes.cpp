@@ -238,13 +238,9 @@ bool Service::stop_at_exit() noexcept {
       s->tend();
       if (!s->has_said_end()) s->end_tx_locked();
       s->unguard_resend();
-      const bool reset = s->rx.load() == RxState::lane && s->lane->unread() != 0;
-      if (s->lane_rest() != 0 || (reset && s->lane->stopped())) {
-        s->resend.clear();
-        KeptBytes::set_linger(s->fd, {1, 0});
-      }
+      (void)s->reset_if_unread(s->fd, nullptr);  // by the kernel, when the process is gone
       if (!s->resend.empty()) engine::linger(s->fd, s->resend.take(), s->end_is_settled() ? nullptr : s->lane);
-      s->lane->write_word(kGone, reset ? 1 : 0);
+      s->lane->write_word(kGone, 0);
       s->gone_is_said = true;
     }
     s->lock.unlock();

@@ -228,24 +228,13 @@ Phase StreamImpl::close(int at) noexcept {
     lane->end_sink();
     lane->drain();
     if (lane->unordered()) acknowledge_end();
-    // Rule 7: closing with bytes unread resets the connection; the peer reads what it has and then gets ECONNRESET. Where its bytes
-    // are never overtaken, or no word reaches it, or has told it of an end already, the kernel says so, and drops what is unsent as
-    // it always does.
-    const RxState now = rx.load(std::memory_order_relaxed);
-    const bool resets = (now == RxState::ready || now == RxState::draining || now == RxState::lane) && lane->unread() != 0;
-    const bool by_word = resets && lane->unordered() && !lane->stopped();
-    const bool by_kernel = lane_rest() != 0 || (resets && !by_word);
-    lane->write_word(kGone, by_word ? 1 : 0);
-    if (by_kernel && !others_use_anchor) {
-      resend.clear();
-      unguard_resend();
-      KeptBytes::set_linger(at, {1, 0});
-    }
+    lane->write_word(kGone, 0);
   }
-  if ((laned && fin_has_to_wait()) || (!resend.empty() && !flush_resend(at))) {
-    const bool waits = tx.load(std::memory_order_relaxed) == TxState::ending;
+  const Lane* const behind = tx.load(std::memory_order_relaxed) == TxState::ending ? lane : nullptr;
+  const bool is_reset = laned && reset_if_unread(at, behind);
+  if (!is_reset && ((laned && fin_has_to_wait()) || (!resend.empty() && !flush_resend(at)))) {
     unguard_resend();
-    engine::linger(at, resend.take(), waits ? lane : nullptr);
+    engine::linger(at, resend.take(), behind);
   }
   generation.fetch_add(1, std::memory_order_acq_rel);
   const Phase was = phase.exchange(Phase::final, std::memory_order_acq_rel);

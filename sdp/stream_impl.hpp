@@ -309,8 +309,9 @@ class alignas(64) StreamImpl {
   void abandon_rx() noexcept;
   /// The anchor ended before it had brought everything again: the rest is read where it lies. False: there was nothing to bring.
   bool resume_after_resend() noexcept;
-  /// The peer closed with bytes unread: ECONNRESET once, and a socket that the kernel takes for closed.
-  void reset_here(int fd) noexcept;
+  /// The program closes, or ends: with bytes unread, and then it is a reset? Not before the peer has acknowledged END on the lane
+  /// `behind`, if there is one.
+  bool reset_if_unread(int fd, const Lane* behind) noexcept;
   /// A lane that died while both processes live: broken protocol, or a failed device.
   void leave_dead_lane(int fd) noexcept;
   /// Rule 11: does `fd` still name this connection? The program may have closed it in a way that we did not see.
@@ -422,7 +423,8 @@ void nudge() noexcept;            ///< the service thread should look at its str
 /// The connection `fd` is closed with bytes to resend, which become ours: they go out, and then FIN, by a descriptor of ours.
 /// Not before the peer has acknowledged the end of the lane `behind`, if there is one; release_lingering() says that this lane
 /// goes.
-void linger(int fd, KeptBytes bytes, const Lane* behind = nullptr) noexcept;
+enum class Farewell : std::uint8_t { fin, reset };  ///< fin: or what the program's SO_LINGER says
+void linger(int fd, KeptBytes bytes, const Lane* behind = nullptr, Farewell = Farewell::fin) noexcept;
 void release_lingering(const Lane* lane) noexcept;
 /// That lane has failed, and the peer has said how much arrived: what did not goes out before the rest.
 void recover_lingering(const Lane* lane, const Arrived& peer) noexcept;

@@ -162,8 +162,6 @@ void StreamImpl::advance_rx(int at) noexcept {
   const bool ended = lane->said(kEnd, &end);
   // Rule 7: the end is known and bytes before it are missing; or nobody knows what was under way when the peer went.
   if (ended ? lane->rx_bytes() != end : lane->unordered()) bytes_missing = true;
-  std::uint64_t gone = 0;
-  if (lane->said(kGone, &gone) && gone != 0) reset_here(at);
   rx.store(RxState::ended, std::memory_order_release);
   state_edges.fetch_add(1, std::memory_order_relaxed);
 }
@@ -187,15 +185,28 @@ void StreamImpl::look_at_anchor(int at) noexcept {
     take_down_locked(LaneReason::foreign_use);
     if (rx.load(std::memory_order_relaxed) != RxState::lane) return;
   }
-  std::uint64_t gone = 0;
-  if (lane->said(kGone, &gone) && gone != 0) reset_here(at);
   rx.store(RxState::ended, std::memory_order_release);
   state_edges.fetch_add(1, std::memory_order_relaxed);
 }
 
-void StreamImpl::reset_here(int at) noexcept {
-  error_due = -ECONNRESET;
-  if (names_us(at)) sys::call(SYS_shutdown, at, SHUT_RDWR);
+// Rule 7. What is unsent is dropped, as the kernel always does.
+bool StreamImpl::reset_if_unread(int at, const Lane* behind) noexcept {
+  const RxState now = rx.load(std::memory_order_relaxed);
+  const bool reads_lane = now == RxState::ready || now == RxState::draining || now == RxState::lane;
+  if (lane_rest() == 0 && (!reads_lane || lane->unread() == 0)) return false;
+  if (others_use_anchor) {  // for them it goes on, if it can
+    keep_gap_from_others(at);
+    return false;
+  }
+  resend.clear();
+  unguard_resend();
+  if (heirs.load(std::memory_order_relaxed) != 0)  // nor can a child read on behind bytes that only we had
+    break_off(at);
+  else if (behind != nullptr)
+    engine::linger(at, {}, behind, engine::Farewell::reset);
+  else
+    KeptBytes::set_linger(at, {1, 0});
+  return true;
 }
 
 void StreamImpl::end_tx_locked() noexcept {
