@@ -214,8 +214,9 @@ bool Lane::read_back(std::uint64_t from, std::byte* out, std::size_t bytes) cons
     const Sent& s = sent_[mseq % kMaxInFlight];
     const std::uint64_t want = from + done;
     if (s.payload == 0 || want < s.start || want >= s.start + s.payload) continue;
-    const auto msg = unordered_ ? staging_.piece(s.staged, s.headers + s.payload) : qp_->sent_message(s.number);
-    if (msg.size() != s.headers + s.payload) return false;
+    const std::uint32_t whole = s.headers + s.payload;
+    const auto msg = unordered_ ? staging_.piece(s.staged, whole + mark_bytes(whole)) : qp_->sent_message(s.number);
+    if (msg.size() < whole) return false;
     const std::size_t skip = want - s.start;
     const std::size_t n = std::min<std::size_t>(s.payload - skip, posted - done);
     std::memcpy(out + done, msg.data() + s.headers + skip, n);

@@ -65,9 +65,14 @@ struct LaneBlock {
 };
 static_assert(sizeof(LaneBlock) == 192 && offsetof(LaneBlock, cursors) == 64 && offsetof(LaneBlock, pulled) == 128);
 
+/// A message on an unordered lane that may be more than one packet ends with its MSeq once more, which Len does not count: a device
+/// may put the last packets of another message behind the first of this one (DRIVERS.md, "Known faults").
+inline constexpr std::uint32_t kOnePacketBytes = 256;  ///< a message of so many is one packet on every path
+inline constexpr std::uint32_t kMarkBytes = 4;
+
 /// Private data of the CM's request and reply: where our switch words lie.
 struct LaneProposal {
-  static constexpr std::uint32_t kMagic = 0x4C504404;  // "DPL", version
+  static constexpr std::uint32_t kMagic = 0x4C504405;  // "DPL", version
   std::uint32_t magic = kMagic;
   std::uint32_t words_rkey = 0;
   std::array<std::uint32_t, 2> words_addr{};  ///< low, high
@@ -344,9 +349,20 @@ class Lane {
   bool gathers(std::size_t bytes) const noexcept { return held() != 0 || (bytes <= conn.max_payload() / 4 && may_hold()); }
   /// A message of its own, for which staging_ has a place as it is.
   bool may_stage_at_once(std::uint32_t count) const noexcept {
-    return !gathers(count) && count < zero_copy_from_ && staging_.active() && count + wire::kBsdhBytes <= staging_.longest() &&
-           staging_.has_room(staging_.longest());
+    return !gathers(count) && count < zero_copy_from_ && staging_.active() &&
+           count + wire::kBsdhBytes + kMarkBytes <= staging_.longest() && staging_.has_room(staging_.longest());
   }
+  /// Of a message of so many bytes, with it or without.
+  std::uint32_t mark_bytes(std::uint32_t message) const noexcept {
+    return unordered_ && message > kOnePacketBytes ? kMarkBytes : 0;
+  }
+  static void put_mark(std::byte* message, std::uint32_t bytes) noexcept {
+    std::memcpy(message + bytes, message + wire::kMseqOffset, kMarkBytes);
+  }
+  std::uint32_t max_payload() const noexcept {
+    return conn.max_payload() - mark_bytes(conn.max_payload() + static_cast<std::uint32_t>(wire::kBsdhBytes));
+  }
+  std::uint32_t take_mark(const std::byte* message, std::uint32_t bytes) noexcept;
   std::size_t gather(IovCursor& from, std::size_t bytes) noexcept;
   bool open_gathered() noexcept;
   rdma::Sge close_gathered() noexcept;

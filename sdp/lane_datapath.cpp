@@ -64,14 +64,15 @@ std::uint32_t Lane::longest_payload() noexcept {
   if (conn.max_payload() + kHead <= max_inline_ && !unordered_) [[likely]]
     return conn.max_payload();
   const bool gathered = staging_.active() || staging_.open(*(*peer_)->heap);
-  return std::min(conn.max_payload(), (gathered ? static_cast<std::uint32_t>(staging_.longest()) : max_inline_) - kHead);
+  const std::uint32_t longest = gathered ? static_cast<std::uint32_t>(staging_.longest()) : max_inline_;
+  return std::min(max_payload(), longest - mark_bytes(longest) - kHead);
 }
 
 /// False: what the peer has not acknowledged fills the memory to gather messages in, and there is no more of it.
 bool Lane::make_room(std::size_t bytes) noexcept {
   if (!staging_.active() || !staging_.may_grow()) [[likely]]
     return true;  // may_send() has asked
-  const bool is_short = std::min<std::size_t>(bytes, conn.max_payload()) + wire::kBsdhBytes > staging_.longest();
+  const bool is_short = std::min<std::size_t>(bytes, conn.max_payload()) + wire::kBsdhBytes + kMarkBytes > staging_.longest();
   const bool has_room = staging_.has_room(staging_.longest());
   return (has_room && !is_short) || staging_.grow(*(*peer_)->pd) || has_room;
 }
@@ -88,7 +89,7 @@ bool Lane::post_staged(const Sge& whole) noexcept {
 
 /// One message from the caller's pieces, which are taken before we return.
 bool Lane::post_copy(const SendWr& pieces) noexcept {
-  std::size_t bytes = 0;
+  std::uint32_t bytes = 0;
   for (unsigned i = 0; i < pieces.sge_count; ++i) bytes += pieces.sges[i].length;
   const bool kept = unordered_ && pieces.sge_count > 1;
   if (bytes <= max_inline_ && !kept) {
@@ -97,11 +98,21 @@ bool Lane::post_copy(const SendWr& pieces) noexcept {
     return qp_->post_send(wr) == Post::ok;
   }
   if (!staging_.active() && !staging_.open(*(*peer_)->heap)) return false;
-  std::byte* const memory = staging_.take(bytes);
+  const std::uint32_t mark = mark_bytes(bytes);
+  std::byte* const memory = staging_.take(bytes + mark);
   std::size_t at = 0;
   for (unsigned i = 0; i < pieces.sge_count; at += pieces.sges[i++].length)
     rdma::copy_bytes(memory + at, pieces.sges[i].addr, pieces.sges[i].length);
-  return post_staged({memory, static_cast<std::uint32_t>(bytes), staging_.lkey()});
+  if (mark != 0) put_mark(memory, bytes);
+  return post_staged({memory, bytes + mark, staging_.lkey()});
+}
+
+/// Bytes of the peer's message without its mark. If that is another's the lane is over.
+std::uint32_t Lane::take_mark(const std::byte* message, std::uint32_t bytes) noexcept {
+  if (mark_bytes(bytes) == 0) return bytes;
+  bytes -= kMarkBytes;
+  if (std::memcmp(message + bytes, message + wire::kMseqOffset, kMarkBytes) != 0) conn.abort("a message ends as another");
+  return bytes;
 }
 
 bool Lane::post_message(const Sge* sges, std::uint8_t count, std::uint8_t flags) noexcept {
@@ -163,7 +174,8 @@ void Lane::weigh_cuts(std::size_t bytes, std::uint32_t cuts) noexcept {
   if (cuts_ < kCutsToGrow || conn.resize_pending() || size < wished_size_ || size >= limits_.conn.recv_size_max) return;
   cuts_ = 0;
   wished_size_ = static_cast<std::uint32_t>(
-      std::min<std::size_t>(std::max<std::size_t>(bytes + wire::kBsdhBytes, 2 * std::size_t{size}), limits_.conn.recv_size_max));
+      std::min(std::max(bytes + wire::kBsdhBytes + (unordered_ ? kMarkBytes : 0), 2 * std::size_t{size}),
+               std::size_t{limits_.conn.recv_size_max}));
   conn.want_peer_recv_size(wished_size_);
   send_control();
 }
@@ -197,7 +209,7 @@ std::size_t Lane::send(IovCursor& from) noexcept {
       break;
     }
     total += payload;
-    cuts += payload == conn.max_payload() && !from.done() ? 1 : 0;
+    cuts += payload == max_payload() && !from.done() ? 1 : 0;
   }
   if (cuts + cuts_ != 0 && total != 0) [[unlikely]]
     weigh_cuts(bytes, cuts);
@@ -241,7 +253,7 @@ bool Lane::send_at_once(const std::byte* bytes, std::uint32_t count) noexcept {
     return true;
   }
   const bool fits = may_buffer_ ? count + wire::kBsdhBytes <= max_inline_ : may_stage_at_once(count);
-  if (!fits || count > conn.max_payload() || !may_send()) return false;
+  if (!fits || count > max_payload() || !may_send()) return false;
   Sge sges[2];
   sges[1] = Sge{bytes, count, {}};
   if (!post_data(sges, 2, count)) return false;
@@ -370,28 +382,31 @@ void Lane::on_completion(const Wc& wc) noexcept {
   }
   const auto index = static_cast<std::uint32_t>(wc.wr_id);
   const std::byte* const message = recv_.buffer(index);
+  std::uint32_t bytes = wc.byte_len;
+  if (unordered_) [[unlikely]]
+    bytes = take_mark(message, bytes);
   if (capture_ != nullptr) [[unlikely]] {
-    const std::span<const std::byte> msg(message, wc.byte_len);
+    const std::span<const std::byte> msg(message, bytes);
     const std::size_t head = std::min(msg.size(), wire::kBsdhBytes);
     show(false, msg.first(head), msg.subspan(head));
   }
-  const Rx rx = conn.on_message({message, wc.byte_len});
+  const Rx rx = conn.on_message({message, bytes});
   if (unordered_ && staging_.active()) [[unlikely]]
     free_staged();
   if (is_writing()) [[unlikely]]
     follow_write();
   if (rx == Rx::payload) [[likely]]
-    return queue(index, wire::kBsdhBytes, wc.byte_len);
+    return queue(index, wire::kBsdhBytes, bytes);
   switch (rx) {
     case Rx::advert:
       (void)withdraw_offer();  // both programs send: see Connection
-      return queue(index, wire::payload_offset(wire::Mid::src_avail), wc.byte_len);
+      return queue(index, wire::payload_offset(wire::Mid::src_avail), bytes);
     case Rx::answered:
       follow_offer();
       break;
     case Rx::placed:
       follow_sink(true);
-      return queue(index, wire::kBsdhBytes, wc.byte_len);
+      return queue(index, wire::kBsdhBytes, bytes);
     case Rx::sunk:
       follow_sink(false);
       break;

@@ -22,8 +22,8 @@ bool Lane::open_gathered() noexcept {
   if (!staging_.active() && !staging_.open(*(*peer_)->heap)) return false;
   if (!make_room(conn.max_payload())) return false;
   const std::uint32_t most = longest_payload();
-  if (!staging_.has_room(kHead + most)) return false;
-  gathered_ = staging_.next_piece(kHead + most);
+  if (!staging_.has_room(kHead + most + kMarkBytes)) return false;
+  gathered_ = staging_.next_piece(kHead + most + kMarkBytes);
   gathered_most_ = most;
   return true;
 }
@@ -55,18 +55,21 @@ std::size_t Lane::gather(IovCursor& from, std::size_t bytes) noexcept {
 rdma::Sge Lane::close_gathered() noexcept {
   const std::uint32_t payload = held();
   conn.emit_data(payload, gathered_);
-  staging_.take_at(gathered_, kHead + payload);
+  const std::uint32_t mark = mark_bytes(kHead + payload);
+  if (mark != 0) put_mark(gathered_, kHead + payload);
+  staging_.take_at(gathered_, kHead + payload + mark);
   sent_[conn.credit().sent() % kMaxInFlight] = Sent{tx_bytes_ - payload, sends_, payload, kHead, staging_.position()};
   held_.store(0, std::memory_order_relaxed);
-  return {gathered_, kHead + payload, staging_.lkey()};
+  return {gathered_, kHead + payload + mark, staging_.lkey()};
 }
 
 bool Lane::flush() noexcept {
   if (held() == 0) return true;
   if (!may_post()) return false;
+  const std::uint32_t payload = held();
   const rdma::Sge whole = close_gathered();
   ++tx_messages_;
-  return has_left(post_staged(whole), {whole.addr, kHead}, {whole.addr + kHead, whole.length - kHead});
+  return has_left(post_staged(whole), {whole.addr, kHead}, {whole.addr + kHead, payload});
 }
 
 void Lane::take_held(std::byte* out) noexcept {

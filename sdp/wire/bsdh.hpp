@@ -24,6 +24,8 @@ inline constexpr std::uint8_t kOobPend = 2;  ///< an urgent byte is on its way; 
 inline constexpr std::uint8_t kReqPipe = 4;  ///< hint of the sink: Pipelined mode preferred
 inline constexpr std::uint8_t kKnownFlags = kOobPres | kOobPend | kReqPipe;
 
+inline constexpr std::size_t kMseqOffset = 8;
+
 /// Offsets over bytes that we do not own; interprets nothing. For logs and captures, which must show illegal messages too.
 class BsdhView {
  public:

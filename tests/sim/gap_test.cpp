@@ -78,4 +78,20 @@ BOOST_AUTO_TEST_CASE(a_message_that_breaks_the_protocol_costs_the_lane_and_no_by
   BOOST_TEST(e.sent[1] >= 700U);
 }
 
+// What Soft-RoCE may make of two messages (DRIVERS.md, "Known faults"); no header tells.
+BOOST_AUTO_TEST_CASE(a_message_with_packets_of_another_costs_the_lane_and_no_byte) {
+  constexpr std::size_t kPacket = 1024;
+  for (const std::size_t bytes : {1500U, 2000U}) {
+    Ends e;
+    for (int i = 0; i < 3; ++i) BOOST_TEST(e.send(0, bytes) == static_cast<std::int64_t>(bytes));
+    BOOST_TEST(hosts().late[0]->mix(kPacket));
+    for (int round = 0; round < 20; ++round) {
+      e.pass();
+      BOOST_TEST(e.receive_all(1) == -EAGAIN);
+    }
+    BOOST_TEST(e.received[1] == e.sent[0]);
+    BOOST_TEST(e.stream(1).stats->lanes_failed.get() == 1U);
+  }
+}
+
 }  // namespace sdp::sim

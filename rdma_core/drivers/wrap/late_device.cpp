@@ -27,9 +27,7 @@ class LateQp final : public ForwardQp {
     Held& h = held_.emplace_back();
     h.wr = wr;
     h.sges.assign(wr.sges, wr.sges + wr.sge_count);
-    if ((wr.flags & kInline) == 0) return Post::ok;
-    for (const Sge& sge : h.sges) h.bytes.insert(h.bytes.end(), sge.addr, sge.addr + sge.length);
-    h.sges = {Sge{h.bytes.data(), static_cast<std::uint32_t>(h.bytes.size()), {}}};
+    if ((wr.flags & kInline) != 0) h.put(h.all());
     return Post::ok;
   }
   std::span<const std::byte> sent_message(std::uint64_t) const noexcept override { return {}; }
@@ -47,6 +45,18 @@ class LateQp final : public ForwardQp {
       held_.pop_front();
     }
   }
+  bool mix(std::size_t packet) {
+    for (std::size_t i = 1; i < held_.size(); ++i) {
+      if (held_[i - 1].wr.opcode != WrOpcode::send || held_[i].wr.opcode != WrOpcode::send) continue;
+      const std::vector<std::byte> before = held_[i - 1].all();
+      std::vector<std::byte> mixed = held_[i].all();
+      if (mixed.size() <= packet || mixed.size() != before.size()) continue;
+      std::copy_n(before.data() + packet, before.size() - packet, mixed.data() + packet);
+      held_[i].put(std::move(mixed));
+      return true;
+    }
+    return false;
+  }
   void die() noexcept { dead_ = true; }
 
  private:
@@ -54,6 +64,17 @@ class LateQp final : public ForwardQp {
     SendWr wr;
     std::vector<Sge> sges;
     std::vector<std::byte> bytes;  ///< if inline
+
+    std::vector<std::byte> all() const {
+      std::vector<std::byte> joined;
+      for (const Sge& sge : sges) joined.insert(joined.end(), sge.addr, sge.addr + sge.length);
+      return joined;
+    }
+    void put(std::vector<std::byte> inlined) {
+      bytes = std::move(inlined);
+      wr.flags |= kInline;
+      sges = {Sge{bytes.data(), static_cast<std::uint32_t>(bytes.size()), {}}};
+    }
   };
   LateDevice& device_;
   std::size_t depth_;
@@ -96,6 +117,10 @@ std::size_t LateDevice::held() const noexcept {
 void LateDevice::release(std::size_t most) {
   const std::lock_guard guard(mutex_);
   for (LateQp* qp : qps_) qp->release(most);
+}
+bool LateDevice::mix(std::size_t packet) {
+  const std::lock_guard guard(mutex_);
+  return std::ranges::any_of(qps_, [packet](LateQp* qp) { return qp->mix(packet); });
 }
 void LateDevice::die() noexcept {
   const std::lock_guard guard(mutex_);

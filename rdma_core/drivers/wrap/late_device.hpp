@@ -27,6 +27,9 @@ class LateDevice final : public ForwardDevice {
   std::size_t held() const noexcept;  ///< requests
   /// Lets the `most` oldest requests of each Qp go, as far as its queues have room.
   void release(std::size_t most = ~std::size_t{0});
+  /// Of two Sends in a row that wait and are as long as each other the second becomes its own first `packet` bytes and the rest of
+  /// the other: what a device makes that puts packets into the wrong message. False: no two such.
+  bool mix(std::size_t packet);
   /// The process ends: what waits, and what it posts from here on, never leaves. Qps made later work again.
   void die() noexcept;
 
