@@ -42,6 +42,7 @@ struct DeviceAttr {
   bool remembers_sent_data = false;     ///< bytes in flight survive the sender's death (they lie in the receiver's memory)
   bool posts_arrive_at_once = false;    ///< Sends and RDMA Writes are in the peer's memory when post_send returns: nothing that
                                         ///< leaves later by another way overtakes them
+  bool mixes_messages = false;          ///< a message may end with another's packets, by a fault; see DRIVERS.md, "Known faults"
   bool maps_peer_memory = false;        ///< Qp::remote_view() works; RDMA Writes are seen in the order in which they were posted
   bool reads_program_memory = false;  ///< for a device whose other regions lie in extents: RDMA Reads also reach memory that is the
                                       ///< peer program's, and not pinned. A region for remote reads alone may lie there; see

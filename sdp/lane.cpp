@@ -22,6 +22,7 @@ Result<Unit> Lane::open(rdma::CompletionChannel* channel) noexcept {
   device_ = peer.device;
   may_buffer_ = device_->attr().maps_peer_memory;
   unordered_ = !device_->attr().posts_arrive_at_once;
+  marks_ends_ = device_->attr().mixes_messages;
   max_sge_ = device_->attr().max_sge < 8 ? device_->attr().max_sge : 8;
   may_withdraw_ = device_->attr().reads_program_memory;
   const bool reaches_programs = may_withdraw_ || (unordered_ && !may_buffer_ && !device_->attr().recv_needs_extent);
@@ -82,14 +83,15 @@ LaneProposal Lane::proposal() const noexcept {
       words_mr_view_.remote_base + static_cast<std::uint64_t>(reinterpret_cast<std::byte*>(words_) - words_mr_view_.addr);
   p.words_addr = {static_cast<std::uint32_t>(address), static_cast<std::uint32_t>(address >> 32)};
   p.words_rkey = static_cast<std::uint32_t>(words_mr_view_.rkey);
-  p.shown_qpn = shown_qpn();
+  p.shown_qpn = shown_qpn() | (device_->attr().mixes_messages ? LaneProposal::kMarksEnds : 0);
   return p;
 }
 
 void Lane::set_peer(const LaneProposal& proposal) noexcept {
   peer_words_addr_ = proposal.address();
   peer_words_rkey_ = static_cast<rdma::Rkey>(proposal.words_rkey);
-  peer_shown_qpn_ = proposal.shown_qpn;
+  peer_shown_qpn_ = proposal.shown_qpn & LaneProposal::kQpn;
+  marks_ends_ = marks_ends_ || (unordered_ && (proposal.shown_qpn & LaneProposal::kMarksEnds) != 0);
 }
 
 // Both ends of a lane of one host have one address, and often one QP number: a capture tells them apart by the process.

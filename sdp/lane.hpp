@@ -65,8 +65,8 @@ struct LaneBlock {
 };
 static_assert(sizeof(LaneBlock) == 192 && offsetof(LaneBlock, cursors) == 64 && offsetof(LaneBlock, pulled) == 128);
 
-/// A message on an unordered lane that may be more than one packet ends with its MSeq once more, which Len does not count: a device
-/// may put the last packets of another message behind the first of this one (DRIVERS.md, "Known faults").
+/// Where either device mixes messages (device.hpp) one that may be more than a packet ends with its MSeq once more, which Len does
+/// not count: the packets at its end may be another's.
 inline constexpr std::uint32_t kOnePacketBytes = 256;  ///< a message of so many is one packet on every path
 inline constexpr std::uint32_t kMarkBytes = 4;
 
@@ -76,7 +76,8 @@ struct LaneProposal {
   std::uint32_t magic = kMagic;
   std::uint32_t words_rkey = 0;
   std::array<std::uint32_t, 2> words_addr{};  ///< low, high
-  std::uint32_t shown_qpn = 0;                ///< names this side's QP in captures
+  static constexpr std::uint32_t kMarksEnds = 1U << 31, kQpn = 0xffffff;
+  std::uint32_t shown_qpn = 0;  ///< names this side's QP in captures; and kMarksEnds, if its device mixes messages
 
   std::uint64_t address() const noexcept { return words_addr[0] | static_cast<std::uint64_t>(words_addr[1]) << 32; }
 };
@@ -352,9 +353,8 @@ class Lane {
     return !gathers(count) && count < zero_copy_from_ && staging_.active() &&
            count + wire::kBsdhBytes + kMarkBytes <= staging_.longest() && staging_.has_room(staging_.longest());
   }
-  /// Of a message of so many bytes, with it or without.
   std::uint32_t mark_bytes(std::uint32_t message) const noexcept {
-    return unordered_ && message > kOnePacketBytes ? kMarkBytes : 0;
+    return marks_ends_ && message > kOnePacketBytes ? kMarkBytes : 0;
   }
   static void put_mark(std::byte* message, std::uint32_t bytes) noexcept {
     std::memcpy(message + bytes, message + wire::kMseqOffset, kMarkBytes);
@@ -441,6 +441,7 @@ class Lane {
   bool peer_disconn_ = false;
   bool may_buffer_ = false;
   bool unordered_ = false;  ///< then sent payload is kept until the peer has acknowledged it
+  bool marks_ends_ = false;
   bool stopped_ = false;
   const char* failure_ = nullptr;
   std::uint32_t cuts_ = 0;         ///< ends of messages within a send, for the size of the peer's buffers; see weigh_cuts()

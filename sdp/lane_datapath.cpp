@@ -174,7 +174,7 @@ void Lane::weigh_cuts(std::size_t bytes, std::uint32_t cuts) noexcept {
   if (cuts_ < kCutsToGrow || conn.resize_pending() || size < wished_size_ || size >= limits_.conn.recv_size_max) return;
   cuts_ = 0;
   wished_size_ = static_cast<std::uint32_t>(
-      std::min(std::max(bytes + wire::kBsdhBytes + (unordered_ ? kMarkBytes : 0), 2 * std::size_t{size}),
+      std::min(std::max(bytes + wire::kBsdhBytes + (marks_ends_ ? kMarkBytes : 0), 2 * std::size_t{size}),
                std::size_t{limits_.conn.recv_size_max}));
   conn.want_peer_recv_size(wished_size_);
   send_control();
@@ -383,7 +383,7 @@ void Lane::on_completion(const Wc& wc) noexcept {
   const auto index = static_cast<std::uint32_t>(wc.wr_id);
   const std::byte* const message = recv_.buffer(index);
   std::uint32_t bytes = wc.byte_len;
-  if (unordered_) [[unlikely]]
+  if (marks_ends_) [[unlikely]]
     bytes = take_mark(message, bytes);
   if (capture_ != nullptr) [[unlikely]] {
     const std::span<const std::byte> msg(message, bytes);

@@ -43,8 +43,8 @@ class DeviceList {
 constexpr std::uint8_t kPort = 1;
 constexpr std::uint32_t kDeepest = 1024;  ///< of a queue: more than any lane asks for, and every device has it
 constexpr std::uint32_t kWantedInline = 512;
-constexpr std::uint32_t kShallowest = 64;       ///< completion queue
-constexpr std::uint32_t kSoftIwarp = 0x626d74;  ///< its vendor
+constexpr std::uint32_t kShallowest = 64;                             ///< completion queue
+constexpr std::uint32_t kSoftIwarp = 0x626d74, kSoftRoce = 0xffffff;  ///< their vendors
 
 /// What a Qp really gets: some devices refuse a wish that is too large, others grant less than their attributes say. Nothing: there
 /// is no memory for any.
@@ -186,6 +186,7 @@ Result<Unit> VerbsDevice::look_around() {
   attr_.max_read_outstanding = at_most(limits.max_qp_init_rd_atom, 255);
   attr_.rnr_retry = !rnic;
   attr_.acknowledges = !rnic;
+  attr_.mixes_messages = limits.vendor_id == kSoftRoce;
   // A device that was short of memory once must not look for ever like one that can do less.
   const std::optional<std::uint32_t> max_inline = probe_inline(context_);
   if (!max_inline) return fail(ENOMEM, "verbs: no memory for a Qp");

@@ -103,6 +103,7 @@ class LatePd final : public ForwardPd {
 LateDevice::LateDevice(Device& inner, std::uint32_t max_inline) : ForwardDevice(inner), attr_(inner.attr()) {
   if (max_inline != 0) attr_.max_inline = max_inline;
   attr_.posts_arrive_at_once = false;
+  attr_.mixes_messages = true;
   attr_.remembers_sent_data = false;
   attr_.maps_peer_memory = false;
 }
