@@ -1,11 +1,17 @@
 // The software device's datapath, both flavours: one process, both ends by hand (shm_pair.hpp).
+#include <linux/futex.h>
 #include <poll.h>
 #include <sys/epoll.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
+#include <atomic>
 #include <boost/test/data/test_case.hpp>
 #include <numeric>
 #include <random>
+#include <thread>
 
+#include "rdma_core/drivers/shm/shm_qp.hpp"
 #include "tests/rdma_core/shm_pair.hpp"
 
 using namespace rdma;
@@ -337,6 +343,75 @@ BOOST_AUTO_TEST_CASE(arm_announces_the_next_completion_once_by_each_kind) {
   BOOST_TEST(send(p.a, pattern(4, 1)) == Post::ok);
   BOOST_TEST(!readable_edge(ep));
   close(ep);
+}
+
+/// Takes what has come to `end` and posts its buffers again.
+unsigned take_all(End& end) {
+  unsigned taken = 0;
+  for (Wc wc; end.cq->poll({&wc, 1}) == 1; ++taken) {
+    BOOST_REQUIRE(wc.status == WcStatus::success);
+    end.post(static_cast<unsigned>(wc.wr_id));
+  }
+  return taken;
+}
+
+BOOST_AUTO_TEST_CASE(a_barrier_is_due_only_where_the_sender_passes_no_fence) {
+  Pair p;
+  if (!p.a.device->has_membarrier()) return;
+  const auto bytes = pattern(4, 1);
+  const auto arming_needs_barrier = [&] {
+    p.b.cq->arm(kWakeWord);
+    return ShmCq::take_barrier_due();
+  };
+  for (unsigned i = 0; i < 8; ++i) p.b.post(i);
+  BOOST_TEST(!arming_needs_barrier());  // a new sender fences
+  p.b.cq->disarm();
+  for (std::uint32_t i = 0; i < kFencedSends; ++i) {
+    BOOST_TEST(!arming_needs_barrier());
+    p.b.cq->disarm();
+    BOOST_TEST(send(p.a, bytes) == Post::ok);
+    BOOST_TEST(take_all(p.b) == 1U);
+  }
+  BOOST_TEST(arming_needs_barrier());
+  const std::uint32_t word = p.b.cq->wake_word()->load();
+  BOOST_TEST(send(p.a, bytes) == Post::ok);
+  BOOST_TEST(p.b.cq->wake_word()->load() == word + 1);
+  BOOST_TEST(!arming_needs_barrier());  // it has rung
+  BOOST_TEST(!ShmCq::take_barrier_due());
+}
+
+BOOST_AUTO_TEST_CASE(no_wake_up_is_lost_while_the_sender_begins_to_fence_and_leaves_off) {
+  constexpr unsigned kMessages = 200'000, kDepth = 32;
+  Pair p(kDepth);
+  for (unsigned i = 0; i < kDepth; ++i) p.b.post(i);
+  std::atomic<unsigned> taken{0};
+  std::thread receiver([&] {
+    while (taken.load() < kMessages) {
+      if (const unsigned n = take_all(p.b); n != 0) {
+        taken.fetch_add(n);
+        continue;
+      }
+      std::atomic<std::uint32_t>* const word = p.b.cq->wake_word();
+      const std::uint32_t seen = word->load();
+      p.b.cq->arm(kWakeWord);
+      p.b.device->arm_fence();
+      if (!p.b.cq->maybe_ready()) syscall(SYS_futex, word, FUTEX_WAIT, seen, nullptr, nullptr, 0);
+    }
+  });
+  const auto bytes = pattern(8, 1);
+  std::mt19937 random(7);
+  for (unsigned sent = 0; sent < kMessages;) {
+    // Now a row that is longer than it fences for, now one message at a time, each into a sleep.
+    const bool row = random() % 2 == 0;
+    for (unsigned left = row ? kFencedSends + random() % kFencedSends : 4; left > 0 && sent < kMessages; --left) {
+      const unsigned most_unread = row ? kDepth - 1 : 0;
+      while (sent - taken.load() > most_unread) std::this_thread::yield();
+      BOOST_REQUIRE(send(p.a, bytes) == Post::ok);
+      ++sent;
+    }
+  }
+  receiver.join();
+  BOOST_TEST(taken.load() == kMessages);
 }
 
 BOOST_AUTO_TEST_CASE(a_solicited_rdma_write_wakes_and_another_does_not) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cassert>
 #include <cstring>
+#include <utility>
 
 #include "rdma_core/base/copy.hpp"
 #include "rdma_core/base/sys.hpp"
@@ -56,6 +57,8 @@ inline std::atomic<std::uint64_t>* flag_of(std::byte* buffer) noexcept {
 }
 
 const std::atomic<std::uint64_t> kNothingPosted{0};
+
+[[gnu::tls_model("initial-exec")]] thread_local bool barrier_due = false;
 
 }  // namespace
 
@@ -165,8 +168,15 @@ Post ShmQp::store_word(std::atomic<std::uint64_t>& word, std::uint64_t value, bo
 /// Behind what the peer may sleep for.
 inline void ShmQp::wake_if_armed() noexcept {
   compiler_barrier();
-  if (SHM_UNLIKELY(fence_)) std::atomic_thread_fence(std::memory_order_seq_cst);
+  if (SHM_UNLIKELY(fenced_sends_ != 0)) fence_for_now();
   if (SHM_UNLIKELY(peer_page_->armed.load(std::memory_order_relaxed) != 0)) ring_peer();
+}
+
+inline void ShmQp::fence_for_now() noexcept {
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  if (fence_ || --fenced_sends_ != 0) return;
+  page_->fences.store(0, std::memory_order_relaxed);
+  std::atomic_thread_fence(std::memory_order_seq_cst);
 }
 
 Post ShmQp::post_rdma(const SendWr& wr) noexcept {
@@ -262,6 +272,8 @@ __attribute__((noinline, cold)) Post ShmQp::fail_send(const SendWr& wr, WcStatus
 
 __attribute__((noinline, cold)) void ShmQp::ring_peer() noexcept {
   const std::uint32_t bits = peer_page_->armed.exchange(0, std::memory_order_acq_rel);
+  if (fenced_sends_ == 0) page_->fences.store(1, std::memory_order_release);  // behind the message
+  fenced_sends_ = kFencedSends;
   if (bits & kWakeWord) {
     peer_page_->wake_word.fetch_add(1, std::memory_order_acq_rel);
     sys::call(SYS_futex, sys::arg(&peer_page_->wake_word), FUTEX_WAKE, INT_MAX);
@@ -395,7 +407,12 @@ void ShmCq::arm(std::uint8_t wake) noexcept {
   // A plain store may bring back a bit that the peer has just taken: it rings once more than needed.
   for (ShmQp* qp : qps_)
     if (qp->receives_into(this)) qp->page().armed.store(bits, std::memory_order_release);
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  for (const ShmQp* qp : qps_)
+    if (qp->receives_into(this) && !qp->peer_fences()) barrier_due = true;
 }
+
+bool ShmCq::take_barrier_due() noexcept { return std::exchange(barrier_due, false); }
 
 void ShmCq::disarm() noexcept {
   armed_.store(0, std::memory_order_relaxed);

@@ -59,6 +59,11 @@ void ShmDevice::become_new_process() noexcept {
 }
 
 void ShmDevice::arm_fence() noexcept {
+  if (ShmCq::take_barrier_due()) return pass_barrier();
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+}
+
+void ShmDevice::pass_barrier() noexcept {
   if (has_membarrier_) sys::call(SYS_membarrier, MEMBARRIER_CMD_GLOBAL_EXPEDITED, 0);
   std::atomic_thread_fence(std::memory_order_seq_cst);
 }

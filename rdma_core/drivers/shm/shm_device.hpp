@@ -45,6 +45,8 @@ class ShmDevice final : public Device {
   Result<std::unique_ptr<CompletionChannel>> create_channel() override;
   Result<std::unique_ptr<Cq>> create_cq(std::uint32_t depth, CompletionChannel* channel) override;
   void arm_fence() noexcept override;
+  /// Makes every core that runs a peer pass a barrier.
+  void pass_barrier() noexcept;
   void on_async_event(std::function<void(AsyncEvent)> handler) override { async_handler_ = std::move(handler); }
 
   // For LocalCm, tests and the child of a fork.

@@ -16,6 +16,7 @@
 //   0x080 armed, wake_word, closed        owner arms (bits of rdma::Wake), a sender that rings takes the bits with an exchange and
 //                                         adds 1 to wake_word (a futex); closed is set once: no message may start from then on
 //   0x0C0 sending                         owner, as a sender on this QP: 1 while it looks at or writes into the peer's segment
+//   0x0C4 fences                          owner, as a sender: 1 while it passes a fence between a message and its look at `armed`
 //   0x100 RqEntry[depth]                  owner: entry (n - 1) % depth is the buffer of message n; written before `posted` says so
 //
 // Message n (counted from 1) goes into the buffer of its entry. The 8 bytes in front of the buffer are its flag word:
@@ -27,9 +28,15 @@
 // that is longer than its buffer has a flag but no bytes: both ends know the length, and both QPs go to error.
 //
 // Wake-ups: the receiver arms, then makes every core that runs a peer pass a barrier (membarrier), then looks at the flag once more
-// and sleeps. The sender stores the flag, then looks at `armed`, with no fence of its own. Taking a buffer back works the same way:
-// the owner sets `closed`, passes the barrier and waits until the peer's `sending` is 0; a sender stores `sending`, then looks at
-// `closed`. Where membarrier is not to be had, senders fence (Hello's flags say so).
+// and sleeps. The sender stores the flag, then looks at `armed`, with no fence of its own: many messages, few sleeps. Where it is
+// the other way round a barrier for each sleep, which interrupts whatever runs on the other cores, costs far more than a fence for
+// each message. So a sender that has rung, and each at first, says `fences` and does so for its next kFencedSends messages; a
+// receiver that has armed, passed a fence and then finds `fences` set needs no barrier. A sender that leaves off clears `fences`,
+// passes a last fence and looks at `armed`: it sees what was armed by a receiver that still found `fences` set.
+//
+// Taking a buffer back works the same way: the owner sets `closed`, passes the barrier and waits until the peer's `sending` is 0; a
+// sender stores `sending`, then looks at `closed`. Where membarrier is not to be had, senders always fence, there too (Hello's
+// flags say so).
 //
 // The owner's program memory is read by process_vm_readv(2), in the reader's context. A process id says nothing lasting about who
 // is there: it is given anew, and exec changes what runs. The call takes hold of one address space for all of its pieces; so each
@@ -49,7 +56,7 @@ namespace rdma::shm {
 inline constexpr std::size_t kPageBytes = 4096;
 inline constexpr std::uint32_t kSegmentMagic = 0x53'44'50'31;  // "SDP1"
 inline constexpr std::uint32_t kQpMagic = 0x51'50'53'48;
-inline constexpr std::uint32_t kLayoutVersion = 2;
+inline constexpr std::uint32_t kLayoutVersion = 3;
 inline constexpr std::size_t kMrCapacity = 1024;  ///< a power of two; entry 0 stays empty, so that key 0 never works
 inline constexpr std::uint32_t kMaxDepth = 1024;  ///< receives of a QP; a power of two
 inline constexpr std::size_t kMinSegmentBytes = 1u << 20;
@@ -119,10 +126,11 @@ struct ShmQpPage {
   std::atomic<std::uint32_t> wake_word;
   std::atomic<std::uint32_t> closed;
   alignas(64) std::atomic<std::uint32_t> sending;
+  std::atomic<std::uint32_t> fences;
   alignas(64) RqEntry rq[1];  ///< depth of them
 };
 static_assert(offsetof(ShmQpPage, posted) == 0x40 && offsetof(ShmQpPage, armed) == 0x80);
-static_assert(offsetof(ShmQpPage, sending) == 0xC0 && offsetof(ShmQpPage, rq) == 0x100);
+static_assert(offsetof(ShmQpPage, sending) == 0xC0 && offsetof(ShmQpPage, fences) == 0xC4 && offsetof(ShmQpPage, rq) == 0x100);
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free && std::atomic<std::uint32_t>::is_always_lock_free,
               "shared between processes");
 

@@ -219,6 +219,9 @@ Result<Unit> ShmQp::connect_to(std::uint32_t peer_qpn) {
   peer_bytes_ = bytes;
   sent_ = known_posted_ = 0;
   fence_ = link.needs_fence;
+  fenced_sends_ = kFencedSends;
+  page_->fences.store(1, std::memory_order_release);
+  peer_fences_.store(fence_ ? &kFences : &page->fences, std::memory_order_release);
   if (pd_.device().attr().reads_program_memory) pd_.link().try_to_read(pd_.device().process_id());
   return Unit{};
 }
@@ -227,7 +230,7 @@ Result<Unit> ShmQp::connect_to(std::uint32_t peer_qpn) {
 void ShmQp::shut_out_peer() noexcept {
   page_->closed.store(1, std::memory_order_release);
   if (peer_page_ == nullptr) return;
-  pd_.device().arm_fence();
+  pd_.device().pass_barrier();
   ShmLink& link = pd_.link();
   constexpr Nanos kPatience = 50'000'000;
   const SteadyClock clock;
@@ -267,6 +270,7 @@ void ShmQp::reset() noexcept {
   flushing_.store(false, std::memory_order_relaxed);
   send_head_.store(send_tail_.load(std::memory_order_relaxed), std::memory_order_relaxed);
   peer_page_ = nullptr;
+  peer_fences_.store(&kFences, std::memory_order_release);
   page_->closed.store(0, std::memory_order_release);
   expect_next();
 }
