@@ -117,8 +117,8 @@ bool Service::open() noexcept {
   open_links();
   // Where a filter of system calls forbids one of these (seccomp), a thread that never wakes, or never sleeps, is of no use.
   epoll_event none[1];
-  if (!watch(wake_fd_.load(), EPOLLIN, kWakeTag) || !watch(cm_->fd(), EPOLLIN, kCmTag) ||
-      !watch(channel_->fd(), EPOLLIN | EPOLLET, kBellTag) || sys::call(SYS_epoll_pwait, epoll_fd_, sys::arg(none), 1, 0, 0, 8) < 0)
+  if (!watch(wake_fd_.load(), EPOLLIN, kWakeTag) || !watch(cm_->fd(), EPOLLIN, kCmTag) || !watch(channel_->fd(), 0, kBellTag) ||
+      sys::call(SYS_epoll_pwait, epoll_fd_, sys::arg(none), 1, 0, 0, 8) < 0)
     return false;
   watch(links_->fd(), EPOLLIN, kLinksTag);
   bell_fd_.store(channel_->fd(), std::memory_order_release);
@@ -162,10 +162,11 @@ void Service::run() noexcept {
   }
 }
 
-// What a device announces is passed on at once and is no work by itself: a message for which a thread sleeps must not cost a round
-// of everything.
+// What a device announces, or a peer rings for, is passed on at once and is no work by itself: a message for which a thread sleeps
+// must not cost a round of everything.
 void Service::await_work(int timeout_ms) noexcept {
   const bool wants_announcements = !handshakes_.empty() || !dying_.empty() || needs_looks_;
+  listen_to_bell(wants_announcements);
   const rdma::SteadyClock clock;
   const std::int64_t until = timeout_ms >= 0 ? clock.now() + std::int64_t{timeout_ms} * 1'000'000 : INT64_MAX;
   for (;;) {
@@ -178,6 +179,7 @@ void Service::await_work(int timeout_ms) noexcept {
         if (held_back_) (void)flush_held();
         continue;
       }
+      if (tag == kCmTag && !cm_->pass_rings()) continue;
       work = true;
       if (tag == kWakeTag) {
         std::uint64_t count = 0;
@@ -195,6 +197,14 @@ void Service::await_work(int timeout_ms) noexcept {
       timeout_ms = static_cast<int>((left + 999'999) / 1'000'000);
     }
   }
+}
+
+// All threads of the process have one bell; each ring that is not for this thread is a wake-up for nothing. A bell that has ever
+// been rung is ready at once where it begins to listen.
+void Service::listen_to_bell(bool listens) noexcept {
+  if (std::exchange(listens_to_bell_, listens) == listens) return;
+  epoll_event ev{listens ? std::uint32_t{EPOLLIN | EPOLLET} : 0, {.u64 = kBellTag}};
+  sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_MOD, channel_->fd(), sys::arg(&ev));
 }
 
 // A push never waits, locks or allocates: close() may come from a signal handler.

@@ -125,6 +125,7 @@ class Service {
   void remove_retired_devices() noexcept;
   void run() noexcept;
   void await_work(int timeout_ms) noexcept;  ///< negative: for ever
+  void listen_to_bell(bool listens) noexcept;
   bool open() noexcept;
   bool take_devices() noexcept;
   void submit(StreamImpl* stream, std::uint8_t what) noexcept;
@@ -244,7 +245,8 @@ class Service {
   std::atomic<bool> releasing_{false};  ///< some stream has a large send buffer
   std::atomic<bool> holding_{false};    ///< some stream's lane may hold bytes: tend_held() looks
   std::int64_t held_due_ns_ = 0;
-  bool held_back_ = false;                                   ///< some does, and has to wait for its peer
+  bool held_back_ = false;  ///< some does, and has to wait for its peer
+  bool listens_to_bell_ = false;
   std::atomic<StreamImpl*> inbox_{nullptr};                  ///< streams with commands, newest first
   std::atomic<bool> is_idle_{false};                         ///< nothing works here: there is no thread any more
   std::unordered_map<std::uint64_t, Handshake> handshakes_;  ///< by anchor cookie

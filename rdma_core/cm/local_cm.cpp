@@ -146,21 +146,23 @@ void LocalCm::State::on_readable(int fd) {
     const long n = receive(fd, frame);
     if (n == -EAGAIN || n == -EINTR) return;
     if (n <= 0) return drop_channel(fd, Reason::peer_died);
-    Channel& channel = it->second;
-    Reason r = Reason::none;
-    // The link's own connection may carry a disconnect or a ring while its first handshake still runs.
-    wire::Plain plain;
-    const bool link_business = channel.link != nullptr && channel.link->socket == fd &&
-                               (frame.as(wire::Type::ring, plain) || frame.as(wire::Type::disconnect, plain));
-    if (channel.step == Step::linked || link_business)
-      r = link_frame(channel, frame);
-    else
-      r = channel.active ? active_frame(fd, channel, frame) : passive_frame(fd, channel, frame);
-    if (r != Reason::none) {
-      RDMA_LOG(info, "local peer: %s", to_string(r));
-      return drop_channel(fd, r);
-    }
+    on_frame(fd, it->second, frame);
   }
+}
+
+void LocalCm::State::on_frame(int fd, Channel& channel, Frame& frame) {
+  // The link's own connection may carry a disconnect or a ring while its first handshake still runs.
+  wire::Plain plain;
+  const bool link_business = channel.link != nullptr && channel.link->socket == fd &&
+                             (frame.as(wire::Type::ring, plain) || frame.as(wire::Type::disconnect, plain));
+  Reason r = Reason::none;
+  if (channel.step == Step::linked || link_business)
+    r = link_frame(channel, frame);
+  else
+    r = channel.active ? active_frame(fd, channel, frame) : passive_frame(fd, channel, frame);
+  if (r == Reason::none) return;
+  RDMA_LOG(info, "local peer: %s", to_string(r));
+  drop_channel(fd, r);
 }
 
 // --- what the caller asks for
@@ -368,6 +370,29 @@ void LocalCm::progress() {
   for (const int fd : silent) state_->drop_channel(fd, Reason::timed_out);
   state_->send_unsent();
   state_->close_idle_links(t);
+}
+
+// One frame of each link that has some: what is left keeps fd() readable.
+bool LocalCm::pass_rings() {
+  epoll_event events[32];
+  const long n = sys::call(SYS_epoll_pwait, state_->epoll_fd, sys::arg(events), 32, 0, 0, 8);
+  bool rung = false, more = false;
+  for (long i = 0; i < n; ++i) {
+    const int fd = static_cast<int>(events[i].data.u64);
+    const auto it = state_->channels.find(fd);
+    Frame frame;
+    wire::Plain plain;
+    if (it == state_->channels.end() || it->second.step != State::Step::linked || receive(fd, frame) <= 0) {
+      more = true;  // an end is seen again
+    } else if (frame.as(wire::Type::ring, plain)) {
+      rung = true;
+    } else {
+      more = true;
+      state_->on_frame(fd, it->second, frame);
+    }
+  }
+  if (rung) state_->device.bell().ring();
+  return more;
 }
 
 void LocalCm::abandon_in_child() noexcept {

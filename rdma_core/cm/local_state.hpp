@@ -156,6 +156,7 @@ struct LocalCm::State {
   /// A link that nobody uses costs descriptors and address space on both sides.
   void close_idle_links(Nanos t);
   void on_readable(int fd);
+  void on_frame(int fd, Channel& channel, Frame& frame);
 };
 
 }  // namespace rdma::cm
