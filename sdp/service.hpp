@@ -196,6 +196,7 @@ class Service {
   int tend_returns();
   void tend_resting();
   static rdma::cm::IpAddress service_of(const Handshake& handshake) noexcept;
+  static bool is_on_this_host(const Handshake& h) noexcept;
   void remember_speaker(const Handshake& handshake);
   bool seek_again(const Handshake& handshake, LaneReason why);
   bool pursue_again(StreamImpl& stream);

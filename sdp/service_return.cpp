@@ -232,6 +232,12 @@ rdma::cm::IpAddress Service::service_of(const Handshake& h) noexcept {
   return far.with_port(h.active ? near.port : far.port);
 }
 
+/// There a look costs next to nothing, and a peer that a busy machine keeps from looking in time is only late.
+bool Service::is_on_this_host(const Handshake& h) noexcept {
+  const auto near = rdma::cm::IpAddress::from(h.anchor.local), far = rdma::cm::IpAddress::from(h.anchor.remote);
+  return near.same_host(far) || (near.is_loopback() && far.is_loopback());
+}
+
 void Service::remember_speaker(const Handshake& h) {
   constexpr std::size_t kMany = 1024;
   if (speakers_.size() >= kMany) speakers_.clear();
@@ -243,7 +249,7 @@ bool Service::seek_again(const Handshake& h, LaneReason why) {
   StreamImpl& s = *h.stream;
   const auto known = seekers_.find(&s);
   if (h.answered) remember_speaker(h);
-  const bool may_speak = h.answered || known != seekers_.end() || speakers_.contains(service_of(h));
+  const bool may_speak = h.answered || known != seekers_.end() || speakers_.contains(service_of(h)) || is_on_this_host(h);
   if (!may_speak || !may_pass(why) || s.strict.load() || s.lane_was_up.load()) return false;
   const auto at = known != seekers_.end() ? known : seekers_.emplace(&s, Seeker{service_of(h), SecondLooks(h.begun_ns)}).first;
   if (!at->second.looks.failed(h.answered)) return false;
