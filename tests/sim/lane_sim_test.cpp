@@ -681,7 +681,7 @@ BOOST_AUTO_TEST_CASE(sends_that_do_not_fit_grow_the_buffers_to_their_size) {
 BOOST_AUTO_TEST_CASE(small_sends_with_a_large_one_now_and_then_do_not_grow_the_buffers) {
   Rig rig(3, with_sizes(2048, 65536));
   for (int i = 0; i < 1000; ++i) messages_of(rig, i % 10 == 0 ? 6000 : 64);
-  for (int i = 0; i < 100; ++i) messages_of(rig, 2048 - wire::kBsdhBytes);
+  for (int i = 0; i < 100; ++i) messages_of(rig, 2048 - wire::kBsdhBytes - kMarkBytes);
   BOOST_TEST(rig.lane(0).conn.max_payload() == 2048 - wire::kBsdhBytes);
   rig.finish();
   rig.come_home();

@@ -521,6 +521,7 @@ class SimDevice final : public Device {
     attr_.recv_prefix_bytes = o.recv_prefix_bytes;
     attr_.recv_needs_extent = o.recv_needs_extent;
     attr_.rnr_retry = state.rnr_retry();
+    attr_.mixes_messages = state.options.flavour == NodeType::ib_ca;  // none of them does: it is to be marked as if
     attr_.rdma_write_wakes = o.rdma_write_wakes;
     attr_.remembers_sent_data = o.remembers_sent_data;
   }

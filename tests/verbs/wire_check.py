@@ -26,6 +26,7 @@ IWARP_FIELDS = TCP_FIELDS + SEGMENT_FIELDS + SDP_FIELDS + HELLO_FIELDS
 
 HELLO, HELLO_ACK, DISCONN, WR_COMPL, CH_RCV_BUF, CH_RCV_BUF_ACK, SRC_AVAIL, DATA = 0x00, 0x01, 0x02, 0x05, 0x0B, 0x0C, 0xFE, 0xFF
 BASE_HEADER, HELLO_LENGTH, HELLO_ACK_LENGTH = 16, 68, 24
+ONE_PACKET, MARK = 256, 4   # where a device mixes messages a longer one ends with its MSeq, which Len does not count
 RESERVED_CREDITS = 2
 DIALLER, ANSWERER = 0, 1  # sides of a lane
 RDMA_PS_IB = 0x013F0000
@@ -90,6 +91,11 @@ def message(row, frame, side, pick=0):
     mid, *rest = (number(row[name].split(",")[pick]) for name in SDP_FIELDS)
     hello = {name.rsplit(".", 1)[1]: row[name] for name in HELLO_FIELDS if row[name]} if mid == HELLO else {}
     return Message(frame, side, mid, *rest, on_wire=0, hello=hello)
+
+
+def carried(length, marks=True):
+    """Bytes of a message of that Len, as the transport carries them."""
+    return length + MARK if marks and length > ONE_PACKET else length
 
 
 # --- lanes out of packets
@@ -240,6 +246,7 @@ def check_lane(lane):
     ended = [False, False]
     asked = [0, 0]                          # by sender of a ChRcvBuf: the MSeq of its answer. Until it has that it may use up buffers
     written = [0, 0]                        # by sender: MSeq of its last RdmaWrCompl, whose acknowledgement it waits for
+    marks = next((m.on_wire != m.length for m in messages if m.length > ONE_PACKET), False)  # all of them, or none
     for m in messages[2:]:
         me, other = m.side, 1 - m.side
         credits, grant = limit[me] - sent[me], m.mseqack + m.bufs
@@ -247,10 +254,10 @@ def check_lane(lane):
         demand(m.mseq == sent[me] + 1, m.frame, f"MSeq {m.mseq} after {sent[me]}")
         demand(m.mseqack <= sent[other], m.frame, f"MSeqAck {m.mseqack}, but only {sent[other]} were sent")
         demand(m.mseqack >= acked[me], m.frame, f"MSeqAck {m.mseqack} after {acked[me]}")
-        demand(m.on_wire == m.length, m.frame, f"Len {m.length} of {m.on_wire} bytes")
+        demand(m.on_wire == carried(m.length, marks), m.frame, f"Len {m.length} of {m.on_wire} bytes")
         demand(m.length >= BASE_HEADER, m.frame, f"Len {m.length}")
         demand(grant >= limit[other], m.frame, f"{limit[other] - grant} credits were taken back")
-        demand(me == DIALLER or fixed is None or m.length <= fixed, m.frame, f"{m.length} bytes for buffers of {fixed}")
+        demand(me == DIALLER or fixed is None or m.on_wire <= fixed, m.frame, f"{m.on_wire} bytes for buffers of {fixed}")
         more = grant > limit[other]
         if m.payload() > 0 or m.mid == SRC_AVAIL:
             demand(credits > RESERVED_CREDITS, m.frame, f"payload with {credits} credits")

@@ -19,7 +19,7 @@ def sound_messages():
 
     def say(side, mid, length, bufs):
         sent[side] += 1
-        said.append(Message(0, side, mid, 0, bufs, length, sent[side], sent[1 - side], length))
+        said.append(Message(0, side, mid, 0, bufs, length, sent[side], sent[1 - side], w.carried(length)))
     for _ in range(8):
         say(ANSWERER, DATA, 116, 8)
         say(DIALLER, DATA, 2016, 8)
@@ -108,6 +108,10 @@ class Checker(unittest.TestCase):
         self.assertEqual(summary.payload, [8 * 2000 + 4 * 100, 8 * 100])
         self.assertEqual((summary.source, summary.destination), ((HERE, 5001), THERE))
         self.assertEqual(summary.mids[DIALLER][w.DISCONN], 1)
+        unmarked = sound_messages()
+        for m in unmarked:
+            m.on_wire = m.length
+        w.check_lane(w.Lane(unmarked))
 
     def test_every_message_is_missed(self):
         for at in range(len(sound_messages()) - 2):  # of each side's last one nobody can tell
@@ -129,6 +133,7 @@ class Checker(unittest.TestCase):
         self.damaged("MSeqAck 0 after 1", 5, mseqack=0, bufs=64)
         self.damaged("Len 116 of 115", 2, on_wire=115)
         self.damaged("Len 115 of 116", 2, length=115)
+        self.damaged("Len 2016 of 2016", 7, on_wire=2016)
         self.damaged("Len 8", 2, length=8, on_wire=8)
 
     def test_credits(self):

@@ -272,8 +272,10 @@ __attribute__((noinline, cold)) Post ShmQp::fail_send(const SendWr& wr, WcStatus
 
 __attribute__((noinline, cold)) void ShmQp::ring_peer() noexcept {
   const std::uint32_t bits = peer_page_->armed.exchange(0, std::memory_order_acq_rel);
-  if (fenced_sends_ == 0) page_->fences.store(1, std::memory_order_release);  // behind the message
-  fenced_sends_ = kFencedSends;
+  if (pd_.device().process_id() == maker_) {  // a fork's child promises nothing of what its parent does
+    if (fenced_sends_ == 0) page_->fences.store(1, std::memory_order_release);  // behind the message
+    fenced_sends_ = kFencedSends;
+  }
   if (bits & kWakeWord) {
     peer_page_->wake_word.fetch_add(1, std::memory_order_acq_rel);
     sys::call(SYS_futex, sys::arg(&peer_page_->wake_word), FUTEX_WAKE, INT_MAX);

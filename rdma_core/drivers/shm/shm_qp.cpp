@@ -220,6 +220,7 @@ Result<Unit> ShmQp::connect_to(std::uint32_t peer_qpn) {
   sent_ = known_posted_ = 0;
   fence_ = link.needs_fence;
   fenced_sends_ = kFencedSends;
+  maker_ = pd_.device().process_id();
   page_->fences.store(1, std::memory_order_release);
   peer_fences_.store(fence_ ? &kFences : &page->fences, std::memory_order_release);
   if (pd_.device().attr().reads_program_memory) pd_.link().try_to_read(pd_.device().process_id());

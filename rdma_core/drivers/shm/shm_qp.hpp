@@ -180,6 +180,7 @@ class ShmQp final : public Qp {
   QpState state_ = QpState::reset;
   bool fence_ = false;              ///< always: there is no membarrier
   std::uint32_t fenced_sends_ = 0;  ///< so many more
+  ProcessId maker_{};               ///< whose they are
   std::uint32_t peer_mask_ = 0;
   ShmQpPage* page_ = nullptr;
   ShmQpPage* peer_page_ = nullptr;
