@@ -84,20 +84,20 @@ def run_between_hosts(library, transport, test):
 
 
 def run(library, transport, test):
-    for _ in range(3):
-        if run_here(library, transport, test):
+    for seconds in (2, 4, 8):  # the lane may come late on a busy machine
+        if run_here(library, transport, test, seconds):
             return
     assert False, f"{test}: no lane carried anything"
 
 
-def run_here(library, transport, test):
-    """False: the lane came too late for a test of two seconds, as on a busy machine it may."""
+def run_here(library, transport, test, seconds):
+    """False: the lane came too late for a test that is so short."""
     near, far = ADDRESSES[transport]
     with tempfile.TemporaryDirectory(prefix="sdpreload-netperf-") as folder:
         env = environment(library, transport, folder)
         server = start_server(env, near)
         try:
-            done = run_client(env, far, near, test, "2")
+            done = run_client(env, far, near, test, str(seconds))
         finally:
             server.terminate()
             server.wait(30)
@@ -112,7 +112,9 @@ def run_here(library, transport, test):
         return False
     assert len(ends) == 2, f"{test}: lanes at {len(ends)} ends: {done.stderr}"
     lane = [end["bytes"]["lane"] for end in ends]
-    assert lane[0]["sent"] + lane[0]["received"] > 100, f"{test}: the lane carried nothing: {lane}"
+    if lane[0]["sent"] + lane[0]["received"] <= 100:
+        print(f"{test}: the lane carried nothing: {lane}", flush=True)
+        return False
     if test != "TCP_MAERTS":  # whose client stops reading when the time is over
         assert lane[0]["sent"] == lane[1]["received"], f"{test}: {lane}"
     if test != "TCP_STREAM":

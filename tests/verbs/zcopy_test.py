@@ -9,6 +9,7 @@ Policy sdp: all of it goes by the lane.
 """
 import argparse
 import hashlib
+import itertools
 import random
 import select
 import signal
@@ -16,7 +17,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 
 from two_roles import NETWORKS, two_roles
 
@@ -105,7 +105,12 @@ def send_requested(near, far):
         fill(memory, number)
         client.sendall(memory)
         memory[:] = bytes(MIB)
-    assert client.recv(1) == b""
+    try:
+        assert client.recv(1) == b""
+    except ConnectionResetError:  # all bytes are over there; see README, Limits: only on Soft-RoCE
+        if (near, far) != NETWORKS["ib"]:
+            raise
+        print("the end came as a reset", flush=True)
 
 
 def requested(lib, transport, settings):
@@ -155,8 +160,10 @@ def send_for_ever(near, far):
     client.connect((near, PORT))
     memory = bytearray(PATTERN)
     try:
-        while True:
+        for number in itertools.count(1):
             client.sendall(memory)
+            if number == BLOCKS:
+                print("under way", flush=True)
     except OSError as error:
         print(f"send: {error.strerror}", flush=True)
 
@@ -190,7 +197,7 @@ def killed(lib, transport, victim):
     """Either end is killed in the middle: the other's call ends with an error, soon."""
     with two_roles(lib, PORT, transport, roles=("serve", "send_for_ever"), settings={"SDP_ZCOPY_THRESHOLD": "64K"},
                    stdout=subprocess.PIPE, text=True) as run:
-        time.sleep(3)
+        assert run.client.stdout.readline() == "under way\n"
         dies, lives = (run.server, run.client) if victim == "reader" else (run.client, run.server)
         dies.send_signal(signal.SIGKILL)
         assert lives.wait(60) == 0
