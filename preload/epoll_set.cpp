@@ -104,8 +104,12 @@ void EpollSet::inherit() noexcept {
     set.sleepers_ = 0;
     set.bell_ = -1;
     for (Member& m : set.members_) {
-      if (m.fd >= 0) m.stream = fds().find(m.fd);
+      if (m.fd == kFree) continue;
       m.look = true;
+      if (const sdp::Stream mine = fds().heir_of(m.stream))
+        m.stream = mine;
+      else
+        set.release(m);  // closed behind our back: what is left of it is the parent's
     }
   });
   after_fork_parent();

@@ -22,6 +22,11 @@ std::vector<Noted>& noted_streams() noexcept {
   static auto* const noted = new (memory) std::vector<Noted>;
   return *noted;
 }
+Noted* find_noted(std::uint64_t word) noexcept {
+  auto& noted = noted_streams();
+  const auto at = std::lower_bound(noted.begin(), noted.end(), word, [](const Noted& n, std::uint64_t w) { return n.word() < w; });
+  return at != noted.end() && at->word() == word ? &*at : nullptr;
+}
 }  // namespace
 
 constinit FdTable fd_table{};
@@ -72,17 +77,19 @@ void FdTable::before_fork() noexcept {
 }
 
 void FdTable::inherit() noexcept {
-  auto& noted = noted_streams();
   const int high = highest();
   for (int i = 0; i <= high; ++i) {
     const std::uint64_t word = streams_[i].load(std::memory_order_relaxed);
-    if (word == 0) continue;
-    const auto at =
-        std::lower_bound(noted.begin(), noted.end(), word, [](const Noted& n, std::uint64_t w) { return n.word() < w; });
-    if (at == noted.end() || at->word() != word) continue;
-    if (!at->mine) at->mine = sdp::engine::inherit(at->was);
-    streams_[i].store(at->mine.word(), std::memory_order_relaxed);
+    Noted* const noted = word != 0 ? find_noted(word) : nullptr;
+    if (noted == nullptr) continue;
+    if (!noted->mine) noted->mine = sdp::engine::inherit(noted->was);
+    streams_[i].store(noted->mine.word(), std::memory_order_relaxed);
   }
+}
+
+sdp::Stream FdTable::heir_of(sdp::Stream parents) const noexcept {
+  const Noted* const noted = find_noted(parents.word());
+  return noted != nullptr ? noted->mine : sdp::Stream{};
 }
 
 }  // namespace preload

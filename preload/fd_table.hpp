@@ -37,6 +37,8 @@ class FdTable {
   void before_fork() noexcept;
   /// After fork, in the child: every stream is exchanged for the child's own.
   void inherit() noexcept;
+  /// After inherit(): the child's own stream in the place of one of the parent's; none of one that no descriptor names.
+  sdp::Stream heir_of(sdp::Stream parents) const noexcept;
   /// Has there been a stream at all? Most processes have none.
   bool ever_used() const noexcept { return used_.load(std::memory_order_relaxed); }
   int highest() const noexcept { return highest_.load(std::memory_order_relaxed); }

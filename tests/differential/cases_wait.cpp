@@ -520,6 +520,28 @@ CASE(epoll_child_goes_on_with_one_shots) {
     told("recv", c.recv(10));
   });
 }
+CASE(epoll_child_goes_on_with_a_set_that_names_a_closed_number) {
+  Peer peer;
+  Conn c = connection(peer);
+  const int ep = epoll_create1(0);
+  const int copy = dup(c.fd);
+  add(ep, c.fd, EPOLLIN, 7);
+  told("close the first", close(c.fd));
+  c.fd = copy;
+  in_child([&] {
+    peer.call(Do::send, 0, 5);
+    waited("still in the set", ep, 3000);
+    told("recv", c.recv(10));
+    waited("nothing left", ep, 50);
+    told("send", c.send(3));
+  });
+  c.rx += 5;
+  c.tx += 3;
+  told("peer", peer.call(Do::recv, 0, 3));
+  peer.call(Do::send, 0, 5);
+  waited("here, too", ep, 3000);
+  told("recv", c.recv(10));
+}
 CASE(epoll_parent_closes_and_the_child_goes_on_with_the_set) {
   Peer peer;
   Conn c = connection(peer);
