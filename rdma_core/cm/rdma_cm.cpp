@@ -33,10 +33,9 @@ constexpr Nanos kNotedPatience = 1000 * kMillisecond;  ///< a peer that noted th
 constexpr Nanos kKeep = 10'000 * kMillisecond;         ///< what an address has to do with RDMA, and what nobody uses
 constexpr int kResolveMs = 2000;
 constexpr int kBacklog = 64;
-constexpr unsigned kRequestTries = 8;
 constexpr long kAtOnce = 8;            ///< connections in the making, and offers to one host: a peer has the time for them then
 constexpr Nanos kMostHandshakes = 5;   ///< times kHandshake, with a peer that is busy with others of our connections
-constexpr unsigned kListenTries = 16;  ///< an RNIC's port of the kernel's choosing may be a TCP socket's
+constexpr unsigned kPortTries = 32;    ///< an RNIC's port of the kernel's choosing may be a TCP socket's
 constexpr Nanos kBackoff[] = {2 * kMillisecond,  4 * kMillisecond,  8 * kMillisecond,  16 * kMillisecond,
                               32 * kMillisecond, 64 * kMillisecond, 128 * kMillisecond};
 
@@ -279,7 +278,7 @@ Device* RdmaCm::device_at(const IpAddress& here) {
 
 std::uint16_t RdmaCm::listening_port(const IpAddress& here) {
   Listener& listener = listeners_[here.with_port(0)];
-  for (unsigned tries = 0; listener.id == nullptr && tries < kListenTries; ++tries) {
+  for (unsigned tries = 0; listener.id == nullptr && tries < kPortTries; ++tries) {
     const std::uint64_t key = channel_->new_key();
     auto id = channel_->bound_id(manner_->port_space(), key, here.with_port(0));
     if (!id || rdma_listen(id->get(), kBacklog) != 0) continue;
@@ -484,9 +483,11 @@ void RdmaCm::on_failed(ConnId id) {
   if (it == conns_.end() || it->second.step != Step::requested) return;
   Conn& c = it->second;
   conn_by_key_.erase(c.key);
-  const bool again = ++c.tries < kRequestTries && find_way(c);
+  const bool again = ++c.tries < kPortTries && find_way(c);
   conn_by_key_[c.key] = id;
-  if (!again) end(id, Reason::no_peer);
+  if (again) return;
+  RDMA_LOG(info, "%s: no request can be sent, after %u tries", name(), c.tries);
+  end(id, Reason::no_peer);
 }
 
 /// The way is found: the QP, and the request on it.
