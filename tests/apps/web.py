@@ -13,7 +13,7 @@ def fetch(r, url, *options, **others):
 
 def load(r, url, *options, keepalive=True, **others):
     """The errors that wrk sees with twenty connections."""
-    out = r.client([need("wrk"), "-t", "2", "-c", "20", "-d", "1s" if r.quick else "2s", *options, url], **others).stdout
+    out = r.client([need("wrk"), "-t", "2", "-c", "20", "-d", f"{r.seconds}s", *options, url], **others).stdout
     requests = re.search(r"(\d+) requests in", out)
     if not requests or int(requests.group(1)) < 100:
         raise Failure(f"no result in {out!r}")

@@ -19,7 +19,7 @@ ErrorLog {dir}/apache-error.log
 Listen {host}:{port}
 DocumentRoot {dir}/www
 {user}
-StartServers 2
+StartServers {processes}
 KeepAlive On
 MaxKeepAliveRequests 0
 KeepAliveTimeout 20
@@ -35,8 +35,10 @@ def start(r, mpm, sendfile, size):
     port = r.port()
     os.mkdir(r.path("www"))
     r.random_file("www/data", size)
+    # A prefork process has one connection for as long as that is kept alive, and Apache makes more only a second later, and another.
+    processes = 25 if mpm == "prefork" else 2
     with open(r.path("apache.conf"), "w", encoding="ascii") as config:
-        config.write(CONFIG.format(dir=r.dir, host=r.host, port=port, mpm=mpm, sendfile=sendfile,
+        config.write(CONFIG.format(dir=r.dir, host=r.host, port=port, mpm=mpm, sendfile=sendfile, processes=processes,
                                    user="User www-data\nGroup www-data" if r.place.is_root else ""))
     # Not by SIGTERM: its threads' sockets are then closed by the first thread, which may take one in hand that has just been freed.
     return r.server([need("apache2"), "-DFOREGROUND", "-f", r.path("apache.conf")], port, stop=signal.SIGWINCH), port

@@ -12,8 +12,7 @@ def iperf3(*options):
         program = need("iperf3")
         port = r.port()
         server = r.server([program, "-s", "-1", "-p", str(port)], port)
-        seconds = "1" if r.quick else "2"
-        done = r.client([program, "-c", r.address, "-p", str(port), "-t", seconds, "-J", *options])
+        done = r.client([program, "-c", r.address, "-p", str(port), "-t", str(r.seconds), "-J", *options])
         server.wait(20)  # -1: it ends by itself, and writes its report then
         result = json.loads(done.stdout)
         if "error" in result:

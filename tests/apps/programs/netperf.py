@@ -14,8 +14,7 @@ def netperf(test, *extra, file_bytes=0):
         r.server([server, "-D", r.family, "-p", str(port)], port)
         data = ["-P", f"0,{r.port()}"] if test != "TCP_CRR" else []  # whose data connections each have a port of their own
         file = ["-F", r.random_file("data", r.amount(file_bytes))] if file_bytes else []
-        seconds = "1" if r.quick else "2"
-        out = r.client([client, r.family, "-H", r.address, "-p", str(port), "-t", test, "-l", seconds, "-P", "0", *file,
+        out = r.client([client, r.family, "-H", r.address, "-p", str(port), "-t", test, "-l", str(r.seconds), "-P", "0", *file,
                         "--", *data, *extra]).stdout
         rates = [float(x) for x in re.findall(r"\d+\.\d+", out)]
         if not rates or max(rates) <= 0:

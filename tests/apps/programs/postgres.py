@@ -62,7 +62,7 @@ def transact(r, server):
 def run(r):
     server = Server(r)
     transact(r, server)
-    out = r.client([server.bin + "/pgbench", *server.where, "-n", "-S", "-c", "8", "-j", "2", "-T", "1" if r.quick else "2", "postgres"]).stdout
+    out = r.client([server.bin + "/pgbench", *server.where, "-n", "-S", "-c", "8", "-j", "2", "-T", str(r.seconds), "postgres"]).stdout
     if not re.search(r"failed transactions: 0 ", out):
         raise Failure(f"pgbench -S: {out}")
     rows = r.client([need("sh"), "-c", f"{server.bin}/psql -X -A -t {' '.join(server.where)} -c 'select * from pgbench_accounts order by 1' "

@@ -40,7 +40,7 @@ def replica(r):
     # The replica is the connecting side of its link: with 'only the client preloaded' that link has one end of ours.
     follower = start(r, "--replicaof", r.address, str(master), "--repl-diskless-sync-delay", "0", role="client")
     wait_for(lambda: "master_link_status:up" in ask(r, follower, "INFO", "replication"), 20, "the replica's link")
-    r.python("redis_fill.py", r.address, master, 200 if r.quick else 1000)
+    r.python("redis_fill.py", r.address, master, (200 if r.quick else 1000) * r.stretch)
     digest = ask(r, master, "DEBUG", "DIGEST")
     wait_for(lambda: ask(r, follower, "DEBUG", "DIGEST") == digest, 10, "the replica to have its master's data")
     return digest

@@ -13,8 +13,7 @@ def sockperf(mode, *options):
         program = need("sockperf")
         port = r.port()
         r.server([program, "server", "--tcp", "-i", r.address, "-p", str(port)], port, stop=signal.SIGINT)
-        seconds = "1" if r.quick else "2"
-        out = r.client([program, mode, "--tcp", "-i", r.address, "-p", str(port), "-t", seconds, *options]).stdout
+        out = r.client([program, mode, "--tcp", "-i", r.address, "-p", str(port), "-t", str(r.seconds), *options]).stdout
         out = re.sub(r"\x1b\[[0-9;]*m", "", out)
         if mode == "throughput":
             if not re.search(r"Summary: Message Rate is [1-9]", out):
