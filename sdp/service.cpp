@@ -117,7 +117,7 @@ bool Service::open() noexcept {
   open_links();
   // Where a filter of system calls forbids one of these (seccomp), a thread that never wakes, or never sleeps, is of no use.
   epoll_event none[1];
-  if (!watch(wake_fd_.load(), EPOLLIN, kWakeTag) || !watch(cm_->fd(), EPOLLIN, kCmTag) || !watch(channel_->fd(), 0, kBellTag) ||
+  if (!watch(wake_fd_.load(), EPOLLIN, kWakeTag) || !watch(cm_->fd(), EPOLLIN, kCmTag) ||
       sys::call(SYS_epoll_pwait, epoll_fd_, sys::arg(none), 1, 0, 0, 8) < 0)
     return false;
   watch(links_->fd(), EPOLLIN, kLinksTag);
@@ -162,8 +162,8 @@ void Service::run() noexcept {
   }
 }
 
-// What a device announces, or a peer rings for, is passed on at once and is no work by itself: a message for which a thread sleeps
-// must not cost a round of everything.
+// What a device announces is passed on at once and is no work by itself: a message for which a thread sleeps must not cost a round
+// of everything.
 void Service::await_work(int timeout_ms) noexcept {
   const bool wants_announcements = !handshakes_.empty() || !dying_.empty() || needs_looks_;
   listen_to_bell(wants_announcements);
@@ -179,7 +179,6 @@ void Service::await_work(int timeout_ms) noexcept {
         if (held_back_) (void)flush_held();
         continue;
       }
-      if (tag == kCmTag && !cm_->pass_rings()) continue;
       work = true;
       if (tag == kWakeTag) {
         std::uint64_t count = 0;
@@ -203,8 +202,8 @@ void Service::await_work(int timeout_ms) noexcept {
 // been rung is ready at once where it begins to listen.
 void Service::listen_to_bell(bool listens) noexcept {
   if (std::exchange(listens_to_bell_, listens) == listens) return;
-  epoll_event ev{listens ? std::uint32_t{EPOLLIN | EPOLLET} : 0, {.u64 = kBellTag}};
-  sys::call(SYS_epoll_ctl, epoll_fd_, EPOLL_CTL_MOD, channel_->fd(), sys::arg(&ev));
+  epoll_event ev{EPOLLIN | EPOLLET, {.u64 = kBellTag}};
+  sys::call(SYS_epoll_ctl, epoll_fd_, listens ? EPOLL_CTL_ADD : EPOLL_CTL_DEL, channel_->fd(), sys::arg(&ev));
 }
 
 // A push never waits, locks or allocates: close() may come from a signal handler.

@@ -225,20 +225,6 @@ void CmChain::progress() {
   if (companion_) companion_();
 }
 
-bool CmChain::pass_rings() {
-  epoll_event ready[4];
-  const long n = sys::call(SYS_epoll_pwait, epoll_fd_, sys::arg(ready), std::size(ready), 0, 0, 8);
-  bool more = false;
-  for (long i = 0; i < n; ++i) {
-    const int fd = ready[i].data.fd;
-    const auto link = std::find_if(links_.begin(), links_.end(), [fd](const Link& each) {
-      return each.transport.cm != nullptr && each.transport.cm->fd() == fd;
-    });
-    if (link == links_.end() || link->transport.cm->pass_rings()) more = true;
-  }
-  return more;
-}
-
 void CmChain::abandon_in_child() noexcept {
   for (const Link& link : links_)
     if (link.transport.cm != nullptr) link.transport.cm->abandon_in_child();

@@ -59,7 +59,6 @@ class CmChain final : public ConnectionManager {
   int fd() const noexcept override { return epoll_fd_; }
   int next_timeout_ms() const noexcept override;
   void progress() override;
-  bool pass_rings() override;
   void abandon_in_child() noexcept override;
 
  private:

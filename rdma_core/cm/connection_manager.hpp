@@ -136,8 +136,6 @@ class ConnectionManager {
   virtual int fd() const noexcept = 0;
   virtual int next_timeout_ms() const noexcept = 0;  ///< -1: none
   virtual void progress() = 0;
-  /// What peers only ring for is passed on at once. False: there was nothing else, so that progress() has nothing to do.
-  virtual bool pass_rings() { return true; }
 
   /// A device has come; or `going`, if not nullptr, is about to be destroyed. What the CM had found out about devices is forgotten,
   /// what it made on that one is over, and the events of its connections follow.

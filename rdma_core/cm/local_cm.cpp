@@ -72,7 +72,6 @@ void LocalCm::State::link_died(int fd, Channel& channel) {
   const std::shared_ptr<ShmLink> link = channel.link;
   link->alive.store(false);
   link->socket = -1;
-  link->bell.forget_socket();
   device.links().drop(link->id);
   close_fd(fd);
   std::vector<ConnId> gone;
@@ -91,10 +90,6 @@ void LocalCm::State::link_died(int fd, Channel& channel) {
 
 Reason LocalCm::State::link_frame(Channel& channel, Frame& frame) {
   wire::Plain plain;
-  if (frame.as(wire::Type::ring, plain)) {
-    device.bell().ring();
-    return Reason::none;
-  }
   if (!frame.as(wire::Type::disconnect, plain)) return Reason::bad_message;
   const auto it = conns.find(static_cast<ConnId>(plain.lane));
   if (it == conns.end() || it->second.link != channel.link) return Reason::none;
@@ -151,10 +146,9 @@ void LocalCm::State::on_readable(int fd) {
 }
 
 void LocalCm::State::on_frame(int fd, Channel& channel, Frame& frame) {
-  // The link's own connection may carry a disconnect or a ring while its first handshake still runs.
+  // The link's own connection may carry a disconnect while its first handshake still runs.
   wire::Plain plain;
-  const bool link_business = channel.link != nullptr && channel.link->socket == fd &&
-                             (frame.as(wire::Type::ring, plain) || frame.as(wire::Type::disconnect, plain));
+  const bool link_business = channel.link != nullptr && channel.link->socket == fd && frame.as(wire::Type::disconnect, plain);
   Reason r = Reason::none;
   if (channel.step == Step::linked || link_business)
     r = link_frame(channel, frame);
@@ -370,29 +364,6 @@ void LocalCm::progress() {
   for (const int fd : silent) state_->drop_channel(fd, Reason::timed_out);
   state_->send_unsent();
   state_->close_idle_links(t);
-}
-
-// One frame of each link that has some: what is left keeps fd() readable.
-bool LocalCm::pass_rings() {
-  epoll_event events[32];
-  const long n = sys::call(SYS_epoll_pwait, state_->epoll_fd, sys::arg(events), 32, 0, 0, 8);
-  bool rung = false, more = false;
-  for (long i = 0; i < n; ++i) {
-    const int fd = static_cast<int>(events[i].data.u64);
-    const auto it = state_->channels.find(fd);
-    Frame frame;
-    wire::Plain plain;
-    if (it == state_->channels.end() || it->second.step != State::Step::linked || receive(fd, frame) <= 0) {
-      more = true;  // an end is seen again
-    } else if (frame.as(wire::Type::ring, plain)) {
-      rung = true;
-    } else {
-      more = true;
-      state_->on_frame(fd, it->second, frame);
-    }
-  }
-  if (rung) state_->device.bell().ring();
-  return more;
 }
 
 void LocalCm::abandon_in_child() noexcept {

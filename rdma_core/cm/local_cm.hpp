@@ -43,7 +43,6 @@ class LocalCm final : public ConnectionManager {
   int fd() const noexcept override;
   int next_timeout_ms() const noexcept override;
   void progress() override;
-  bool pass_rings() override;
 
   void close_idle_links_after(unsigned ms) noexcept;  ///< 30 s unless told
 

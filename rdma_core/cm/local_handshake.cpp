@@ -23,7 +23,6 @@ constexpr std::size_t kMaxHandshakesOfOther = 32;  ///< at once with one other u
 constexpr std::size_t kMaxLinks = 1024;            ///< with one's own user
 constexpr std::size_t kMaxLinksOfOther = 64;       ///< with one other user
 constexpr int kBackoffMs[] = {1, 2, 5, 10, 25, 50, 100};
-constexpr wire::Plain kRing = wire::make_plain(wire::Type::ring, 0);
 
 }  // namespace
 
@@ -134,7 +133,7 @@ bool LocalCm::State::send_link(int fd, wire::LinkKind kind, const ProcessId& non
   frame.head = wire::make_head(wire::Type::link, sizeof frame);
   frame.kind = static_cast<std::uint32_t>(kind);
   frame.nonce = nonce;
-  const int fds[2] = {own != nullptr ? own->fd() : -1, device.bell().fd()};
+  const int fds[2] = {own != nullptr ? own->fd() : -1, device.bell().far_fd()};
   return send_frame(fd, frame, fds, own != nullptr ? 2 : 0);
 }
 
@@ -154,11 +153,7 @@ Reason LocalCm::State::make_link(int fd, Channel& channel, Frame& frame) {
   link->socket = fd;
   link->own = std::move(channel.own);
   link->theirs = std::move(theirs.value());
-  if (channel.peer.uid == channel.peer.own_euid) {
-    if (!link->bell.adopt_eventfd(frame.take(1))) return Reason::bad_message;
-  } else {
-    link->bell.use_socket(fd, std::as_bytes(std::span(&kRing, 1)));
-  }
+  if (!link->bell.adopt(frame.take(1))) return Reason::bad_message;
   if (device.attr().reads_program_memory) link->open_program_memory();
   device.links().add(link);
   channel.link = std::move(link);

@@ -12,7 +12,7 @@
 //   established                     -->
 //
 // The connection on which a new link was made is kept as the link's; on it either side later sends
-//   disconnect (the receiver's lane), ring (to another user's process: wake your sleepers).
+//   disconnect (the receiver's lane).
 // Any other connection is closed after established.
 #pragma once
 
@@ -24,9 +24,9 @@
 namespace rdma::cm::wire {
 
 inline constexpr std::uint32_t kMagic = 0x53'44'4C'43;  // "SDLC"
-inline constexpr std::uint16_t kVersion = 1;
+inline constexpr std::uint16_t kVersion = 2;
 
-enum class Type : std::uint16_t { hello = 1, link, request, reply, reject, established, disconnect, ring };
+enum class Type : std::uint16_t { hello = 1, link, request, reply, reject, established, disconnect };
 
 struct Head {
   std::uint32_t magic;
@@ -74,9 +74,9 @@ using Request = WithPrivate<kRequestPrivate>;
 using Reply = WithPrivate<kReplyPrivate>;
 using Reject = WithPrivate<kRejectPrivate>;
 
-struct Plain {  // established, disconnect, ring
+struct Plain {  // established, disconnect
   Head head;
-  std::uint64_t lane;  ///< the receiver's name for the connection; 0 in ring
+  std::uint64_t lane;  ///< the receiver's name for the connection
 };
 
 constexpr Head make_head(Type type, std::size_t bytes) noexcept {

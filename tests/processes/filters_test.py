@@ -19,12 +19,13 @@ SKIPPED = 77
 # x86-64's numbers of what the library calls between two processes of one host. Not there: futex, without which libc ends the program, getpid
 # (the name of the report), and what libc itself needs before main.
 CALLS = {"poll": 7, "rt_sigaction": 13, "rt_sigprocmask": 14, "ioctl": 16, "sched_yield": 24, "madvise": 28, "sendmsg": 46,
-         "recvmsg": 47, "getpeername": 52, "clone": 56, "fcntl": 72, "ftruncate": 77, "fchmod": 91, "geteuid": 107, "sigaltstack": 131, "fstatfs": 138,
+         "recvmsg": 47, "getpeername": 52, "socketpair": 53, "clone": 56, "fcntl": 72, "ftruncate": 77, "fchmod": 91, "geteuid": 107, "sigaltstack": 131, "fstatfs": 138,
          "getpriority": 140, "gettid": 186, "sched_getaffinity": 204, "clock_gettime": 228, "epoll_ctl": 233, "tgkill": 234, "readlinkat": 267,
          "epoll_pwait": 281, "accept4": 288, "eventfd2": 290, "epoll_create1": 291, "process_vm_readv": 310, "process_vm_writev": 311,
          "sched_setattr": 314, "getrandom": 318, "memfd_create": 319, "membarrier": 324, "clone3": 435, "faccessat2": 439}
 # Without it the library has no memory that a fork wipes, and knows no connection at all: it says that.
 UNTRACKED = {"madvise"}
+OF_THE_PROGRAM_TOO = {"shutdown": 48}  # at its end: only what is refused before can be looked at
 
 
 def run(args, folder, number, error, policy="both"):
@@ -65,12 +66,12 @@ def main():
     args = parser.parse_args()
     failed = 0
     cases = [(*case, "both") for case in itertools.product(CALLS, (errno.EPERM, errno.ENOSYS))]
-    cases += [(name, errno.EPERM, "sdp") for name in ("eventfd2", "epoll_ctl", "epoll_pwait", "memfd_create", "clone3")]
+    cases += [(name, errno.EPERM, "sdp") for name in ("socketpair", "shutdown", "eventfd2", "epoll_ctl", "epoll_pwait", "memfd_create", "clone3")]
     for name, error, policy in cases:
         label = f"{name} is {errno.errorcode[error]}, policy {policy}"
         with tempfile.TemporaryDirectory(prefix="sdpreload-filters-") as folder:
             try:
-                outcome = run(args, folder, CALLS[name], error, policy)
+                outcome = run(args, folder, (CALLS | OF_THE_PROGRAM_TOO)[name], error, policy)
                 if outcome is None:
                     sys.exit(SKIPPED)
                 print(f"{label}: {f'every byte, by {check(outcome, name)}' if policy == 'both' else 'refused'}", flush=True)

@@ -1,8 +1,6 @@
 // LocalCm between willing processes. The unwilling ones are in hostile_test.cpp.
 #include <fcntl.h>
-#include <poll.h>
 #include <signal.h>
-#include <sys/epoll.h>
 #include <sys/wait.h>
 
 #include <boost/test/data/test_case.hpp>
@@ -19,11 +17,6 @@ BOOST_TEST_DONT_PRINT_LOG_VALUE(rdma::NodeType)
 BOOST_TEST_DONT_PRINT_LOG_VALUE(rdma::cm::Reason)
 
 namespace {
-
-bool is_readable(int fd) {
-  pollfd p{fd, POLLIN, 0};
-  return poll(&p, 1, 0) == 1;
-}
 
 const NodeType kFlavours[] = {NodeType::ib_ca, NodeType::rnic};
 
@@ -254,30 +247,6 @@ BOOST_AUTO_TEST_CASE(disconnect_is_told_to_the_peer_only_and_the_other_lanes_go_
   passive.lanes.erase(first.passive);
   active.lanes.erase(first.active);
   talk(active, second.active, passive, second.passive);
-}
-
-BOOST_AUTO_TEST_CASE(a_ring_is_passed_on_without_other_work) {
-  Node passive, active;
-  Tcp tcp;
-  const Met met = meet(passive, active, tcp);
-  BOOST_REQUIRE(run({&passive, &active}, [&] { return !is_readable(passive.cm->fd()) && !is_readable(active.cm->fd()); }));
-  const int epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-  epoll_event edge{EPOLLIN | EPOLLET, {}};
-  BOOST_REQUIRE(epoll_ctl(epoll_fd, EPOLL_CTL_ADD, passive.device->bell().fd(), &edge) == 0);
-  while (epoll_wait(epoll_fd, &edge, 1, 0) > 0) {
-  }
-  const auto rung = [&] { return epoll_wait(epoll_fd, &edge, 1, 0) == 1; };
-  const int link = active.device->links().all()[0]->socket;
-  for (int i = 0; i < 3; ++i) {  // as another user's process rings
-    BOOST_REQUIRE(send_frame(link, wire::make_plain(wire::Type::ring, 0)));
-    BOOST_TEST(!passive.cm->pass_rings());
-    BOOST_TEST(rung());
-  }
-  active.cm->disconnect(met.active);
-  BOOST_TEST(passive.cm->pass_rings());
-  BOOST_TEST(!rung());
-  BOOST_TEST(run({&passive}, [&] { return passive.find(EventKind::disconnected, anchor_of(tcp.client).cookie) != nullptr; }));
-  close(epoll_fd);
 }
 
 BOOST_AUTO_TEST_CASE(a_flood_of_disconnects_at_a_peer_that_sleeps_is_told_in_the_end) {

@@ -25,8 +25,8 @@ inline void link_devices(ShmDevice& a, ShmDevice& b, Path& path_a, Path& path_b)
   lb->own = std::move(*OwnSegment::create(b.segment_bytes(), b.process_id()));
   la->theirs = std::move(*PeerSegment::adopt(lb->own->fd(), b.process_id()));
   lb->theirs = std::move(*PeerSegment::adopt(la->own->fd(), a.process_id()));
-  BOOST_REQUIRE(la->bell.adopt_eventfd(dup(b.bell().fd())));
-  BOOST_REQUIRE(lb->bell.adopt_eventfd(dup(a.bell().fd())));
+  BOOST_REQUIRE(la->bell.adopt(dup(b.bell().far_fd())));
+  BOOST_REQUIRE(lb->bell.adopt(dup(a.bell().far_fd())));
   la->own->close_fd();
   lb->own->close_fd();
   la->needs_fence = lb->needs_fence = !a.has_membarrier();

@@ -2,56 +2,38 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <sys/eventfd.h>
+#include <sys/epoll.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-
-#include <cstring>
 
 #include "rdma_core/base/sys.hpp"
 
 namespace rdma::shm {
 namespace {
 
-/// All anonymous kernel files (eventfd, epoll, timerfd…) share one inode, and of these only an eventfd takes a write of 8 bytes.
-bool is_anonymous_file(int fd) noexcept {
-  static const struct stat reference = [] {
-    struct stat st {};
-    const long probe = sys::call(SYS_eventfd2, 0, EFD_CLOEXEC);
-    if (probe >= 0) {
-      sys::call(SYS_fstat, probe, sys::arg(&st));
-      sys::call(SYS_close, probe);
-    }
-    return st;
-  }();
-  struct stat st {};
-  return sys::call(SYS_fstat, fd, sys::arg(&st)) == 0 && st.st_dev == reference.st_dev && st.st_ino == reference.st_ino &&
-         st.st_mode == reference.st_mode;
+int option(int fd, int name) noexcept {
+  int value = -1;
+  socklen_t length = sizeof value;
+  return sys::call(SYS_getsockopt, fd, SOL_SOCKET, name, sys::arg(&value), sys::arg(&length)) == 0 ? value : -1;
 }
 
-/// Says exactly what the descriptor is; needs /proc.
-bool is_eventfd_by_name(int fd) noexcept {
-  char path[32] = "/proc/self/fd/";
-  char digits[12];
-  int n = 0;
-  for (int v = fd; v > 0 || n == 0; v /= 10) digits[n++] = static_cast<char>('0' + v % 10);
-  char* out = path + std::strlen(path);
-  while (n > 0) *out++ = digits[--n];
-  *out = 0;
-  char target[64] = {};
-  const long length = sys::call(SYS_readlinkat, AT_FDCWD, sys::arg(path), sys::arg(target), sizeof target - 1);
-  return length > 0 && std::strcmp(target, "anon_inode:[eventfd]") == 0;
+long make_pair(int (&ends)[2]) noexcept {
+  return sys::call(SYS_socketpair, AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, sys::arg(ends));
 }
 
-void write_eventfd(int fd) noexcept {
-  // What remains of the danger that the program closed our number and opened a file of its own there: between the check and the
-  // write, and when its file is an eventfd too (which then counts one more).
-  if (!is_anonymous_file(fd)) return;
-  const long flags = sys::call(SYS_fcntl, fd, F_GETFL);
-  if (flags < 0 || (flags & O_NONBLOCK) == 0) return;
-  const std::uint64_t one = 1;
-  sys::call(SYS_write, fd, sys::arg(&one), sizeof one);
+/// Does each of several rings wake who polls for edges?
+bool wakes_each_time(int fd, const FarEnd& far) noexcept {
+  const long poll = sys::call(SYS_epoll_create1, EPOLL_CLOEXEC);
+  if (poll < 0) return false;
+  epoll_event edge{EPOLLIN | EPOLLET, {}};
+  bool wakes = sys::call(SYS_epoll_ctl, poll, EPOLL_CTL_ADD, fd, sys::arg(&edge)) == 0;
+  for (int i = 0; i < 3 && wakes; ++i) {
+    far.ring();
+    wakes = sys::call(SYS_epoll_pwait, poll, sys::arg(&edge), 1, 0, 0, 8) == 1;
+  }
+  sys::call(SYS_close, poll);
+  return wakes;
 }
 
 }  // namespace
@@ -67,59 +49,68 @@ int move_high(int fd) noexcept {
   return static_cast<int>(high);
 }
 
+FarEnd::~FarEnd() {
+  if (fd_ >= 0) sys::call(SYS_close, fd_);
+}
+
+bool FarEnd::adopt(int fd) noexcept {
+  if (fd < 0) return false;
+  if (option(fd, SO_DOMAIN) != AF_UNIX || option(fd, SO_TYPE) != SOCK_STREAM) {
+    sys::call(SYS_close, fd);
+    return false;
+  }
+  fd_ = move_high(fd);
+  return remember();
+}
+
+bool FarEnd::replace(int fd) noexcept {
+  if (fd_ < 0) {
+    fd_ = move_high(fd);
+    return remember();
+  }
+  const bool done = sys::call(SYS_dup3, fd, fd_, O_CLOEXEC) >= 0;
+  sys::call(SYS_close, fd);
+  return done && remember();
+}
+
+bool FarEnd::remember() noexcept {
+  struct stat st {};
+  if (sys::call(SYS_fstat, fd_, sys::arg(&st)) != 0) return false;
+  device_ = st.st_dev;
+  inode_ = st.st_ino;
+  return true;
+}
+
+void FarEnd::ring() const noexcept {
+  // What remains of the danger that the program closed our number and opened a socket of its own there: between the two calls.
+  struct stat st {};
+  if (fd_ < 0 || sys::call(SYS_fstat, fd_, sys::arg(&st)) != 0 || st.st_ino != inode_ || st.st_dev != device_) return;
+  sys::call(SYS_shutdown, fd_, SHUT_WR);
+}
+
 OwnBell::~OwnBell() {
   if (fd_ >= 0) sys::call(SYS_close, fd_);
 }
 
 int OwnBell::open() noexcept {
-  const long fd = sys::call(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK);
-  if (fd < 0) return static_cast<int>(fd);
-  fd_ = move_high(static_cast<int>(fd));
+  int ends[2];
+  if (const long r = make_pair(ends); r < 0) return static_cast<int>(r);
+  fd_ = move_high(ends[0]);
+  if (!far_.adopt(ends[1]) || !wakes_each_time(fd_, far_)) return -ENOTSUP;
   return 0;
 }
 
 void OwnBell::renew_in_child() noexcept {
-  const long fd = sys::call(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK);
-  if (fd < 0) {
-    sys::call(SYS_close, fd_);
+  int ends[2];
+  if (fd_ < 0 || make_pair(ends) < 0) {
+    // None is better than the parent's.
+    if (fd_ >= 0) sys::call(SYS_close, fd_);
     fd_ = -1;
     return;
   }
-  if (fd_ < 0) {
-    fd_ = move_high(static_cast<int>(fd));
-    return;
-  }
-  sys::call(SYS_dup3, fd, fd_, O_CLOEXEC);
-  sys::call(SYS_close, fd);
-}
-
-void OwnBell::ring() const noexcept {
-  if (fd_ >= 0) write_eventfd(fd_);
-}
-
-PeerBell::~PeerBell() {
-  if (fd_ >= 0) sys::call(SYS_close, fd_);
-}
-
-bool PeerBell::adopt_eventfd(int fd) noexcept {
-  if (fd < 0) return false;
-  if (!is_anonymous_file(fd) || !is_eventfd_by_name(fd)) {
-    sys::call(SYS_close, fd);
-    return false;
-  }
-  fd_ = move_high(fd);
-  return true;
-}
-
-void PeerBell::ring() const noexcept {
-  if (own_ != nullptr) {
-    own_->ring();
-  } else if (fd_ >= 0) {
-    write_eventfd(fd_);
-  } else if (socket_ >= 0) {
-    // A full socket means that rings are waiting there already.
-    sys::call(SYS_sendto, socket_, sys::arg(frame_.data()), static_cast<long>(frame_.size()), MSG_DONTWAIT | MSG_NOSIGNAL);
-  }
+  sys::call(SYS_dup3, ends[0], fd_, O_CLOEXEC);
+  sys::call(SYS_close, ends[0]);
+  if (far_.replace(ends[1])) far_.ring();  // nothing is to be sent through it
 }
 
 }  // namespace rdma::shm

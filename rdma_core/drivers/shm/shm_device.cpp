@@ -35,7 +35,7 @@ ShmDevice::ShmDevice(const ShmOptions& options) noexcept : segment_bytes_(option
 Result<std::unique_ptr<ShmDevice>> ShmDevice::create(const ShmOptions& options) {
   if (options.flavour != NodeType::ib_ca && options.flavour != NodeType::rnic) return fail(EINVAL, "shm: flavour");
   std::unique_ptr<ShmDevice> device(new ShmDevice(options));
-  if (const int rc = device->bell_.open(); rc < 0) return fail(-rc, "shm: no eventfd");
+  if (const int rc = device->bell_.open(); rc < 0) return fail(-rc, "shm: no bell");
   device->become_new_process();
   return device;
 }

@@ -57,7 +57,6 @@ void ShmLinks::abandon_in_child() noexcept {
     link->alive.store(false, std::memory_order_relaxed);
     if (link->socket >= 0) sys::call(SYS_close, link->socket);
     link->socket = -1;
-    link->bell.forget_socket();
   }
   links_.clear();
 }
