@@ -25,6 +25,7 @@ namespace {
 constexpr std::uint32_t kModeBits = EPOLLET | EPOLLONESHOT | EPOLLWAKEUP | EPOLLEXCLUSIVE;
 constexpr std::uint32_t kBellIndex = 0xffffff;
 constexpr std::int64_t kKernelEveryNs = 20'000;
+constexpr std::uint32_t kLooksPerClock = 64;  ///< at one lane
 constexpr int kMaxSets = 1 << 16;
 
 std::mutex sets_mutex;
@@ -124,7 +125,7 @@ void EpollSet::on_lane_changed(sdp::Stream stream) noexcept {
     for (std::uint32_t m = 0; m < set->members_.size(); ++m) {
       if (set->members_[m].stream.word() != stream.word()) continue;
       set->sync(set->members_[m], m);
-      // It sleeps since before the lane, and has not armed it: another thread's receive may switch the stream over.
+      // Another thread's receive may switch the stream over, and has it locked: who sleeps looks for himself.
       if (set->members_[m].lane && set->sleepers_.load() != 0) sdp::engine::ring_bell();
     }
   }
@@ -210,16 +211,22 @@ void EpollSet::sync(Member& m, std::uint32_t index) noexcept {
   if (lane) ensure_bell();
   epoll_event ev = kernel_entry(m, index, lane);
   if (m.tagged && lane == m.lane && ev.events == m.kernel_mask) return;
-  if (sys::call(SYS_epoll_ctl, epfd_, EPOLL_CTL_MOD, m.fd, sys::arg(&ev)) != 0) return;
-  m.kernel_mask = ev.events;
-  m.tagged = ev.data.u64 == (tag_base() | index);
+  if (sys::call(SYS_epoll_ctl, epfd_, EPOLL_CTL_MOD, m.fd, sys::arg(&ev)) == 0) is_entered(m, index, ev, lane);
+}
+
+void EpollSet::is_entered(Member& m, std::uint32_t index, const epoll_event& entry, bool lane) noexcept {
+  m.kernel_mask = entry.events;
+  m.tagged = entry.data.u64 == (tag_base() | index);
   count_lane(m, lane);
-  if (lane && nested_.load(std::memory_order_relaxed)) {  // nobody may be waiting for the set itself, who would arm it
-    const sdp::Grace::Look look(sdp::engine::grace());
-    m.stream.arm(look);
-    sdp::engine::arm_fence();
-    if (m.stream.poll(m.events & ~kModeBits) != 0) sdp::engine::ring_bell();
-  }
+  if (lane && !m.disabled && (nested_.load(std::memory_order_relaxed) || sleepers_.load() != 0)) arm_for_others(m);
+}
+
+/// Who sleeps has not armed it, and where the set itself is waited for nobody may be in wait() to do so.
+void EpollSet::arm_for_others(const Member& m) noexcept {
+  const sdp::Grace::Look look(sdp::engine::grace());
+  m.stream.arm(look);
+  sdp::engine::arm_fence();
+  if (m.stream.poll(m.events & ~kModeBits) != 0) sdp::engine::ring_bell();
 }
 
 int EpollSet::add(int fd, sdp::Stream stream, const epoll_event& event) noexcept {
@@ -239,7 +246,9 @@ int EpollSet::add(int fd, sdp::Stream stream, const epoll_event& event) noexcept
   m.stream = stream;
   m.events = event.events;
   m.data = event.data.u64;
-  if (event.events & EPOLLONESHOT) ev.data.u64 = tag_base() | index;  // with the first entry: it may fire at once
+  const bool lane = stream.has_lane();
+  if (lane) ensure_bell();
+  ev = kernel_entry(m, index, lane);  // tagged from the first on, where it is one-shot: it may fire at once
   if (const long result = sys::call(SYS_epoll_ctl, epfd_, EPOLL_CTL_ADD, fd, sys::arg(&ev)); result != 0) {
     m = Member{};
     return static_cast<int>(result);
@@ -248,11 +257,9 @@ int EpollSet::add(int fd, sdp::Stream stream, const epoll_event& event) noexcept
   if (Member* stale = of(fd)) release(*stale);  // closed behind our back
   by_fd_[fd] = index;
   m.fd = fd;
-  m.kernel_mask = ev.events;
-  m.tagged = (event.events & EPOLLONESHOT) != 0;
   members_in_use_.fetch_add(1);
+  is_entered(m, index, ev, lane);
   sync(m, index);
-  if (m.lane && sleepers_.load() != 0) sdp::engine::ring_bell();
   return 0;
 }
 
@@ -269,7 +276,6 @@ bool EpollSet::modify(int fd, const epoll_event& event, int* result) noexcept {
   m->tagged = true;  // in any case the kernel's entry is ours to set
   m->kernel_mask = ~0U;
   sync(*m, index_of(*m));
-  if (m->lane && sleepers_.load() != 0) sdp::engine::ring_bell();
   *result = 0;
   return true;
 }
@@ -435,8 +441,8 @@ int EpollSet::wait_once(epoll_event* events, int max, std::int64_t timeout_ns, c
   const std::int64_t deadline = timeout_ns > 0 ? now_ns() + timeout_ns : 0;
   for (;;) {
     Asleep asleep(sleepers_);
-    const bool lanes_here = lanes_.load(std::memory_order_acquire) != 0;
-    int n = lanes_here ? collect(events, max) : 0;
+    const std::uint32_t lanes_here = lanes_.load(std::memory_order_acquire);
+    int n = lanes_here != 0 ? collect(events, max) : 0;
     if (n > 0) {
       // Kernel descriptors are not starved: they are asked every few calls.
       if (n < max && ++since_kernel_ >= 8) {
@@ -448,26 +454,32 @@ int EpollSet::wait_once(epoll_event* events, int max, std::int64_t timeout_ns, c
       }
       return n;
     }
-    if (lanes_here) {
+    if (lanes_here != 0) {
       since_kernel_ = 0;
-      long k = ask_kernel(events, max, mask);
-      if (k < 0) return static_cast<int>(k);
-      if (k > 0 && (n = merge(events, 0, static_cast<int>(k))) > 0) return n;
-      if (k > 0) continue;  // the bell alone: it may have taken the place of others
-      if (timeout_ns == 0) return 0;
-      // Spin: the lanes all the time, the kernel every few microseconds.
-      std::int64_t kernel_due = now_ns() + kKernelEveryNs;
-      int looks = 0;
-      const bool found = sdp::Spinner().run([&]() noexcept {
-        if (maybe_ready()) return true;
-        if (++looks % 64 != 0 || now_ns() < kernel_due) return false;
-        kernel_due = now_ns() + kKernelEveryNs;
-        k = ask_kernel(events, max, mask);
-        if (k > 0) n = merge(events, 0, static_cast<int>(k));
-        return n > 0;
-      });
-      if (n > 0) return n;
-      if (found) continue;
+      sdp::Spinner spinner(lanes_here);
+      if (timeout_ns == 0 || spinner.may_find()) {  // a sleep asks by itself
+        long k = ask_kernel(events, max, mask);
+        if (k < 0) return static_cast<int>(k);
+        if (k > 0 && (n = merge(events, 0, static_cast<int>(k))) > 0) return n;
+        if (k > 0) continue;  // the bell alone: it may have taken the place of others
+        if (timeout_ns == 0) return 0;
+        // Spin: the lanes all the time, the kernel every few microseconds.
+        std::int64_t kernel_due = now_ns() + kKernelEveryNs;
+        std::uint32_t looks = 0;
+        const bool found = spinner.run([&]() noexcept {
+          if (maybe_ready()) return true;
+          looks += lanes_here;
+          if (looks < kLooksPerClock) return false;
+          looks = 0;
+          if (now_ns() < kernel_due) return false;
+          kernel_due = now_ns() + kKernelEveryNs;
+          k = ask_kernel(events, max, mask);
+          if (k > 0) n = merge(events, 0, static_cast<int>(k));
+          return n > 0;
+        });
+        if (n > 0) return n;
+        if (found) continue;
+      }
       asleep.begin();
       arm();
       sdp::engine::arm_fence();

@@ -72,6 +72,8 @@ class EpollSet {
 
   explicit EpollSet(int epfd) noexcept : epfd_(epfd) {}
   void sync(Member& member, std::uint32_t index) noexcept;
+  void is_entered(Member& member, std::uint32_t index, const epoll_event& entry, bool lane) noexcept;
+  static void arm_for_others(const Member& member) noexcept;
   epoll_event kernel_entry(const Member& member, std::uint32_t index, bool lane) const noexcept;
   void count_lane(Member& member, bool lane) noexcept;
   void ensure_bell() noexcept;

@@ -19,7 +19,11 @@ namespace sdp {
 class Spinner {
  public:
   /// Takes this wait's budget from the engine. It begins when the pauses are over: what comes sooner is not kept up by a clock.
-  Spinner() noexcept : budget_(engine::spin_budget()) {}
+  /// `lanes` are looked at each time: the more, the fewer looks before others get the core.
+  explicit Spinner(std::uint32_t lanes = 1) noexcept
+      : budget_(engine::spin_budget()), first_looks_(kLooksBeforeClock / static_cast<int>(std::clamp(lanes, 1U, kMostLanes))) {}
+  /// Whether run() will look at all.
+  bool may_find() const noexcept { return budget_ > 0; }
   /// Spins until `found()` or the budget is spent; `found` is called often and must be cheap. Reports the outcome to the engine.
   template <class Found>
   bool run(Found found) noexcept {
@@ -46,11 +50,12 @@ class Spinner {
   }
 
  private:
+  static constexpr std::uint32_t kMostLanes = 32;
   static constexpr int kLooksBeforeClock = 128, kLooksPerYield = 32, kTurns = 4;
 
   template <class Found>
   bool by_clock(Found& found) const noexcept {
-    if (look(found, kLooksBeforeClock)) return true;
+    if (look(found, first_looks_)) return true;
     const std::int64_t until = rdma::SteadyClock{}.now() + budget_;
     do {
       rdma::sys::call(SYS_sched_yield);
@@ -78,6 +83,7 @@ class Spinner {
   }
 
   std::int64_t budget_;
+  int first_looks_;
 };
 
 }  // namespace sdp
