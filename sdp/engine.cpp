@@ -45,6 +45,9 @@ struct Lingering {
 };
 constexpr long kPageBytes = 4096;
 
+constexpr std::int64_t kFastTurnNs = 1250;
+constexpr std::int64_t kLongTurn = 4;  ///< times what a turn takes at the least: others have run
+
 /// All there is per process. Constructed on first use and never destroyed: threads may be inside when the process exits.
 struct Engine {
   Compose compose = nullptr;
@@ -68,6 +71,7 @@ struct Engine {
   std::atomic<std::uint32_t> spin_success{128};    ///< 0..255: how often spinning paid lately
   std::atomic<std::uint32_t> spin_probe{0};
   std::atomic<std::int64_t> full_spin_ns{std::int64_t{options.spin_us} * 1000};
+  std::atomic<std::int64_t> long_turn_ns{kLongTurn * kFastTurnNs};
   Lingering* lingering = nullptr;  ///< guarded by `lock`
   Grace grace;
 };
@@ -463,19 +467,22 @@ std::int64_t spin_budget() noexcept {
   return full * success / 64;
 }
 
-void spin_result(bool found) noexcept {
+void spin_result(bool found, bool others_ran) noexcept {
   Engine& e = engine();
   const std::uint32_t success = e.spin_success.load(std::memory_order_relaxed);
-  e.spin_success.store(found ? success + (255 - success) / 8 : success - success / 8 - (success != 0 ? 1 : 0),
-                       std::memory_order_relaxed);
+  const std::uint32_t lost = success / (others_ran ? 4 : 8) + (success != 0 ? 1 : 0);
+  e.spin_success.store(found ? success + (255 - success) / 8 : success - std::min(success, lost), std::memory_order_relaxed);
 }
 
 void spin_turn_takes(std::int64_t ns) noexcept {
-  constexpr std::int64_t kFastTurnNs = 1250, kSlowestTurnNs = 20 * kFastTurnNs;
+  constexpr std::int64_t kSlowestTurnNs = 20 * kFastTurnNs;
   Engine& e = engine();
-  e.full_spin_ns.store(std::int64_t{e.options.spin_us} * 1000 * std::clamp(ns, kFastTurnNs, kSlowestTurnNs) / kFastTurnNs,
-                       std::memory_order_relaxed);
+  const std::int64_t turn_ns = std::clamp(ns, kFastTurnNs, kSlowestTurnNs);
+  e.long_turn_ns.store(kLongTurn * turn_ns, std::memory_order_relaxed);
+  e.full_spin_ns.store(std::int64_t{e.options.spin_us} * 1000 * turn_ns / kFastTurnNs, std::memory_order_relaxed);
 }
+
+std::int64_t long_turn_ns() noexcept { return engine().long_turn_ns.load(std::memory_order_relaxed); }
 
 bool has_one_processor() noexcept {
   static const bool one = sysconf(_SC_NPROCESSORS_ONLN) == 1;

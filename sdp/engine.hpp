@@ -75,9 +75,12 @@ void arm_fence() noexcept;      ///< after the arm()s. The primary device's only
 /// Wakes other sleepers of this process (more is ready than one of them will take).
 void ring_bell() noexcept;
 
-/// How long to spin now, in nanoseconds, adapted to what spinning brought lately; report the outcome.
+/// How long to spin now, in nanoseconds, adapted to what spinning brought lately; report the outcome. `others_ran`: on this core,
+/// meanwhile. What was in vain was then at somebody's cost, and counts twice.
 std::int64_t spin_budget() noexcept;
-void spin_result(bool found) noexcept;
+void spin_result(bool found, bool others_ran) noexcept;
+/// A turn of Spinner's that takes longer shows that others ran.
+std::int64_t long_turn_ns() noexcept;
 /// How long one of Spinner's turns takes. A slow machine, an emulated one above all, is slow to put a thread to sleep and to wake
 /// it as well: there SDP_SPIN_US stands for as many turns as a fast machine makes in that time, which is up to 20 times as long.
 void spin_turn_takes(std::int64_t ns) noexcept;

@@ -29,7 +29,7 @@ class Spinner {
   bool run(Found found) noexcept {
     if (budget_ <= 0) return false;
     const bool hit = engine::has_one_processor() ? by_turns(found) : by_clock(found);
-    engine::spin_result(hit);
+    engine::spin_result(hit, others_ran_);
     return hit;
   }
   /// Tells the engine how long a turn takes here at the least: a yield, and looks for what is not there. Makes a few of them; tells
@@ -54,13 +54,16 @@ class Spinner {
   static constexpr int kLooksBeforeClock = 128, kLooksPerYield = 32, kTurns = 4;
 
   template <class Found>
-  bool by_clock(Found& found) const noexcept {
+  bool by_clock(Found& found) noexcept {
     if (look(found, first_looks_)) return true;
     const std::int64_t until = rdma::SteadyClock{}.now() + budget_;
-    do {
+    for (std::int64_t now = until - budget_; now < until;) {
+      const std::int64_t begun = now;
       rdma::sys::call(SYS_sched_yield);
       if (look(found, kLooksPerYield)) return true;
-    } while (rdma::SteadyClock{}.now() < until);
+      now = rdma::SteadyClock{}.now();
+      others_ran_ = others_ran_ || now - begun > engine::long_turn_ns();
+    }
     return false;
   }
 
@@ -84,6 +87,7 @@ class Spinner {
 
   std::int64_t budget_;
   int first_looks_;
+  bool others_ran_ = false;
 };
 
 }  // namespace sdp

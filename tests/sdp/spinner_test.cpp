@@ -53,4 +53,26 @@ BOOST_FIXTURE_TEST_CASE(a_spin_lasts_as_long_as_its_budget, FastAgain) {
   BOOST_TEST(Spinner().run([&] { return clock.now() - begun >= 0; }));
 }
 
+// Where others wanted the core, fewer spins in vain are put up with.
+BOOST_FIXTURE_TEST_CASE(a_spin_in_vain_that_kept_others_off_counts_twice, FastAgain) {
+  const auto in_vain_until_less = [](bool others_ran) {
+    for (int i = 0; i < 50; ++i) engine::spin_result(true, false);
+    int spins = 0;
+    for (; engine::spin_budget() == kSpinNs; ++spins) engine::spin_result(false, others_ran);
+    for (int i = 0; i < 50; ++i) engine::spin_result(true, false);
+    return spins;
+  };
+  engine::spin_turn_takes(0);
+  const int alone = in_vain_until_less(false), beside_others = in_vain_until_less(true);
+  BOOST_TEST(beside_others > 1);
+  BOOST_TEST(beside_others <= alone / 2);
+}
+
+BOOST_FIXTURE_TEST_CASE(a_turn_is_long_by_the_machines_own_measure, FastAgain) {
+  engine::spin_turn_takes(0);
+  const std::int64_t fast = engine::long_turn_ns();
+  engine::spin_turn_takes(12'500);
+  BOOST_TEST(engine::long_turn_ns() == 10 * fast);
+}
+
 BOOST_AUTO_TEST_SUITE_END()
