@@ -57,7 +57,8 @@ class LaneWait {
     for (nfds_t i = 0; i < count_; ++i)
       if (const Stream s = stream(i)) s.on_wait_entry(fds_[i].fd);
     for (;;) {
-      lanes();
+      const int by_lanes = lanes();
+      if (by_lanes > 0 && only_lanes_ && mask == nullptr && !kernels_turn()) return by_lanes;
       int kernel = ask_kernel(0, mask, false);
       if (kernel < 0) return kernel;
       if (const int ready = total(); ready > 0 || timeout_ns == 0) return ready;
@@ -91,12 +92,24 @@ class LaneWait {
 
   int lanes() noexcept {
     int n = 0;
+    only_lanes_ = true;
     for (nfds_t i = 0; i < count_; ++i) {
       fds_[i].revents = 0;
-      if (const Stream s = stream(i)) fds_[i].revents = static_cast<short>(s.poll(static_cast<std::uint16_t>(fds_[i].events)));
+      bool anchor_too = fds_[i].fd >= 0;
+      if (const Stream s = stream(i))
+        fds_[i].revents = static_cast<short>(s.poll(static_cast<std::uint16_t>(fds_[i].events), &anchor_too));
+      only_lanes_ = only_lanes_ && !anchor_too;
       n += fds_[i].revents != 0;
     }
     return n;
+  }
+
+  /// Where lanes are ready and nothing else is waited for, the kernel could add an anchor's hang-up, error or urgent byte alone: it
+  /// is asked every few calls.
+  static bool kernels_turn() noexcept {
+    constexpr unsigned kEvery = 8;
+    thread_local unsigned calls = 0;
+    return ++calls % kEvery == 0;
   }
 
   int total() const noexcept {
@@ -165,7 +178,7 @@ class LaneWait {
   bool spin(const sigset_t* mask) {
     std::int64_t kernel_due = now_ns() + kKernelEveryNs;
     int looks = 0;
-    return sdp::Spinner().run([&]() {
+    return sdp::Spinner(static_cast<std::uint32_t>(count_)).run([&]() {
       if (maybe_ready()) return true;
       if (++looks % 64 != 0 || now_ns() < kernel_due) return false;
       kernel_due = now_ns() + kKernelEveryNs;
@@ -178,6 +191,7 @@ class LaneWait {
   pollfd* shadow_;
   const As as_;
   bool has_slept_ = false;
+  bool only_lanes_ = false;
 };
 
 /// Counts the calling thread as a waiter that has no bell, on every tracked stream of the set.
