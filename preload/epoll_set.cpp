@@ -80,24 +80,6 @@ void EpollSet::duplicate(int from, int to) noexcept {
   highest_set.store(std::max(highest_set.load(), to));
 }
 
-/// A change of the set's members: the lock, which a spin over them leaves to it.
-class EpollSet::Change {
- public:
-  explicit Change(EpollSet& set) noexcept : set_(set) {
-    set_.changers_.fetch_add(1, std::memory_order_relaxed);
-    set_.mutex_.lock();
-  }
-  ~Change() {
-    set_.mutex_.unlock();
-    set_.changers_.fetch_sub(1, std::memory_order_relaxed);
-  }
-  Change(const Change&) = delete;
-  Change& operator=(const Change&) = delete;
-
- private:
-  EpollSet& set_;
-};
-
 namespace {
 /// Each set once, by whichever of its descriptors it goes.
 template <class Each>
@@ -121,7 +103,6 @@ void EpollSet::after_fork_parent() noexcept {
 void EpollSet::inherit() noexcept {
   for_each_set([](EpollSet& set) {
     set.sleepers_ = 0;
-    set.changers_ = 0;
     set.bell_ = -1;
     for (Member& m : set.members_) {
       if (m.fd == kFree) continue;
@@ -255,7 +236,7 @@ int EpollSet::add(int fd, sdp::Stream stream, const epoll_event& event) noexcept
     if (result == 0) stream.take_down(sdp::LaneReason::mode);
     return static_cast<int>(result);
   }
-  const Change change(*this);
+  std::lock_guard guard(mutex_);
   if (free_.empty()) {
     free_.push_back(static_cast<std::uint32_t>(members_.size()));
     members_.emplace_back();
@@ -283,7 +264,7 @@ int EpollSet::add(int fd, sdp::Stream stream, const epoll_event& event) noexcept
 }
 
 bool EpollSet::modify(int fd, const epoll_event& event, int* result) noexcept {
-  const Change change(*this);
+  std::lock_guard guard(mutex_);
   Member* m = of(fd);
   if (m == nullptr) return false;
   m->events = event.events;
@@ -300,7 +281,7 @@ bool EpollSet::modify(int fd, const epoll_event& event, int* result) noexcept {
 }
 
 void EpollSet::removed(int fd) noexcept {
-  const Change change(*this);
+  std::lock_guard guard(mutex_);
   if (Member* m = of(fd)) release(*m);
 }
 
@@ -486,7 +467,7 @@ int EpollSet::wait_once(epoll_event* events, int max, std::int64_t timeout_ns, c
         std::int64_t kernel_due = now_ns() + kKernelEveryNs;
         std::uint32_t looks = 0;
         const bool found = spinner.run([&]() noexcept {
-          if (changers_.load(std::memory_order_relaxed) == 0 && maybe_ready()) return true;
+          if (maybe_ready()) return true;
           looks += lanes_here;
           if (looks < kLooksPerClock) return false;
           looks = 0;

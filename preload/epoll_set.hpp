@@ -70,7 +70,6 @@ class EpollSet {
     std::uint64_t seen_rx = ~0ULL, seen_tx = ~0ULL;  ///< edges reported
   };
 
-  class Change;
   explicit EpollSet(int epfd) noexcept : epfd_(epfd) {}
   void sync(Member& member, std::uint32_t index) noexcept;
   void is_entered(Member& member, std::uint32_t index, const epoll_event& entry, bool lane) noexcept;
@@ -103,7 +102,6 @@ class EpollSet {
   std::atomic<std::uint32_t> members_in_use_{0};
   std::atomic<std::uint32_t> lanes_{0};
   std::atomic<std::uint32_t> sleepers_{0};
-  std::atomic<std::uint32_t> changers_{0};  ///< in epoll_ctl, or on their way
   std::atomic<bool> nested_{false};
   std::uint32_t next_ = 0;  ///< whose turn it is when `max` is small
   std::uint32_t since_kernel_ = 0;
