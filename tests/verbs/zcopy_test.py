@@ -162,7 +162,7 @@ def send_for_ever(near, far):
     try:
         for number in itertools.count(1):
             client.sendall(memory)
-            if number == BLOCKS:
+            if number % BLOCKS == 0:
                 print("under way", flush=True)
     except OSError as error:
         print(f"send: {error.strerror}", flush=True)
@@ -194,17 +194,25 @@ def both_ways(lib, transport, settings):
 
 
 def killed(lib, transport, victim):
-    """Either end is killed in the middle: the other's call ends with an error, soon."""
+    """Either end is killed in the middle: the other's call ends with an error, soon. On a busy machine a fault of the device may have
+    taken the stream to TCP by then: that run proves nothing, and another one goes on for longer."""
+    crossed = any(kill(lib, transport, victim, lines) > 0 for lines in (1, 2, 4))
+    assert crossed, "nothing had crossed in place"
+
+
+def kill(lib, transport, victim, lines):
+    """How many bytes had crossed in place when one end was killed, after so many of the sender's lines."""
     with two_roles(lib, PORT, transport, roles=("serve", "send_for_ever"), settings={"SDP_ZCOPY_THRESHOLD": "64K"},
                    stdout=subprocess.PIPE, text=True) as run:
-        assert run.client.stdout.readline() == "under way\n"
+        for _ in range(lines):
+            assert run.client.stdout.readline() == "under way\n"
         dies, lives = (run.server, run.client) if victim == "reader" else (run.client, run.server)
         dies.send_signal(signal.SIGKILL)
         assert lives.wait(60) == 0
         said, counts = lives.stdout.read(), zero_copy(run.report_of(lives))
         print(transport, victim, "killed:", said.strip(), counts, flush=True)
         assert "reset" in said or "Broken pipe" in said, said
-        assert counts["bytes_sent"] + counts["bytes_received"] > 0, "nothing had crossed in place"
+        return counts["bytes_sent"] + counts["bytes_received"]
 
 
 def main():
