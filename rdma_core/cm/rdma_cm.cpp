@@ -33,9 +33,9 @@ constexpr Nanos kNotedPatience = 1000 * kMillisecond;  ///< a peer that noted th
 constexpr Nanos kKeep = 10'000 * kMillisecond;         ///< what an address has to do with RDMA, and what nobody uses
 constexpr int kResolveMs = 2000;
 constexpr int kBacklog = 64;
-constexpr long kAtOnce = 8;            ///< connections in the making, and offers to one host: a peer has the time for them then
-constexpr Nanos kMostHandshakes = 5;   ///< times kHandshake, with a peer that is busy with others of our connections
-constexpr unsigned kPortTries = 32;    ///< an RNIC's port of the kernel's choosing may be a TCP socket's
+constexpr long kAtOnce = 8;           ///< connections in the making, and offers to one host: a peer has the time for them then
+constexpr Nanos kMostHandshakes = 5;  ///< times kHandshake, with a peer that is busy with others of our connections
+constexpr unsigned kPortTries = 32;   ///< an RNIC's port of the kernel's choosing may be a TCP socket's
 constexpr Nanos kBackoff[] = {2 * kMillisecond,  4 * kMillisecond,  8 * kMillisecond,  16 * kMillisecond,
                               32 * kMillisecond, 64 * kMillisecond, 128 * kMillisecond};
 

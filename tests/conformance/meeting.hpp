@@ -134,7 +134,8 @@ class Processes {
     return pump_until(fixture, done);
   }
   bool wait(Meeting& m, Side side, EventKind kind) {
-    const bool came = wait_until([&] { return m.find(side, kind) != nullptr || m.final_event(side) != nullptr; }) && m.find(side, kind) != nullptr;
+    const bool came = wait_until([&] { return m.find(side, kind) != nullptr || m.final_event(side) != nullptr; }) &&
+                      m.find(side, kind) != nullptr;
     if (const Seen* other = came ? nullptr : m.final_event(side)) BOOST_TEST_MESSAGE(other->kind << " instead, " << other->reason);
     return came;
   }
