@@ -93,7 +93,7 @@ OwnBell::~OwnBell() {
 }
 
 int OwnBell::open() noexcept {
-  int ends[2];
+  int ends[2] = {-1, -1};
   if (const long r = make_pair(ends); r < 0) return static_cast<int>(r);
   fd_ = move_high(ends[0]);
   if (!far_.adopt(ends[1]) || !wakes_each_time(fd_, far_)) return -ENOTSUP;
@@ -101,7 +101,7 @@ int OwnBell::open() noexcept {
 }
 
 void OwnBell::renew_in_child() noexcept {
-  int ends[2];
+  int ends[2] = {-1, -1};
   if (fd_ < 0 || make_pair(ends) < 0) {
     // None is better than the parent's.
     if (fd_ >= 0) sys::call(SYS_close, fd_);
