@@ -125,7 +125,7 @@ void EpollSet::on_lane_changed(sdp::Stream stream) noexcept {
     for (std::uint32_t m = 0; m < set->members_.size(); ++m) {
       if (set->members_[m].stream.word() != stream.word()) continue;
       set->sync(set->members_[m], m);
-      // Another thread's receive may switch the stream over, and has it locked: who sleeps looks for himself.
+      // Who sleeps looks for himself: another thread's receive may switch the stream over meanwhile.
       if (set->members_[m].lane && set->sleepers_.load() != 0) sdp::engine::ring_bell();
     }
   }

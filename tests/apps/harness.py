@@ -279,7 +279,7 @@ class Run:
         self.family = "-6" if ":" in place.address else "-4"
         self.preloaded = preloaded  # set of roles
         self.quick = quick          # the outcome counts, not the amount
-        self.stretch = stretch     # times what the case moves, or the time it takes
+        self.stretch = stretch      # times what the case moves, or the time it takes
         self.dir = tempfile.mkdtemp(prefix="sdp-app-")
         os.chmod(self.dir, 0o755)
         self.library = place.library(library, self.dir) if library else None

@@ -1,13 +1,15 @@
 // The bell that peers, also of other users, ring: it wakes every time, and what a stranger does with his end of it costs nobody a
 // wait.
 #include <fcntl.h>
-#include <poll.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <boost/test/unit_test.hpp>
+#include <cerrno>
 
 #include "rdma_core/drivers/shm/shm_bell.hpp"
 
@@ -103,6 +105,21 @@ BOOST_AUTO_TEST_CASE(a_bell_whose_process_is_gone_is_rung_in_vain) {
     BOOST_REQUIRE(bell.adopt(dup(gone.far_fd())));
   }
   bell.ring();
+}
+
+BOOST_AUTO_TEST_CASE(a_child_without_descriptors_has_no_bell_rather_than_its_parents) {
+  OwnBell bell;
+  BOOST_REQUIRE_EQUAL(bell.open(), 0);
+  const pid_t child = fork();
+  if (child == 0) {
+    const rlimit none{0, 0};
+    if (setrlimit(RLIMIT_NOFILE, &none) != 0) _exit(2);
+    bell.renew_in_child();
+    _exit(bell.fd() == -1 && bell.far_fd() == -1 ? 0 : 1);
+  }
+  int status = 0;
+  BOOST_REQUIRE_EQUAL(waitpid(child, &status, 0), child);
+  BOOST_TEST(status == 0);
 }
 
 BOOST_AUTO_TEST_CASE(a_socket_that_took_the_number_is_left_alone) {

@@ -49,8 +49,9 @@ int move_high(int fd) noexcept {
   return static_cast<int>(high);
 }
 
-FarEnd::~FarEnd() {
+void FarEnd::drop() noexcept {
   if (fd_ >= 0) sys::call(SYS_close, fd_);
+  fd_ = -1;
 }
 
 bool FarEnd::adopt(int fd) noexcept {
@@ -64,10 +65,6 @@ bool FarEnd::adopt(int fd) noexcept {
 }
 
 bool FarEnd::replace(int fd) noexcept {
-  if (fd_ < 0) {
-    fd_ = move_high(fd);
-    return remember();
-  }
   const bool done = sys::call(SYS_dup3, fd, fd_, O_CLOEXEC) >= 0;
   sys::call(SYS_close, fd);
   return done && remember();
@@ -102,15 +99,15 @@ int OwnBell::open() noexcept {
 
 void OwnBell::renew_in_child() noexcept {
   int ends[2] = {-1, -1};
-  if (fd_ < 0 || make_pair(ends) < 0) {
-    // None is better than the parent's.
-    if (fd_ >= 0) sys::call(SYS_close, fd_);
-    fd_ = -1;
-    return;
+  if (fd_ >= 0 && make_pair(ends) == 0) {
+    const bool near = sys::call(SYS_dup3, ends[0], fd_, O_CLOEXEC) >= 0;
+    sys::call(SYS_close, ends[0]);
+    if (far_.replace(ends[1]) && near) return far_.ring();  // nothing is to be sent through it
   }
-  sys::call(SYS_dup3, ends[0], fd_, O_CLOEXEC);
-  sys::call(SYS_close, ends[0]);
-  if (far_.replace(ends[1])) far_.ring();  // nothing is to be sent through it
+  // None is better than the parent's: a peer that has its far end would ring in the wrong process.
+  if (fd_ >= 0) sys::call(SYS_close, fd_);
+  fd_ = -1;
+  far_.drop();
 }
 
 }  // namespace rdma::shm

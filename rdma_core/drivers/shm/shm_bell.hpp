@@ -19,13 +19,14 @@ int move_high(int fd) noexcept;
 class FarEnd {
  public:
   FarEnd() = default;
-  ~FarEnd();
+  ~FarEnd() { drop(); }
   FarEnd(const FarEnd&) = delete;
   FarEnd& operator=(const FarEnd&) = delete;
   /// Takes `fd` over, whatever a stranger sent. False (and closed) if it is no Unix stream socket.
   bool adopt(int fd) noexcept;
   /// Puts that socket under the number of the one before; takes `fd` over.
   bool replace(int fd) noexcept;
+  void drop() noexcept;
   int fd() const noexcept { return fd_; }
   /// Never blocks, never raises a signal.
   void ring() const noexcept;
@@ -47,7 +48,8 @@ class OwnBell {
   OwnBell& operator=(const OwnBell&) = delete;
   /// 0 or -errno; ENOTSUP: this kernel does not ring so.
   int open() noexcept;
-  /// Puts a new pair under the same numbers: the old one is shared with the parent.
+  /// Puts a new pair under the same numbers: the old one is shared with the parent. Where none is to be had both are -1, and peers
+  /// cannot be given one.
   void renew_in_child() noexcept;
   int fd() const noexcept { return fd_; }            ///< to be polled, for edges; ready at once
   int far_fd() const noexcept { return far_.fd(); }  ///< for peers
